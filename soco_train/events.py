@@ -1,0 +1,23 @@
+"""What long-running work reports while it runs. The library never prints; the console decides how an event looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Event:
+    """`step` of `total` in `stage` is done; `values` are figures worth showing (KL, ratio, tokens/s, …)."""
+
+    stage: str
+    step: int
+    total: int
+    values: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+Notify = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Drop the event: the default of every `notify` argument."""

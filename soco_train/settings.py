@@ -1,0 +1,123 @@
+"""Everything trainable that a recipe may set: one frozen pydantic model per section, unknown keys refused.
+
+The words here are the recipe's words (`train.basis`, `refine.distill.steps`, …); soco_export.recipe composes these
+sections with its own. Defaults marked [ours] are choices the paper leaves open (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Storage = Literal["stacked", "pivoted"]
+Allocation = Literal["global", "lagrangian", "uniform"]
+ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
+
+
+class Section(BaseModel):
+    """A recipe section: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Section):
+    """A text source and how it is cut into blocks; exactly one of `path`, `hub`, `builtin` is set.
+
+    `block` is in tokens; `blocks` caps how many are used (None: all). `format` "auto" goes by suffix: `.jsonl` reads
+    the field `text` of each line, `.raw` is WikiText rows joined by an empty line, anything else is plain text.
+    """
+
+    path: Path | tuple[Path, ...] | None = None
+    hub: str | None = None
+    builtin: Literal["speeches", "time-machine"] | None = None
+    format: Literal["auto", "text", "jsonl", "wikitext"] = "auto"
+    block: int = Field(default=512, ge=8)
+    blocks: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if sum(source is not None for source in (self.path, self.hub, self.builtin)) != 1:
+            raise ValueError("exactly one of path, hub, builtin must be set")
+        return self
+
+
+class LayerSettings(Section):
+    """Which nn.Linear modules take part: fnmatch globs over module names; `*` crosses dots."""
+
+    include: tuple[str, ...] = ("*.layers.*", "*.h.*", "*.blocks.*")
+    exclude: tuple[str, ...] = ("*lm_head*", "*embed*", "*norm*", "*router*", "*.gate")
+
+
+class PhaseSettings(Section):
+    """SoCo's three phases (docs/method.md §2): preset fractions of the steps, and the optional stopping rules."""
+
+    phases: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
+    reach: float = Field(default=0.7, gt=0, le=1, description="part of phase 1 after which the soft size meets R")
+    freeze: float = Field(
+        default=0.1, ge=0, lt=1, description="last part of all steps: support frozen, survivors train"
+    )
+    overshoot: float = Field(default=0.02, ge=0, description="phase 2: size pressure returns above R(1 + overshoot)")
+    stop_early: bool = False
+
+
+class TrainSettings(Section):
+    """How scores are learnt. `lr`: on the scores; `steps` optimiser steps of `batch_tokens` tokens each."""
+
+    scorer: str = "soco"
+    basis: str = "whitened"
+    ridge: float = Field(default=1e-6, ge=0, description="added to the covariance diagonal, as a share of its mean")
+    statistics_blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind the covariances")
+    fisher_blocks: int = Field(default=16, ge=1)
+    start: Literal["ones", "fisher"] = "ones"
+    steps: int = Field(default=200, ge=0)
+    batch_tokens: int = Field(default=1024, ge=8)
+    lr: float = Field(default=3e-3, gt=0)
+    lr_deviation: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    score_function: ScoreFunction = "relu"
+    deviation: bool = True
+    threshold: float = Field(default=0.5, gt=0, description="τ of the soft size")
+    temperature: tuple[float, float] = (0.1, 0.01)
+    size_weight: float = Field(default=1.0, gt=0, description="λ_d before it is scaled to the schedule")
+    polarise_weight: float = Field(default=1.0, ge=0)
+    schedule: PhaseSettings = PhaseSettings()
+    checkpoint_every: int = Field(default=25, ge=1)
+    seed: int = 0
+    factor_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_activations: bool = False
+    logit_chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at one time in the loss")
+
+
+class DistillSettings(Section):
+    """End-to-end distillation of the surviving factors: KL to the dense model plus `ce_weight` × cross entropy."""
+
+    steps: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(default=1024, ge=8)
+    lr: float = Field(default=3e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    ce_weight: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    held_out_blocks: int = Field(default=0, ge=0, description="calibration blocks kept back to stop early; 0: never")
+    patience: int = Field(default=3, ge=1)
+    checkpoint_every: int = Field(default=25, ge=1)
+
+
+class RefineSettings(Section):
+    """What happens to the factors after the cut; each part is optional."""
+
+    compensate: bool = Field(default=False, description="closed-form σ-space compensation (optimal brain surgeon)")
+    refit: bool = Field(default=False, description="closed-form refit of the factors, layer by layer")
+    distill: DistillSettings = DistillSettings()
+
+
+class PlanSettings(Section):
+    """How the budget is spent. `keep_params`: fraction of the selected layers' parameters that stays."""
+
+    keep_params: float = Field(default=0.8, gt=0, le=1)
+    storage: Storage = "stacked"
+    allocation: Allocation = "global"
+    multiple: int = Field(default=1, ge=1, description="round ranks down to a multiple (32 suits int4 kernels)")
