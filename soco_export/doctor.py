@@ -1,0 +1,151 @@
+"""What this machine can run: versions, devices, execution providers, memory, disk, and what is missing with its fix."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+Level = Literal["ok", "note", "warning", "problem"]
+SUPPORTED_TRANSFORMERS = ((4, 57), (6, 0))
+EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "gpu": ("onnxruntime-gpu",),
+    "genai": ("onnxruntime-genai",),
+    "optimum": ("optimum", "optimum-onnx"),
+    "eval": ("lm-eval",),
+    "data": ("datasets",),
+    "report": ("matplotlib",),
+}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report; `fix` says what to do unless `level` is ok."""
+
+    subject: str
+    level: Level
+    text: str
+    fix: str = ""
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Return all findings; `folder` is where runs would be written (its disk is measured)."""
+    checks: list[Callable[[], list[Finding]]] = [_python, _torch, _transformers, _runtime, _machine, _extras]
+    return [finding for check in checks for finding in check()] + _disk(folder)
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a distribution, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a run depends on, for its manifest."""
+    packages = ("soco-export", "torch", "transformers", "tokenizers", "safetensors", "onnx", "onnx-ir")
+    optional = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
+    found = {package: version_of(package) for package in (*packages, *optional)}
+    installed = {package: version for package, version in found.items() if version}
+    return {"python": platform.python_version(), **installed}
+
+
+def document(findings: list[Finding]) -> dict[str, Any]:
+    """Return the findings as JSON."""
+    return {"versions": versions(), "findings": [asdict(finding) for finding in findings]}
+
+
+def text(findings: list[Finding]) -> str:
+    """Return the findings as a table for reading."""
+    marks = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.level]} {finding.subject:<14} {finding.text}")
+        if finding.fix:
+            lines.append(f"  {'':<14} fix: {finding.fix}")
+    return "\n".join(lines)
+
+
+def _python() -> list[Finding]:
+    return [Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+
+
+def _torch() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Finding("torch", "ok", f"{torch.__version__}, no CUDA device: training runs on the CPU")]
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{device.name} {device.total_memory / GIB:.0f} GiB" for device in devices)
+    return [Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda}: {names}")]
+
+
+def _transformers() -> list[Finding]:
+    version = version_of("transformers") or "0"
+    low, high = SUPPORTED_TRANSFORMERS
+    if low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+        return [Finding("transformers", "ok", version)]
+    return [
+        Finding(
+            "transformers",
+            "problem",
+            f"{version} is outside 4.57 … 5, the versions this one is tested with",
+            'pip install "transformers>=4.57,<6"',
+        )
+    ]
+
+
+def _runtime() -> list[Finding]:
+    cpu, gpu = version_of("onnxruntime"), version_of("onnxruntime-gpu")
+    if not (cpu or gpu):
+        text = "onnxruntime is not installed: export works, validate and bench do not"
+        return [Finding("onnxruntime", "problem", text, 'pip install "soco-export[cpu]"')]
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    findings = [Finding("onnxruntime", "ok", f"{onnxruntime.__version__}, built with {providers}")]
+    if cpu and gpu:
+        text = f"onnxruntime {cpu} and onnxruntime-gpu {gpu} write the same folder: the one installed last is in use"
+        fix = "pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu"
+        findings.append(Finding("onnxruntime", "warning", text, fix))
+    return findings
+
+
+def _machine() -> list[Finding]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    threads = f"{os.cpu_count()} logical, {torch.get_num_threads()} used by torch"
+    return [
+        Finding("memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"),
+        Finding("cpu", "ok", threads + (f" (OMP_NUM_THREADS={limit})" if limit else "")),
+    ]
+
+
+def _disk(folder: Path) -> list[Finding]:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    return [Finding("disk", "ok", f"{free / GIB:.1f} GiB free in {existing}")]
+
+
+def _extras() -> list[Finding]:
+    findings = []
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if version_of(package) is None]
+        if missing:
+            fix = f'pip install "soco-export[{extra}]"'
+            findings.append(Finding(f"extra {extra}", "note", f"not installed: {', '.join(missing)}", fix))
+        else:
+            have = ", ".join(f"{package} {version_of(package)}" for package in packages)
+            findings.append(Finding(f"extra {extra}", "ok", have))
+    return findings

@@ -1,0 +1,103 @@
+"""What users see: results on stdout, everything else on stderr, errors without traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from soco_export.console import QUIET, VERBOSE, Console, render_error, render_values
+from soco_train.errors import MachineError, RecipeError
+from soco_train.events import Event
+
+ERROR = RecipeError("keep_params is 1.5", fix="give a fraction in (0, 1]", where="recipe.yaml: keep_params")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_text_and_nothing_else_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    with console.working():
+        sys.stdout.write("a library prints\n")
+        console.notify(Event("plan", 0, 1, {"": "reading"}))
+    console.result({"a": 1}, "the result")
+    output = capsys.readouterr()
+    assert output.out == "the result\n"
+    assert "a library prints" in output.err
+    assert "reading" in output.err
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=True)
+    with console.working():
+        sys.stdout.write("a library prints\n")
+        console.notify(Event("plan", 1, 1))
+    console.result({"a": 1}, "the result")
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_an_error_says_message_fix_and_place() -> None:
+    assert render_error(ERROR).splitlines() == [
+        "RecipeError: keep_params is 1.5",
+        "  fix: give a fraction in (0, 1]",
+        "  where: recipe.yaml: keep_params",
+    ]
+    assert "where" not in render_error(MachineError("no disk", fix="free some"))
+
+
+def test_an_error_in_json_keeps_stdout_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=True).error(ERROR)
+    output = capsys.readouterr()
+    assert json.loads(output.out)["error"]["fix"] == "give a fraction in (0, 1]"
+    assert json.loads(output.out)["exit_code"] == 2
+    assert "keep_params is 1.5" in output.err
+
+
+def test_figures() -> None:
+    values = {"": "phase 2", "KL": 0.031234, "size": 0.8, "tokens/s": 5120.4, "layers": 1234}
+    assert render_values(values) == "phase 2 · KL 0.03123 · size 0.8 · tokens/s 5,120 · layers 1,234"
+
+
+def test_lines_tell_start_and_end_and_not_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for step in range(101):
+        console.notify(Event("scores", step, 100, {"KL": 0.5}))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "0/100" in lines[0]
+    assert "100/100" in lines[1]
+
+
+def test_verbose_tells_every_step_with_eta(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(verbosity=VERBOSE)
+    for step in range(5):
+        console.notify(Event("scores", step, 4, {"KL": 0.5}))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert "ETA" in lines[2]
+
+
+def test_quiet_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(verbosity=QUIET)
+    with console.working():
+        console.notify(Event("scores", 0, 1))
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console()
+    with console.working():
+        for step in range(4):
+            console.notify(Event("scores", step, 3, {"": "phase 1", "KL": 0.25}))
+    console.result({}, "done")
+    assert "scores" in terminal.getvalue()
+    assert "phase 1" in terminal.getvalue()
+    assert capsys.readouterr().out == "done\n"
+    assert sys.stderr is terminal
