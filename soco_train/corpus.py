@@ -1,0 +1,198 @@
+"""Text → token blocks, with a fingerprint: from files, a Hugging Face data set, or the texts inside the package.
+
+The text is tokenised without special tokens and cut into consecutive blocks; a rest shorter than a block is dropped.
+Nothing is shuffled, so that the same text and tokenizer give the same blocks, and `blocks: 24` means the first 24.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from soco_train.errors import DataError, RecipeError
+from soco_train.settings import DataSettings
+
+Purpose = Literal["calibration", "evaluation"]
+BUILTIN = Path(__file__).parent / "builtin"
+PARAGRAPH = "\n\n"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks [n, block] int64, where they come from, and the sha256 over their shape and values."""
+
+    tokens: torch.Tensor
+    source: str
+    fingerprint: str
+
+
+def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blocks:
+    """Return the blocks of a data section; `purpose` chooses between the two halves of a built-in text.
+
+    Raises RecipeError (no such file or data set, `datasets` missing) and DataError (not UTF-8, less than one block).
+    """
+    wanted = None if settings.blocks is None else settings.blocks * settings.block
+    ids: list[int] = []
+    for document in _documents(settings, purpose):
+        ids += tokenizer(document, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if wanted is not None and len(ids) >= wanted:
+            break
+    source = describe_source(settings, purpose)
+    count = min(len(ids), wanted or len(ids)) // settings.block
+    if count == 0:
+        raise DataError(
+            f"the {purpose} text has {len(ids)} tokens, and one block needs {settings.block}",
+            fix=f"give more text, or set {_section(purpose)}.block to {max(len(ids), 8)} or less",
+            where=source,
+        )
+    tokens = torch.tensor(ids[: count * settings.block], dtype=torch.int64).view(count, settings.block)
+    return Blocks(tokens, source, fingerprint(tokens))
+
+
+def fingerprint(tokens: torch.Tensor) -> str:
+    """Return the sha256 over shape and little-endian int64 values of token blocks."""
+    digest = hashlib.sha256(json.dumps(list(tokens.shape)).encode())
+    digest.update(tokens.contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def describe_source(settings: DataSettings, purpose: Purpose) -> str:
+    """Return one line naming the text, as reports and errors show it."""
+    if settings.builtin is not None:
+        return f"built-in text {settings.builtin}.{purpose}"
+    if settings.hub is not None:
+        return f"hub data set {settings.hub}"
+    return ", ".join(str(path) for path in _files(settings))
+
+
+def check_source(settings: DataSettings, purpose: Purpose) -> None:
+    """Find missing or unreadable files and a missing `datasets` package before anything expensive starts."""
+    if settings.hub is not None:
+        _hub_address(settings.hub, _section(purpose))
+        _import_datasets(settings.hub)
+        return
+    for path in _paths(settings, purpose):
+        _read_text(path)
+
+
+def _section(purpose: Purpose) -> str:
+    return "data" if purpose == "calibration" else "evaluation"
+
+
+def _files(settings: DataSettings) -> tuple[Path, ...]:
+    if settings.path is None:
+        return ()
+    return settings.path if isinstance(settings.path, tuple) else (settings.path,)
+
+
+def _paths(settings: DataSettings, purpose: Purpose) -> tuple[Path, ...]:
+    if settings.builtin is not None:
+        return (BUILTIN / f"{settings.builtin}.{purpose}.txt",)
+    return _files(settings)
+
+
+def _documents(settings: DataSettings, purpose: Purpose) -> Iterator[str]:
+    """Yield texts to tokenise one after the other; documents of one collection end with an empty line."""
+    if settings.hub is not None:
+        yield from _hub_documents(settings.hub, _section(purpose))
+        return
+    for path in _paths(settings, purpose):
+        text = _read_text(path)
+        kind = settings.format if settings.format != "auto" else _kind(path)
+        if kind == "jsonl":
+            yield from _json_documents(text, path)
+        else:
+            yield join_wikitext(text) if kind == "wikitext" else text
+
+
+def _kind(path: Path) -> Literal["text", "jsonl", "wikitext"]:
+    if path.suffix == ".jsonl":
+        return "jsonl"
+    return "wikitext" if path.suffix == ".raw" else "text"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read {path}: {error.strerror}", fix="give a readable text file", where=str(path)
+        ) from None
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            fix="convert it, for example: iconv -f latin1 -t utf-8",
+            where=str(path),
+        ) from None
+
+
+def join_wikitext(text: str) -> str:
+    """Join the rows of a `wiki.*.raw` file by an empty line, as joining the data set's `text` column does.
+
+    A row is a line with its line end; the lines that are a single space are the data set's empty rows. Source: the
+    evaluation of GPTQ and SparseGPT, which published perplexities follow.
+    """
+    lines = text.split("\n")
+    rows = lines[:-1] if lines[-1] == "" else lines
+    return PARAGRAPH.join("" if line == " " else line + "\n" for line in rows)
+
+
+def _json_documents(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"line {number} is no JSON object with a field text ({type(error).__name__}: {error})",
+                fix='write one {"text": "…"} a line',
+                where=f"{path}:{number}",
+            ) from None
+        yield f"{document}{PARAGRAPH}"
+
+
+def _hub_address(address: str, section: str) -> tuple[str, str | None, str]:
+    """Split "owner/name:config:split" (or "owner/name:split")."""
+    parts = address.split(":")
+    if not 2 <= len(parts) <= 3 or not all(parts):
+        raise RecipeError(
+            f"cannot read the data set address {address!r}",
+            fix="write owner/name:config:split, for example Salesforce/wikitext:wikitext-2-raw-v1:train",
+            where=f"{section}.hub",
+        )
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
+def _import_datasets(address: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise RecipeError(
+            f"the hub data set {address} needs the package datasets",
+            fix='pip install "soco-export[data]", or give a local file: --set data.path=calibration.txt',
+            where="data.hub",
+        ) from None
+    return datasets
+
+
+def _hub_documents(address: str, section: str) -> Iterator[str]:
+    name, config, split = _hub_address(address, section)
+    datasets = _import_datasets(address)
+    try:
+        rows = datasets.load_dataset(name, config, split=split)["text"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"cannot load the data set {address}: {error}",
+            fix=f"check the address and the connection, or give a local file: --set {section}.path=…",
+            where=f"{section}.hub",
+        ) from error
+    yield PARAGRAPH.join(rows)
