@@ -1,0 +1,102 @@
+"""The three terms SoCo balances: stay close to the dense model, become small, make up your mind.
+
+L_inc = KL(dense ‖ compressed)     L_dec = relu(R̂ - R)     L_sp = mean 4 g (1 - g)      g(s) = sigmoid((s - τ)/κ)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from soco_train.settings import Storage
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """Mean over tokens of KL(teacher ‖ student) + weight · CE(labels), in fp32, a chunk of tokens at a time.
+
+    The gradient, (softmax(student) - target)/N, is computed in the same pass and kept in the dtype of the logits:
+    no fp32 copy of all logits ever exists.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weight: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """student, teacher: [T, V], labels: [T] (-100: not scored) → (loss, KL), both scalars."""
+        gradient = torch.empty_like(student)
+        total = torch.zeros((), device=student.device, dtype=torch.float64)
+        entropy = torch.zeros_like(total)
+        scored = max(1, int((labels >= 0).sum()))
+        for part in torch.arange(len(student), device=student.device).split(chunk):
+            window = slice(int(part[0]), int(part[-1]) + 1)
+            log_q = student[window].float().log_softmax(-1)
+            log_p = teacher[window].float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum(dtype=torch.float64)
+            pull = (log_q.exp() - p) / len(student)
+            if weight:
+                kept = labels[window] >= 0
+                target = labels[window].clamp(min=0)[:, None]
+                entropy -= log_q.gather(1, target).squeeze(1)[kept].sum(dtype=torch.float64)
+                towards = log_q.exp().scatter_add_(1, target, -torch.ones_like(target, dtype=log_q.dtype))
+                pull += towards * (kept[:, None] * (weight / scored))
+            gradient[window] = pull.to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        divergence = total / len(student)
+        return (divergence + weight * entropy / scored).float(), divergence.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """Scale the gradient kept by the forward pass."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None, None, None
+
+
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, ce_weight: float = 0.0, chunk: int = 2048
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (loss, KL) of logits [b, t, V] over all positions; CE is on the next token of `tokens`: [b, t]."""
+    labels = torch.full_like(tokens, -100)
+    labels[:, :-1] = tokens[:, 1:]
+    vocabulary = student.shape[-1]
+    loss, kl = ChunkedDivergence.apply(
+        student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary), labels.reshape(-1), ce_weight, chunk
+    )
+    return loss, kl
+
+
+class SoftSize:
+    """R̂: the stored size, relative to dense, that the scores are heading for.
+
+    shapes: (m, n) per layer; ranks: [k] per layer; a kept deviation counts m numbers. Stacked storage costs r(m+n) per
+    layer, pivoted r(m+n-r) (arXiv 2501.19090). The value has the dense fallback, min(cost, mn); the gradient passes it
+    straight through, or layers that are cheaper dense could never become smaller.
+    """
+
+    def __init__(
+        self, shapes: list[tuple[int, int]], ranks: list[int], storage: Storage, deviation: bool, device: torch.device
+    ) -> None:
+        self.layer = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
+        self.width = torch.tensor([float(m + n) for m, n in shapes], device=device)
+        self.area = torch.tensor([float(m * n) for m, n in shapes], device=device)
+        self.shift = torch.tensor([float(m if deviation else 0) for m, _ in shapes], device=device)
+        self.pivoted = storage == "pivoted"
+
+    def __call__(self, gates: torch.Tensor) -> torch.Tensor:
+        """gates: [Σk] in [0, 1] → R̂, scalar."""
+        rank = torch.zeros_like(self.width).index_add(0, self.layer, gates)
+        cost = rank * (self.width - rank) if self.pivoted else rank * self.width
+        cost = cost + self.shift
+        excess = (cost - self.area).clamp(min=0).detach()
+        return (cost - excess).sum() / self.area.sum()
+
+
+def soft_gate(s: torch.Tensor, threshold: float, temperature: float) -> torch.Tensor:
+    """g(s) = sigmoid((s - τ)/κ)."""
+    return torch.sigmoid((s - threshold) / temperature)
+
+
+def polarisation(gates: torch.Tensor) -> torch.Tensor:
+    """Mean of 4 g (1 - g): 1 when every component is undecided, 0 when all are decided."""
+    return (4 * gates * (1 - gates)).mean()

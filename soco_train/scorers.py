@@ -1,0 +1,163 @@
+"""Ways to score singular components, as plug-ins: a scorer is one decorated function from a ScoringTask to Scores.
+
+soco             learn the scores in three phases (arXiv 2502.15092)
+fisher           ½ E[g²] at the dense model: the second-order cost of removing a component; no training
+singular-values  σ², no training; with `allocation: uniform` on the whitened basis this is SVD-LLM's recipe
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from soco_train.artifacts import LayerScores, Scores, Spectrum
+from soco_train.budget import plan_ranks
+from soco_train.errors import RecipeError
+from soco_train.events import Event, Notify, silent
+from soco_train.objective import divergence
+from soco_train.scored import ScoreBank, scored_model
+from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.trainer import DTYPES, TrainingTask, train_spectrum
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What a scorer works on: a dense model, its participating Linears, their spectra and calibration blocks [n, t]."""
+
+    model: nn.Module
+    linears: Mapping[str, nn.Linear]
+    spectra: Mapping[str, Spectrum]
+    tokens: torch.Tensor
+    train: TrainSettings
+    plan: PlanSettings
+    workdir: Path
+    notify: Notify = field(default=silent)
+    data_fingerprint: str = ""
+
+
+Scorer = Callable[[ScoringTask], Scores]
+SCORERS: dict[str, Scorer] = {}
+
+
+def scorer(name: str) -> Callable[[Scorer], Scorer]:
+    """Register a scorer under the name that `train.scorer` uses."""
+
+    def register(function: Scorer) -> Scorer:
+        SCORERS[name] = function
+        return function
+
+    return register
+
+
+def train_scores(task: ScoringTask) -> Scores:
+    """Score every component of every participating layer with `task.train.scorer`.
+
+    Returns Scores (importance, scale, deviation by layer). Raises RecipeError for an unknown scorer and DataError for a
+    loss that is not finite. Resumes from `task.workdir` where the scorer trains.
+    """
+    if task.train.scorer not in SCORERS:
+        raise RecipeError(
+            f"unknown scorer {task.train.scorer!r}", fix=f"one of {', '.join(SCORERS)}", where="recipe: train.scorer"
+        )
+    return SCORERS[task.train.scorer](task)
+
+
+@scorer("singular-values")
+def singular_values(task: ScoringTask) -> Scores:
+    """Score a component by its energy σ² in the chosen basis."""
+    return _untrained(task, {name: task.spectra[name].sigma.float() ** 2 for name in task.linears})
+
+
+@scorer("fisher")
+def fisher(task: ScoringTask) -> Scores:
+    """Score a component by ½ E[g²], g the gradient of a sequence's cross entropy in its score at s ≡ 1."""
+    return _untrained(task, saliency(task))
+
+
+@scorer("soco")
+def soco(task: ScoringTask) -> Scores:
+    """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
+    start = wiener_start(task) if task.train.start == "fisher" else None
+    return train_spectrum(
+        TrainingTask(
+            model=task.model,
+            linears=task.linears,
+            spectra=task.spectra,
+            tokens=task.tokens,
+            train=task.train,
+            plan=task.plan,
+            workdir=task.workdir,
+            notify=task.notify,
+            fingerprint=_fingerprint(task),
+            start=start,
+        )
+    )
+
+
+def saliency(task: ScoringTask) -> dict[str, torch.Tensor]:
+    """Return ½ E[g²] by layer, [k] fp32 each, over `fisher_blocks` sequences. Ours.
+
+    Gradients are those of the summed next-token cross entropy of one sequence, per token of it.
+    """
+    tokens = task.tokens[: task.train.fisher_blocks]
+    task.model.eval()
+    with scored_model(task.model, task.linears, task.spectra, DTYPES[task.train.factor_dtype]) as layers:
+        bank = ScoreBank(layers, "relu", deviation=False)
+        total = torch.zeros_like(bank.theta.detach())
+        for number, sequence in enumerate(tokens, start=1):
+            sequence = sequence[None].to(total.device)
+            bank.install()
+            logits = task.model(input_ids=sequence, use_cache=False).logits
+            loss, _ = divergence(logits, logits.detach(), sequence, ce_weight=1.0, chunk=task.train.logit_chunk)
+            (gradient,) = torch.autograd.grad(loss, bank.theta)
+            total += gradient**2
+            task.notify(Event("fisher", number, len(tokens)))
+        return {name: part.cpu() / (2 * len(tokens)) for name, part in bank.per_layer(total).items()}
+
+
+def wiener_start(task: ScoringTask) -> dict[str, torch.Tensor]:
+    """Return s₀ = f / (f + c) by layer: f the saliency, c the saliency at which the budget would cut that layer.
+
+    Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½ = τ), far above it at 1, far below near
+    0, in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
+    """
+    importance = saliency(task)
+    plan = plan_ranks(_untrained(task, importance), task.plan.model_copy(update={"allocation": "lagrangian"}))
+    start = {}
+    for name, values in importance.items():
+        layer = plan.layers[name]
+        if layer.dense:
+            start[name] = torch.ones_like(values)
+            continue
+        ordered = values.sort(descending=True).values
+        around = ordered[max(0, layer.rank - 1) : layer.rank + 1].clamp(min=1e-38)
+        cut = around.log().mean().exp()
+        start[name] = (values / (values + cut)).clamp(min=0.02)
+    return start
+
+
+def _untrained(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> Scores:
+    layers = {
+        name: LayerScores(
+            importance[name].cpu(), torch.ones_like(importance[name]).cpu(), None, tuple(linear.weight.shape)
+        )
+        for name, linear in task.linears.items()
+    }
+    return Scores(layers, {"scorer": task.train.scorer, "train": task.train.model_dump(mode="json")})
+
+
+def _fingerprint(task: ScoringTask) -> str:
+    """Name this task: settings, plan, data and layers; a checkpoint of another task must not be continued."""
+    shapes = {name: list(linear.weight.shape) for name, linear in task.linears.items()}
+    settings = [
+        task.train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        task.plan.model_dump(mode="json"),
+        shapes,
+    ]
+    return hashlib.sha256(json.dumps([*settings, task.data_fingerprint], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,280 @@
+"""The score-training loop: KL to the dense model against a falling size, through SoCo's three phases.
+
+One step: a batch → teacher logits (the same modules, dense) → KL and its gradient on θ and d → plus the gradients of
+the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the norm of the KL
+gradient before they are weighted [ours]: λ_d and λ_s mean the same for every model, and a multiplicative controller
+on λ_d keeps R̂ on the schedule. fp32 scores always. Under torch.distributed each rank takes its part of the batch and
+gradients are averaged, so any number of processes learns the same scores.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from soco_train.artifacts import LayerScores, Scores, Spectrum, read_tensors, write_tensors
+from soco_train.batches import batch, warmup_cosine
+from soco_train.budget import layer_cost
+from soco_train.errors import DataError
+from soco_train.events import Event, Notify
+from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
+from soco_train.phases import Orders, StoppingRules, Timetable
+from soco_train.scored import ScoreBank, ScoredLinear, scored_model
+from soco_train.settings import PlanSettings, TrainSettings
+
+CHECKPOINT = "training.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CONTROLLER_GAIN = 20.0
+CONTROLLER_STEP = 0.3
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """All that score training needs. tokens: [n, block] int64; start: s₀ by layer ([k] each) or None for s ≡ 1.
+
+    `workdir` receives checkpoints; `fingerprint` names this exact task, a checkpoint of another one is ignored.
+    """
+
+    model: nn.Module
+    linears: Mapping[str, nn.Linear]
+    spectra: Mapping[str, Spectrum]
+    tokens: torch.Tensor
+    train: TrainSettings
+    plan: PlanSettings
+    workdir: Path
+    notify: Notify
+    fingerprint: str
+    start: Mapping[str, torch.Tensor] | None = None
+
+
+def train_spectrum(task: TrainingTask) -> Scores:
+    """Learn the scores of all components; continues from the checkpoint in `workdir` if there is one of this task.
+
+    Raises DataError if the loss is not finite; the last checkpoint stays.
+    """
+    task.model.eval()
+    with scored_model(task.model, task.linears, task.spectra, DTYPES[task.train.factor_dtype]) as layers:
+        return _Run(task, layers).finish()
+
+
+class _Run:
+    """The state of one training run and its step."""
+
+    def __init__(self, task: TrainingTask, layers: Mapping[str, ScoredLinear]) -> None:
+        self.task = task
+        train = task.train
+        self.bank = ScoreBank(layers, train.score_function, train.deviation)
+        if task.start is not None:
+            self.bank.set_scores(torch.cat([task.start[name] for name in self.bank.names]))
+        self.shapes = [(layer.dense.out_features, layer.dense.in_features) for layer in layers.values()]
+        self.device = self.bank.theta.device
+        self.size = SoftSize(self.shapes, self.bank.ranks, task.plan.storage, train.deviation, self.device)
+        groups: list[dict[str, Any]] = [{"params": [self.bank.theta], "peak": train.lr}]
+        if self.bank.deviation is not None:
+            groups.append({"params": [self.bank.deviation], "peak": train.lr_deviation})
+        self.optimiser = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.timetable = Timetable.preset(train)
+        self.rules = StoppingRules()
+        self.step = 0
+        self.pressure = 0.0  # log λ_d
+        self.restricted = False
+        self.died = torch.full_like(self.bank.theta.detach(), math.inf)
+        self.start_size = float(self.size(self._gates(train.temperature[0])).detach())
+        self.started, self.tokens_done = time.monotonic(), 0
+        self._resume()
+
+    def finish(self) -> Scores:
+        """Run the remaining steps and return the scores."""
+        while self.step < self.timetable.steps:
+            self._one_step()
+            if self.step % self.task.train.checkpoint_every == 0:
+                self._save()
+        self._save()
+        return self._scores()
+
+    def _gates(self, temperature: float) -> torch.Tensor:
+        return soft_gate(self.bank.scores(), self.task.train.threshold, temperature)
+
+    def _one_step(self) -> None:
+        train, keep = self.task.train, self.task.plan.keep_params
+        orders = self.timetable.orders(self.step, train, self.start_size, keep)
+        if orders.frozen and not self.restricted:
+            self._freeze_support()
+        kl = self._backward_divergence()
+        soft = self._add_pressures(orders)
+        torch.nn.utils.clip_grad_norm_(self.bank.parameters(), train.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * warmup_cosine(self.step, self.timetable.steps, train.warmup)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        ratio = self._after_step(orders)
+        self.step += 1
+        self._report(orders, kl, soft, ratio)
+
+    def _backward_divergence(self) -> float:
+        """Leave the gradient of L_inc on θ and d, averaged over processes; return the KL in nats per token."""
+        tokens = _own_part(batch(self.task.tokens, self.task.train.batch_tokens, self.step, self.task.train.seed))
+        tokens = tokens.to(self.device)
+        self.tokens_done += tokens.numel()
+        with self.bank.teacher():
+            teacher = self.task.model(input_ids=tokens, use_cache=False).logits
+        self.bank.install()
+        student = self.task.model(input_ids=tokens, use_cache=False).logits
+        loss, _ = divergence(student, teacher, tokens, chunk=self.task.train.logit_chunk)
+        loss.backward()
+        kl = _average(loss.detach())
+        for parameter in self.bank.parameters():
+            if parameter.grad is not None:
+                parameter.grad = _average(parameter.grad)
+        if not math.isfinite(float(kl)):
+            raise DataError(
+                f"the loss is {float(kl)} at step {self.step}",
+                fix="lower train.lr, and check that the dense model gives finite logits; the last checkpoint is kept",
+                where=str(self.task.workdir / CHECKPOINT),
+            )
+        return float(kl)
+
+    def _add_pressures(self, orders: Orders) -> float:
+        """Add the gradients of L_dec and L_sp to θ.grad; return the soft size R̂."""
+        gates = self._gates(orders.temperature)
+        soft = self.size(gates)
+        excess = float(soft.detach()) / orders.target - 1.0
+        if orders.frozen:
+            return float(soft.detach())
+        theta = self.bank.theta
+        assert theta.grad is not None
+        norm = theta.grad.norm()
+        if excess > 0:
+            weight = self.task.train.size_weight * math.exp(self.pressure)
+            theta.grad += weight * _scaled(soft, theta, norm, retain=True)
+        if orders.polarise > 0:
+            theta.grad += orders.polarise * _scaled(polarisation(gates), theta, norm, retain=False)
+        self.pressure += max(-CONTROLLER_STEP, min(CONTROLLER_STEP, CONTROLLER_GAIN * excess))
+        self.pressure = max(-5.0, min(8.0, self.pressure))
+        return float(soft.detach())
+
+    def _after_step(self, orders: Orders) -> float:
+        """Note deaths, apply the stopping rules; return the hard size of the current support."""
+        s = self.bank.scores().detach()
+        threshold = self.task.train.threshold
+        alive = s > threshold
+        self.died = torch.where(alive, math.inf, torch.where(self.died.isinf(), float(self.step), self.died))
+        ratio = self._hard_size(alive)
+        may_stop = self.task.train.schedule.stop_early and not orders.frozen
+        if may_stop and self.rules.done(orders, ratio, self.task.plan.keep_params, s, threshold):
+            self.timetable.end_phase(self.step)
+        return ratio
+
+    def _hard_size(self, alive: torch.Tensor) -> float:
+        counts = torch.zeros(len(self.shapes), device=self.device).index_add(0, self.size.layer, alive.float()).tolist()
+        deviation = self.task.train.deviation
+        stored = 0
+        for count, (m, n) in zip(counts, self.shapes, strict=True):
+            low_rank = layer_cost(int(count), m, n, self.task.plan.storage) + (m if deviation else 0)
+            stored += min(low_rank, m * n)
+        return stored / float(self.size.area.sum())
+
+    def _freeze_support(self) -> None:
+        """Cut to exactly R by the scores of now; only survivors train on, and the rest is dropped physically."""
+        from soco_train.budget import kept, plan_ranks
+
+        plan = plan_ranks(self._scores(), self.task.plan)
+        parts = []
+        for name, layer in plan.layers.items():
+            mask = torch.zeros(self.bank.ranks[self.bank.names.index(name)], dtype=torch.bool)
+            mask[kept(self._scores().layers[name].importance, layer.rank)] = True
+            parts.append(mask | layer.dense)
+        self.bank.restrict(torch.cat(parts).to(self.device))
+        self.restricted = True
+
+    def _scores(self) -> Scores:
+        """Read the scores off: survivors by s; the dead below them, the later their death the higher."""
+        s = self.bank.function(self.bank.theta.detach())
+        age = self.died.clamp(max=float(self.task.train.steps)) / max(1, self.task.train.steps)
+        order = torch.where(s > 1e-3, s + 1.0, age)
+        importance = torch.where(self.bank.support, order + self.restricted * 4.0, order)
+        deviations: Mapping[str, torch.Tensor] = {}
+        if self.bank.deviation is not None:
+            deviations = dict(zip(self.bank.names, self.bank.deviation.detach().split(self.bank.rows), strict=True))
+        scales = self.bank.per_layer(s)
+        layers = {
+            name: LayerScores(part.cpu(), scales[name].cpu(), deviations[name].cpu() if deviations else None, shape)
+            for (name, part), shape in zip(self.bank.per_layer(importance).items(), self.shapes, strict=True)
+        }
+        return Scores(layers, {"scorer": "soco", "steps": self.step, "train": self.task.train.model_dump(mode="json")})
+
+    def _report(self, orders: Orders, kl: float, soft: float, ratio: float) -> None:
+        speed = self.tokens_done / max(1e-9, time.monotonic() - self.started)
+        values = {"phase": orders.phase, "kl": kl, "soft": soft, "hard": ratio, "tokens/s": speed}
+        self.task.notify(Event("train", self.step, self.timetable.steps, values))
+
+    def _save(self) -> None:
+        if distributed.is_initialized() and distributed.get_rank() != 0:
+            return
+        tensors = {"support": self.bank.support, "died": self.died}
+        for name, parameter in self.bank.named_parameters():
+            tensors[name] = parameter
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
+        if self.rules.peak is not None:
+            tensors["peak"] = self.rules.peak
+        header = {
+            "kind": "training",
+            "fingerprint": self.task.fingerprint,
+            "step": self.step,
+            "pressure": self.pressure,
+            "restricted": self.restricted,
+            "timetable": vars(self.timetable),
+            "rules": self.rules.state(),
+        }
+        self.task.workdir.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.task.workdir / CHECKPOINT, tensors, header)
+
+    def _resume(self) -> None:
+        path = self.task.workdir / CHECKPOINT
+        if not path.exists():
+            return
+        tensors, header = read_tensors(path, "training")
+        if header["fingerprint"] != self.task.fingerprint:
+            return
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        for name, parameter in self.bank.named_parameters():
+            parameter.data.copy_(tensors[name])
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimiser.state[parameter] = state | {"step": state["step"].cpu()}
+        self.died, self.step, self.pressure = tensors["died"], header["step"], header["pressure"]
+        self.timetable = Timetable(**header["timetable"])
+        self.rules = StoppingRules(**header["rules"], peak=tensors.get("peak"))
+        if header["restricted"]:
+            self.bank.restrict(tensors["support"])
+            self.restricted = True
+
+
+def _scaled(term: torch.Tensor, theta: torch.Tensor, norm: torch.Tensor, retain: bool) -> torch.Tensor:
+    """Return ∂term/∂θ scaled to length `norm`."""
+    (gradient,) = torch.autograd.grad(term, theta, retain_graph=retain)
+    return gradient * (norm / gradient.norm().clamp(min=1e-30))
+
+
+def _own_part(tokens: torch.Tensor) -> torch.Tensor:
+    """Return this process's share of the global batch."""
+    if not distributed.is_initialized():
+        return tokens
+    return tokens.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def _average(tensor: torch.Tensor) -> torch.Tensor:
+    """Average over processes, if there are several."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()
+    return tensor

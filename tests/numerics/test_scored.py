@@ -1,0 +1,76 @@
+"""ScoredLinear against autograd and float64 finite differences, for plain and whitened bases."""
+
+import pytest
+import torch
+from torch import nn
+
+from soco_train.artifacts import Spectrum
+from soco_train.scored import ScoreBank, ScoredLinear, ScoredProduct
+
+
+def spectrum(weight: torch.Tensor, whitened: bool) -> Spectrum:
+    n = weight.shape[1]
+    factor = (
+        torch.linalg.cholesky(torch.cov(torch.randn(n, 4 * n, dtype=weight.dtype)) + 0.1 * torch.eye(n))
+        if whitened
+        else torch.eye(n)
+    )
+    factor = factor.to(weight.dtype)
+    u, sigma, v = torch.linalg.svd(weight @ factor, full_matrices=False)
+    return Spectrum(u * sigma, v @ torch.linalg.inv(factor), sigma)
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_gradients_match_finite_differences(whitened: bool, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    parts = spectrum(weight, whitened)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
+    s = torch.rand(min(shape), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, s: ScoredProduct.apply(x, s, parts.P, parts.B), (x, s), atol=1e-7)
+
+
+def layer_and_reference(m: int = 8, n: int = 6) -> tuple[ScoredLinear, nn.Linear]:
+    linear = nn.Linear(n, m).double()
+    return ScoredLinear(linear, spectrum(linear.weight.detach(), True), torch.float64), linear
+
+
+def test_full_scores_are_the_dense_layer() -> None:
+    layer, linear = layer_and_reference()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert torch.allclose(layer(x), linear(x), atol=1e-12)
+
+
+def test_compaction_leaves_the_output_of_the_survivors() -> None:
+    layer, _ = layer_and_reference()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    support = torch.tensor([True, False, True, True, False, True])
+    layer.s = torch.rand(6, dtype=torch.float64) * support
+    before = layer(x)
+    layer.compact(support)
+    assert layer.P.shape == (8, 4)
+    assert torch.allclose(layer(x), before, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", ["relu", "softplus", "sigmoid2"])
+def test_bank_starts_at_one_and_takes_any_scores(function: str) -> None:
+    layers = {"a": layer_and_reference()[0], "b": layer_and_reference(4, 6)[0]}
+    bank = ScoreBank(layers, function, deviation=True)
+    assert torch.allclose(bank.scores(), torch.ones(10), atol=1e-5)
+    wanted = torch.rand(10) + 0.1
+    bank.set_scores(wanted)
+    bank.install()
+    assert torch.allclose(torch.cat([layers["a"].s, layers["b"].s]), wanted, atol=1e-5)
+
+
+def test_teacher_mode_ignores_scores_and_records_no_gradient() -> None:
+    layer, linear = layer_and_reference()
+    bank = ScoreBank({"a": layer}, "relu", deviation=True)
+    bank.set_scores(torch.zeros(6))
+    bank.install()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with bank.teacher():
+        taught = layer(x)
+    assert torch.equal(taught, linear(x))
+    assert not taught.requires_grad
+    assert not torch.allclose(layer(x), taught)
