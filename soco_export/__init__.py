@@ -1,0 +1,35 @@
+"""Turns learnt spectra into deployable, proven artefacts: low-rank model, HF checkpoint, ONNX, evidence.
+
+Importing it is light, and makes transformers load our checkpoints; the names below are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from soco_export.autoload import install
+
+if TYPE_CHECKING:
+    from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
+    from soco_export.lowrank import apply_factors, merge_dense
+
+__all__ = ["apply_factors", "load_checkpoint", "merge_dense", "save_checkpoint", "save_dense"]
+
+_HOMES = {
+    "apply_factors": "soco_export.lowrank",
+    "load_checkpoint": "soco_export.checkpoint",
+    "merge_dense": "soco_export.lowrank",
+    "save_checkpoint": "soco_export.checkpoint",
+    "save_dense": "soco_export.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+install()

@@ -13,7 +13,7 @@ nothing, so `apply_factors` puts a plain nn.Linear there.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from torch.nn import functional as F
 from soco_train.artifacts import Factors, LayerFactors, PivotedFactors, StackedFactors
 from soco_train.errors import DataError
 from soco_train.layers import replace_module
+
+QUANT_METHOD = "soco-export"
+INSTALL = "pip install soco-export"
+FORMAT = 1  # of the record in config.json and the tensor names that go with it
 
 
 class FactoredLinear(nn.Module):
@@ -195,6 +199,7 @@ def apply_factors(model: nn.Module, factors: Factors) -> None:
     for name, linear in linears.items():
         module = from_factors(factors.layers[name], linear.weight.dtype, linear.weight.device).train(linear.training)
         replace_module(model, name, module if module.rank < module.out_features else module.to_linear())
+    record_layers(model)
 
 
 def _same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> nn.Linear:
@@ -220,6 +225,37 @@ def merge_dense(model: nn.Module) -> None:
     """Replace each pruned module by one nn.Linear with the same map; the product is formed in float32 or float64."""
     for name, module in factored_layers(model).items():
         replace_module(model, name, module.to_linear())
+    record_layers(model)
+
+
+def record_layers(model: nn.Module) -> None:
+    """Write which layers are pruned into `model.config`, if there is one, so that `save_pretrained` keeps it.
+
+    The record is the config's `quantization_config`; a model without pruned layers has none.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    layers = {
+        name: {"kind": module.kind, "rank": module.rank, "bias": module.dense_bias() is not None}
+        for name, module in factored_layers(model).items()
+    }
+    if layers:
+        config.quantization_config = quantization_record(layers)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def quantization_record(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint with these `layers`: name → kind, rank, bias."""
+    kinds = {str(layer["kind"]) for layer in layers.values()}
+    return {
+        "quant_method": QUANT_METHOD,
+        "install": INSTALL,
+        "format": FORMAT,
+        "storage": kinds.pop() if len(kinds) == 1 else "mixed",
+        "layers": layers,
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

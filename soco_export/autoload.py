@@ -1,0 +1,75 @@
+"""Make `AutoModelForCausalLM.from_pretrained` know our checkpoints wherever this package is installed.
+
+PyTorch calls every entry point of the group `torch.backends` at the end of `import torch`, and ours is `install`. It
+imports nothing heavy: it waits until transformers imports its table of quantizers, and adds ours to that. With
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 in the environment PyTorch does not call it; `import soco_export` then does.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+TABLE = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Register our quantizer with transformers, now if its table exists, else as soon as it does. Idempotent."""
+    table = sys.modules.get(TABLE)
+    if table is not None and hasattr(table, "register_quantizer"):
+        register(table)
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def register(table: ModuleType) -> None:
+    """Add our quantizer and its configuration to transformers' table, once."""
+    from soco_export.lowrank import QUANT_METHOD
+
+    if QUANT_METHOD in table.AUTO_QUANTIZER_MAPPING:
+        return
+    from soco_export.checkpoint.quantizer import SocoExportConfig, SocoExportQuantizer
+
+    table.register_quantization_config(QUANT_METHOD)(SocoExportConfig)
+    table.register_quantizer(QUANT_METHOD)(SocoExportQuantizer)
+
+
+class _Watch(MetaPathFinder):
+    """Finds only the table, by asking the other finders, and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != TABLE:
+            return None
+        for finder in sys.meta_path:
+            spec = None if isinstance(finder, _Watch) else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Then(spec.loader)
+                return spec
+        return None
+
+
+class _Then(Loader):
+    """Runs the table's own loader, then registers."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        try:
+            register(module)
+        except (ImportError, AttributeError) as error:
+            # Every user of transformers passes here; a broken install of ours must not take theirs down.
+            warnings.warn(f"soco-export cannot register with transformers: {error}", stacklevel=2)

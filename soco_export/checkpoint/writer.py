@@ -1,0 +1,124 @@
+"""Writing a checkpoint folder: whole or not at all, in the form that transformers 4.57 and 5 both read.
+
+`save_checkpoint` writes the pruned model, `save_dense` the same model with each product formed, which any program
+reads with nothing of ours installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from soco_export.checkpoint.card import render_card, summarise
+from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both_forms
+from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.lowrank import factored_layers, record_layers
+from soco_train.errors import DataError, RecipeError
+
+SHARD = "5GB"
+
+
+def save_checkpoint(
+    model: Any, tokenizer: Any, out: Path, card: str | None = None, max_shard_size: int | str = SHARD
+) -> None:
+    """Write the model with its pruned layers as they are.
+
+    model: a transformers model; tokenizer: its tokenizer, or None. card: the README.md (None: a short one). Raises
+    DataError if a weight is NaN or infinite, RecipeError if `out` holds something that is not a checkpoint; nothing is
+    written then.
+    """
+    record_layers(model)
+    check_finite(model)
+    with replacing_folder(out) as folder:
+        model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+        _finish(folder, model, tokenizer, card)
+        check_layer_tensors(open_shards(shard_files(folder)), pruned_layers(read_config(folder)))
+
+
+def save_dense(
+    model: Any, tokenizer: Any, out: Path, card: str | None = None, max_shard_size: int | str = SHARD
+) -> None:
+    """Write the model with each pruned layer merged to one dense weight; the model itself is left as it is.
+
+    Arguments and errors as `save_checkpoint`. All weights must be in memory, not offloaded to disk.
+    """
+    check_finite(model)
+    with replacing_folder(out) as folder:
+        model.save_pretrained(str(folder), state_dict=dense_state(model), max_shard_size=max_shard_size)
+        _finish(folder, model, tokenizer, card, dense=True)
+
+
+def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the model's state with the tensors of each pruned layer replaced by its dense weight and bias."""
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    for name, module in factored_layers(model).items():
+        for part in module.state_dict():
+            del state[f"{name}.{part}"]
+        linear = module.to_linear()
+        state.update({f"{name}.{part}": tensor for part, tensor in linear.state_dict().items()})
+    return state
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise DataError if a parameter holds NaN or infinity. Parameters offloaded to disk are not read."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise DataError(
+                f"{name} holds NaN or infinity",
+                fix="look for where it appears first: the base model, the calibration, or float16",
+                where=name,
+            )
+
+
+@contextmanager
+def replacing_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
+
+    RecipeError if `out` holds files but no config.json: then it is not ours to replace.
+    """
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+        raise RecipeError(f"{out} holds something that is not a checkpoint", fix="choose another --out", where=str(out))
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for stale in (partial, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            os.rename(out, old)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish(folder: Path, model: Any, tokenizer: Any, card: str | None, dense: bool = False) -> None:
+    """Add what `save_pretrained` leaves out, and rewrite what only its own version would read."""
+    config = config_in_both_forms(read_config(folder), _tied(model))
+    if dense:
+        config.pop("quantization_config", None)
+    _write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+        settings = folder / "tokenizer_config.json"
+        if (folder / "tokenizer.json").exists():
+            _write_json(settings, tokenizer_in_both_forms(json.loads(settings.read_text(encoding="utf-8"))))
+    text = render_card("", None, summarise(model, dense=dense)) if card is None else card
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
