@@ -1,0 +1,58 @@
+"""What machine and which versions a figure was measured on: without it a latency means nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = ("soco-export", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`threads`: what ONNX Runtime was pinned to; `versions`: of the packages that are installed."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpu: str | None
+    platform: str
+    threads: int
+    versions: Mapping[str, str]
+
+
+def describe_machine(threads: int) -> Machine:
+    """Look at this machine."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        platform=f"{platform.system()} {platform.machine()}",
+        threads=threads,
+        versions={"python": platform.python_version(), **_versions()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

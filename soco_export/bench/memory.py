@@ -1,0 +1,68 @@
+"""Peak resident memory of one ONNX folder, in a process of its own so that nothing else is counted.
+
+    python -m soco_export.bench.memory FOLDER PROVIDER THREADS TOKENS
+
+prints one JSON object: the high-water mark after a prefill of TOKENS tokens and a decode step, and, to take off, that of
+the bare interpreter with ONNX Runtime imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from soco_train.errors import MachineError
+
+METHOD = "high-water mark of a process that opens the model alone, runs one prefill and one decode step"
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes. `peak`: the process's high-water mark; `interpreter`: the same before the model was opened."""
+
+    peak: int
+    interpreter: int
+    method: str = METHOD
+
+
+def measure_peak_memory(folder: Path, provider: str, threads: int, tokens: int) -> PeakMemory:
+    """Open `folder` in a fresh process and return its peak memory; raises MachineError if that process fails."""
+    command = [sys.executable, "-m", __name__, str(folder), provider, str(threads), str(tokens)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise MachineError(
+            f"the memory of {folder.name} could not be measured: {reason}",
+            fix="free memory, or set bench.memory: false",
+            where=str(folder),
+        )
+    return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def high_water_mark() -> int:
+    """Return this process's peak resident memory in bytes (the kernel's own count)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _main(folder: str, provider: str, threads: str, tokens: str) -> None:
+    import numpy as np
+
+    from soco_export.validate.session import OnnxDecoder
+
+    interpreter = high_water_mark()
+    decoder = OnnxDecoder(Path(folder), provider, int(threads))
+    decoder.prefill(np.zeros((1, int(tokens)), dtype=np.int64))
+    decoder.step(np.zeros((1, 1), dtype=np.int64))
+    sys.stdout.write(json.dumps({"peak": high_water_mark(), "interpreter": interpreter}) + "\n")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from soco_export.gate import GATES, GateSettings, judge
+
+EXPORT_KL = ("parity.export.prefill.mean_kl", "parity.export.decode.mean_kl")
+NUMBERS = st.floats(min_value=1e-9, max_value=1e9)
+
+
+def test_every_setting_has_a_gate_and_none_is_judged_by_default():
+    assert {gate.key for gate in GATES} == set(GateSettings.model_fields)
+    assert judge({}, GateSettings()) == ()
+
+
+@given(NUMBERS, NUMBERS)
+def test_a_figure_passes_exactly_on_its_side_of_the_threshold(figure, threshold):
+    (most,) = judge({"perplexity.ratio": figure}, GateSettings(max_ppl_ratio=threshold))
+    (least,) = judge({"latency.workloads.decode_128.speedup.value": figure}, GateSettings(min_decode_speedup=threshold))
+    assert most.passed == (figure <= threshold)
+    assert least.passed == (figure >= threshold)
+    assert (most.figure, most.threshold) == (figure, threshold)
+
+
+@given(NUMBERS)
+def test_nothing_is_rounded_before_it_is_compared(threshold):
+    above = math.nextafter(threshold, math.inf)
+    (verdict,) = judge({"perplexity.ratio": above}, GateSettings(max_ppl_ratio=threshold))
+    assert not verdict.passed
+    assert repr(above) in verdict.message
+    assert repr(threshold) in verdict.message
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.key)
+@pytest.mark.parametrize("figure", [None, math.nan, "absent"])
+def test_a_missing_or_nan_figure_fails_its_gate_and_is_named(gate, figure):
+    names = [name.replace("*", "_x") for name in gate.figures]
+    figures = {name: 0.5 for name in names}
+    figures[names[-1]] = figure
+    if figure == "absent":
+        del figures[names[-1]]
+    (verdict,) = judge(figures, GateSettings(**{gate.key: 0.5}))
+    assert not verdict.passed
+    assert (gate.figures[-1] if figure == "absent" else names[-1]) in verdict.message
+
+
+def test_the_worst_of_several_figures_is_judged():
+    figures = dict(zip(EXPORT_KL, (1e-9, 2e-3), strict=True))
+    (verdict,) = judge(figures, GateSettings(max_export_kl=1e-4))
+    assert (verdict.source, verdict.figure, verdict.passed) == (EXPORT_KL[1], 2e-3, False)
+    assert verdict.message == "parity.export.decode.mean_kl is 0.002, above 0.0001"
+    speeds = {"latency.workloads.prefill_128.speedup.value": 1.3, "latency.workloads.prefill_512.speedup.value": 0.9}
+    (verdict,) = judge(speeds, GateSettings(min_prefill_speedup=1.0))
+    assert (verdict.figure, verdict.passed) == (0.9, False)
+
+
+def test_nan_beside_a_good_figure_is_the_worst():
+    for values in ((math.nan, 0.0), (0.0, math.nan)):
+        (verdict,) = judge(dict(zip(EXPORT_KL, values, strict=True)), GateSettings(max_export_kl=1.0))
+        assert not verdict.passed
+        assert "NaN" in verdict.message
+
+
+def test_thresholds_that_mean_nothing_are_refused():
+    with pytest.raises(ValidationError):
+        GateSettings(min_token_agreement=1.5)
+    with pytest.raises(ValidationError):
+        GateSettings(max_export_kls=1)
