@@ -1,0 +1,187 @@
+"""What a decoder is made of, as data: the one place that knows model families.
+
+A family is one decorated function from a config to an `Architecture` (soco_export/onnx/families.py). Everything else
+reads the description. A config key that would change the mathematics and is not part of the description is refused by
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from soco_train.errors import DataError, RecipeError
+
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last axis; `layer` subtracts the mean and has a bias, `rms` does neither."""
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Names:
+    """Tensor names without `.weight`; those of a layer start with `layer`, where `{}` is the layer's number."""
+
+    embed: str
+    final_norm: str
+    layer: str
+    attention_norm: str
+    mlp_norm: str
+    query: str
+    key: str
+    value: str
+    output: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    query_norm: str | None = None
+    key_norm: str | None = None
+    positions: str | None = None
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pre-norm decoder with a key/value cache.
+
+    `rope`: inverse frequencies [head_dim / 2] or None; `position_offset`: added to positions before the learned
+    embedding; `windows`: per layer, how many keys a query sees (itself included) or None for all;
+    two entries in `names.mlp_in` mean a gated MLP (gate first).
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    norm: Norm
+    activation: Activation
+    windows: tuple[int | None, ...]
+    tied: bool
+    names: Names
+    rope: tuple[float, ...] | None = None
+    position_offset: int = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies an activated gate into the up-projection."""
+        return len(self.names.mlp_in) == 2
+
+    def linears(self) -> Iterator[str]:
+        """Yield the qualified names of all Linears, layer by layer, the head last."""
+        inside = (self.names.query, self.names.key, self.names.value, self.names.output)
+        for index in range(self.layers):
+            for name in (*inside, *self.names.mlp_in, self.names.mlp_out):
+                yield f"{self.names.layer.format(index)}.{name}"
+        yield self.names.head
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json with its class's defaults filled in.
+
+    `defaults`: what the class declares; `shared`: keys of every config, which no forward pass of a decoder reads.
+    """
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    shared: frozenset[str]
+    where: str
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of `key`, or `default` where it is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def refuse(self, key: str, reason: str) -> RecipeError:
+        """Return the error for a key that the graph builder cannot honour."""
+        return RecipeError(
+            f"config.json sets {key} to {self.values.get(key)!r}: {reason}",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families.py",
+            where=f"{self.where}: {key}",
+        )
+
+    def require(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Raise unless `key` is absent or has one of the `allowed` values."""
+        if self.get(key, allowed[0]) not in allowed:
+            raise self.refuse(key, f"the graph builder knows only {', '.join(map(repr, allowed))}")
+
+
+Describe = Callable[[Config], Architecture]
+FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
+
+# Keys that never change what the forward pass computes at inference.
+HARMLESS = """architectures attention_dropout auto_map bos_token_id dropout dtype eos_token_id init_std
+    initializer_range layerdrop pad_token_id pretraining_tp quantization_config tie_word_embeddings torch_dtype
+    use_cache vocab_size"""
+# Keys that no config class declares are only looked at if they smell of mathematics; the rest is somebody's note.
+SUSPICIOUS = re.compile(
+    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
+)
+
+
+def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
+    """Register a description for `model_types`; `keys` are the config keys that it understands, separated by spaces."""
+
+    def register(describe: Describe) -> Describe:
+        for model_type in model_types:
+            FAMILIES[model_type] = (describe, frozenset(keys.split()))
+        return describe
+
+    return register
+
+
+def read_config(folder: Path) -> Config:
+    """Read `folder`/config.json; DataError if it is missing or no configuration."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    path = folder / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        resolved = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path.name}: {error}", fix="give an HF model folder", where=str(path)) from error
+    # Either generation of transformers drops the other's way of writing rope: what is written wins.
+    rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
+    shared = frozenset(PretrainedConfig().to_dict())
+    return Config({**resolved.to_dict(), **rope}, type(resolved)().to_dict(), shared, str(path))
+
+
+def describe(config: Config) -> Architecture | None:
+    """Return the description of `config`, None if its family has none.
+
+    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand.
+    """
+    import soco_export.onnx.families  # noqa: F401 (registers)
+
+    entry = FAMILIES.get(str(config.get("model_type")))
+    if entry is None:
+        return None
+    describer, understood = entry
+    known = understood | config.shared | frozenset(HARMLESS.split())
+    for key, value in config.values.items():
+        if key not in known and _matters(key, value, config.defaults):
+            raise config.refuse(key, f"the description of {config['model_type']} does not know it")
+    return describer(config)
+
+
+def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if value is None or value is False or value in ("", [], {}):
+        return False
+    if key in defaults:
+        return bool(value != defaults[key])
+    return SUSPICIOUS.search(key) is not None

@@ -1,0 +1,96 @@
+"""The door: one HF folder in, one ONNX folder out, complete or not there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from soco_export.onnx.architecture import Architecture, describe, read_config
+from soco_export.onnx.builder import DecoderBuilder
+from soco_export.onnx.fallback import export_with_transformers
+from soco_export.onnx.graph import DataFile, Graph
+from soco_export.onnx.inspect import MODEL_FILE, GraphSummary, summarise
+from soco_export.onnx.layouts import Layout, check_layouts, write_layouts
+from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.weights import CheckpointWeights, check_tensors
+from soco_train.errors import RecipeError
+from soco_train.events import Notify, silent
+
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """`route`: `builder` or `transformers` (the fallback); `forms`: Linears by form; `bytes`: the folder on disk."""
+
+    folder: Path
+    route: str
+    flavour: str
+    forms: dict[str, int]
+    bytes: int
+    graph: GraphSummary
+
+
+def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notify = silent) -> ExportSummary:
+    """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
+
+    Weights are streamed one at a time. `out` appears when everything is in it. Raises RecipeError for an architecture,
+    option or existing `out` that cannot be served, DataError for a checkpoint that is not what its config says; both
+    before any weight is read.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} holds something already", fix="give a new folder, or delete it", where=str(out))
+    check_layouts(settings)
+    config = read_config(folder)
+    architecture = describe(config)
+    source = CheckpointWeights(folder)
+    if architecture is not None:
+        check_tensors(architecture, source)
+    with _finished_whole(out) as partial:
+        if architecture is None:
+            export_with_transformers(folder, partial, config, settings)
+        else:
+            _build(architecture, source, settings, partial, notify)
+            write_layouts(Layout(folder, partial, config, architecture, settings))
+    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
+    return ExportSummary(
+        folder=out,
+        route="builder" if architecture else "transformers",
+        flavour=settings.flavour,
+        forms=dict(forms),
+        bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        graph=summarise(out),
+    )
+
+
+def _build(
+    architecture: Architecture, source: CheckpointWeights, settings: ExportSettings, folder: Path, notify: Notify
+) -> None:
+    """Stream the weights into `folder`/model.onnx.data and write the graph beside them."""
+    data = DataFile(folder / f"{MODEL_FILE}.data")
+    try:
+        graph = Graph(data, DTYPES[settings.dtype])
+        model = DecoderBuilder(architecture, source, settings, graph).build(notify)
+    finally:
+        data.close()
+    ir.save(model, folder / MODEL_FILE)
+
+
+@contextmanager
+def _finished_whole(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` to write in; move it to `out` at the end, remove it on failure."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

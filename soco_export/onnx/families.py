@@ -1,0 +1,130 @@
+"""The described families. A new one is one decorated function: what its config says, as an `Architecture`."""
+
+from __future__ import annotations
+
+from soco_export.onnx.architecture import Activation, Architecture, Config, Names, Norm, family
+from soco_export.onnx.rope import inverse_frequencies
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+ROPE = "max_position_embeddings rope_parameters rope_theta rope_scaling"
+COMMON = f"{SIZES} {ROPE} hidden_act rms_norm_eps"
+WINDOWS = "sliding_window use_sliding_window max_window_layers layer_types"
+
+
+def _activation(config: Config, key: str) -> Activation:
+    if config[key] not in ACTIVATIONS:
+        raise config.refuse(key, f"not one of {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[config[key]]
+
+
+def _windows(config: Config, layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types", ["sliding_attention" if window else "full_attention"] * layers)
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != layers:
+        raise config.refuse("layer_types", f"{sorted(unknown) or len(kinds)} is not described")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _llama_names(qk_norm: bool) -> Names:
+    return Names(
+        embed="model.embed_tokens",
+        final_norm="model.norm",
+        layer="model.layers.{}",
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        output="self_attn.o_proj",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out="mlp.down_proj",
+        query_norm="self_attn.q_norm" if qk_norm else None,
+        key_norm="self_attn.k_norm" if qk_norm else None,
+    )
+
+
+def _llama_like(config: Config, qk_norm: bool = False) -> Architecture:
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    return Architecture(
+        family=config["model_type"],
+        hidden=config["hidden_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        norm=Norm("rms", config["rms_norm_eps"]),
+        activation=_activation(config, "hidden_act"),
+        windows=_windows(config, layers),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        names=_llama_names(qk_norm),
+        rope=inverse_frequencies(config, head_dim),
+    )
+
+
+# Biases need no key of their own: a Linear has one exactly where the checkpoint stores one.
+@family("llama", keys=f"{COMMON} attention_bias mlp_bias is_llama_config")
+@family("mistral", "qwen2", keys=f"{COMMON} {WINDOWS}")
+def llama(config: Config) -> Architecture:
+    """RMSNorm, rotary positions, gated MLP."""
+    return _llama_like(config)
+
+
+@family("qwen3", keys=f"{COMMON} {WINDOWS} attention_bias")
+def qwen3(config: Config) -> Architecture:
+    """Llama with RMSNorm on each head's query and key."""
+    return _llama_like(config, qk_norm=True)
+
+
+@family(
+    "opt",
+    keys="""hidden_size ffn_dim num_hidden_layers num_attention_heads max_position_embeddings word_embed_proj_dim
+    do_layer_norm_before _remove_final_layer_norm activation_function enable_bias layer_norm_elementwise_affine""",
+)
+def opt(config: Config) -> Architecture:
+    """LayerNorm, learned positions, plain MLP, biases everywhere."""
+    config.require("do_layer_norm_before", (True,))
+    config.require("_remove_final_layer_norm", (False,))
+    config.require("layer_norm_elementwise_affine", (True,))
+    config.require("word_embed_proj_dim", (config["hidden_size"],))
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    return Architecture(
+        family="opt",
+        hidden=config["hidden_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=config["hidden_size"] // heads,
+        vocab=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        norm=Norm("layer", 1e-5),
+        activation=_activation(config, "activation_function"),
+        windows=(None,) * layers,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        names=Names(
+            embed="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            final_norm="model.decoder.final_layer_norm",
+            layer="model.decoder.layers.{}",
+            attention_norm="self_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.out_proj",
+            mlp_in=("fc1",),
+            mlp_out="fc2",
+        ),
+        position_offset=2,
+    )

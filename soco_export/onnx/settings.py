@@ -1,0 +1,45 @@
+"""What a recipe may say under `export`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from soco_train.settings import Section
+
+Flavour = Literal["standard", "contrib"]
+FloatType = Literal["float32", "float16", "bfloat16"]
+WeightType = Literal["same", "int8", "int4"]
+
+
+class QuantizeSettings(Section):
+    """How `export.weights: int8|int4` are made: one scale per `block` weights along a row's input.
+
+    `accuracy_level` is MatMulNBits' own: 4 lets the CPU round activations to int8 per block (fast), 1 keeps them fp32.
+    `keep` are globs of layer names that stay unquantised (`lm_head`, `*.down_proj`).
+    """
+
+    block: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool = True
+    accuracy_level: int = Field(default=4, ge=0, le=4)
+    keep: tuple[str, ...] = ()
+
+
+class ExportSettings(Section):
+    """One ONNX folder.
+
+    `flavour`: `standard` uses ONNX's own operators and takes left-padded batches; `contrib` uses ONNX Runtime's
+    (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
+    cache and unquantised weights; logits are always float32. `weights`: int8 or int4 blocks for every MatMul.
+    `last_token_logits`: logits of the last position only. `pack`: layers that read the same input share one MatMul.
+    `layouts`: what to write beside the model, by name (soco_export/onnx/layouts.py).
+    """
+
+    flavour: Flavour = "standard"
+    dtype: FloatType = "float32"
+    weights: WeightType = "same"
+    quantize: QuantizeSettings = QuantizeSettings()
+    last_token_logits: bool = False
+    pack: bool = False
+    layouts: tuple[str, ...] = ("optimum", "genai")
