@@ -1,0 +1,82 @@
+"""YAML as recipes use it: every key remembers its file and line, a key given twice is refused, 1e-5 is a number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soco_train.errors import RecipeError
+
+# dotted key → "file:line", or the command-line flag that set it
+Origins = dict[str, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a float, as YAML 1.2 and every user does (YAML 1.1 wants 1.0e-5)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(file: Path) -> tuple[dict[str, Any], Origins]:
+    """Return the mapping in `file` and where each key stands; RecipeError if it is unreadable or no mapping."""
+    shown = _shown(file)
+    try:
+        loader = _Loader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = {} if node is None else loader.construct_document(node)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error}", fix="give a readable UTF-8 file", where=shown) from error
+    except yaml.MarkedYAMLError as error:
+        raise _broken(error, shown) from None
+    if not isinstance(values, dict):
+        raise RecipeError("the recipe is no mapping of keys to values", fix="see `recipes show`", where=shown)
+    return values, {} if node is None else dict(_lines(node, "", shown))
+
+
+def read_yaml_value(text: str, where: str) -> Any:
+    """Return the YAML value of one override; RecipeError if it does not parse."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        raise _broken(error, where) from None
+
+
+def _broken(error: yaml.MarkedYAMLError, where: str) -> RecipeError:
+    line = f":{error.problem_mark.line + 1}" if error.problem_mark and not where.startswith("--set") else ""
+    return RecipeError(f"not valid YAML: {error.problem}", fix="correct the line", where=f"{where}{line}")
+
+
+def _lines(node: yaml.Node, prefix: str, file: str) -> list[tuple[str, str]]:
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    found: list[tuple[str, str]] = []
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        found.append((name, f"{file}:{key.start_mark.line + 1}"))
+        found += _lines(value, f"{name}.", file)
+    return found
+
+
+def _shown(file: Path) -> str:
+    """The path as short as it can be said: relative to the working directory where it lies inside."""
+    try:
+        return str(file.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
