@@ -53,11 +53,10 @@ class Process(Record):
 
 
 class Manifest(Record):
-    """The whole run. `recipe` is the hash of the lock file's content; `inputs` are the files read from outside."""
+    """The whole run. `inputs` are the files read from outside, by path; the recipe lies beside it as a lock file."""
 
     schema_version: Literal[1] = 1
     model: str
-    recipe: str
     argv: list[str]
     seed: int
     versions: dict[str, str]

@@ -32,7 +32,6 @@ hashes = st.dictionaries(
 def a_manifest() -> Manifest:
     return Manifest(
         model="tiny",
-        recipe="abc",
         argv=["soco-export", "train"],
         seed=3,
         versions={"python": "3.11"},

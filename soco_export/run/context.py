@@ -1,0 +1,104 @@
+"""What the stages of a run share: the recipe, where files lie, and the dense model and texts, read when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from soco_export.recipe import Recipe
+from soco_export.run.folder import RunFolder
+from soco_export.run.manifest import record_file, stage_key
+from soco_train.corpus import Blocks, load_blocks
+from soco_train.events import Notify
+
+Format = Literal["onnx", "hf", "dense"]
+
+
+class RunContext:
+    """One run's shared state. `homes`: stages whose files are another run's (`plan` → its folder)."""
+
+    def __init__(
+        self, folder: RunFolder, format: Format, notify: Notify, homes: Mapping[str, RunFolder] | None = None
+    ) -> None:
+        self.folder = folder
+        self.format = format
+        self.notify = notify
+        self.homes = homes or {}
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._blocks: dict[str, Blocks] = {}
+        self._model_hash = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.folder.recipe
+
+    def path(self, stage: str, name: str) -> Path:
+        """Return where `stage` has put the file or folder `name`."""
+        return self.homes.get(stage, self.folder).root / name
+
+    def model(self) -> Any:
+        """Return the dense model in fp32 on the device that trains; stages give it back as they got it."""
+        if self._model is None:
+            import torch
+
+            from soco_export.models import load_model
+
+            model, self._tokenizer = load_model(self.recipe)
+            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._model
+
+    def take_model(self) -> Any:
+        """Return the dense model for good: the caller may change it, the next `model()` reads it anew."""
+        model, self._model = self.model(), None
+        return model
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer."""
+        if self._tokenizer is None:
+            from soco_export.models import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.recipe)
+        return self._tokenizer
+
+    def linears(self) -> dict[str, Any]:
+        """Return the participating Linears of the dense model by name."""
+        from soco_train.layers import select_linears
+
+        return dict(select_linears(self.model(), self.recipe.layers))
+
+    def blocks(self, purpose: Literal["calibration", "evaluation"]) -> Blocks:
+        """Return the token blocks for one purpose."""
+        if purpose not in self._blocks:
+            settings = self.recipe.data if purpose == "calibration" else self.recipe.evaluation
+            self._blocks[purpose] = load_blocks(self.tokenizer(), settings, purpose)
+        return self._blocks[purpose]
+
+    def sources(self) -> dict[str, Callable[[], str]]:
+        """Return the hash of everything that comes from outside, by the name that stages read it under."""
+        return {
+            "model": self.model_hash,
+            "calibration": lambda: self.blocks("calibration").fingerprint,
+            "evaluation": lambda: self.blocks("evaluation").fingerprint,
+        }
+
+    def model_hash(self) -> str:
+        """Return a hash over the model's configuration and weight files (random weights: over what makes them)."""
+        if not self._model_hash:
+            model = self.recipe.model
+            files = {} if model.weights == "random" else self._weight_files()
+            self._model_hash = stage_key([model.architecture, model.weights, self.recipe.train.seed], files)
+        return self._model_hash
+
+    def _weight_files(self) -> dict[str, str]:
+        from soco_export.models import fetch_folder
+
+        found = {}
+        known = self.folder.manifest.inputs
+        source = fetch_folder(self.recipe)
+        for path in sorted([source / "config.json", *source.glob("*.safetensors")]):
+            known[str(path)] = record_file(path, known.get(str(path)))
+            found[path.name] = known[str(path)].sha256
+        return found

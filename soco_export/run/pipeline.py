@@ -1,0 +1,133 @@
+"""Stages as data, and the one loop that runs them: what is done and unchanged is skipped, with the reason said.
+
+    stage = name · what it reads · which recipe keys matter · what it writes · the function that does it
+
+A stage works in unfinished/<name>.<key>/ and its results are moved into place when they are whole. The key names the
+settings and inputs, so a killed stage finds its own checkpoints there and never those of another task.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from soco_export.run.folder import RunFolder, remove
+from soco_export.run.manifest import StageRecord, record_outputs, stage_key, why_stale
+from soco_train.events import Event, Notify, silent
+
+Context = TypeVar("Context")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Context]):
+    """One step of a run. `reads`: names of stages or of sources; `settings`: dotted recipe keys; `writes`: paths.
+
+    `work(context, folder)` writes `writes` into `folder`; what else it leaves there is lost once the stage is done. A
+    `cache` is made only when a stage that reads it runs, so it may be deleted to save disk.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    settings: tuple[str, ...]
+    writes: tuple[str, ...]
+    work: Callable[[Context, Path], None]
+    cache: bool = False
+
+
+@dataclass
+class Pipeline(Generic[Context]):
+    """Runs stages in order. `sources` give the hash of what comes from outside; `homes` places single stages elsewhere.
+
+    A run that re-cuts another one to a new size has its first stages in the folder of that other run.
+    """
+
+    folder: RunFolder
+    stages: Sequence[Stage[Context]]
+    context: Context
+    sources: Mapping[str, Callable[[], str]]
+    homes: Mapping[str, RunFolder] = field(default_factory=dict)
+    notify: Notify = silent
+
+    def run(self) -> None:
+        """Bring every stage up to date."""
+        for stage in self.stages:
+            reason = self.why(stage)
+            if not reason:
+                self.notify(Event(stage.name, 1, 1, {"": "up to date"}))
+            elif not stage.cache or any(self.why(reader) for reader in self.stages if stage.name in reader.reads):
+                self._execute(stage, reason)
+
+    def why(self, stage: Stage[Context]) -> str:
+        """Return why a stage must run, "" if it need not."""
+        home = self._home(stage)
+        return why_stale(home.root, home.manifest.stages.get(stage.name), self._key(stage))
+
+    def _home(self, stage: Stage[Context]) -> RunFolder:
+        return self.homes.get(stage.name, self.folder)
+
+    def _key(self, stage: Stage[Context]) -> str:
+        home = self._home(stage)
+        values = home.recipe.model_dump(mode="json", by_alias=True)
+        settings = {key: _value(values, key) for key in stage.settings}
+        return stage_key(settings, {name: self._hash(name) for name in stage.reads})
+
+    def _hash(self, name: str) -> str:
+        """Name the content of a source or of a stage's output; a cache is named by its key, for it may be gone."""
+        if name in self.sources:
+            return self.sources[name]()
+        stage = next(stage for stage in self.stages if stage.name == name)
+        if stage.cache:
+            return self._key(stage)
+        record = self._home(stage).manifest.stages.get(name, StageRecord(status="running", key=""))
+        return stage_key(None, {path: file.sha256 for path, file in record.outputs.items()})
+
+    def _execute(self, stage: Stage[Context], reason: str) -> None:
+        home, key = self._home(stage), self._key(stage)
+        inputs = {name: self._hash(name) for name in stage.reads}
+        home.manifest.stages[stage.name] = StageRecord(status="running", key=key, inputs=inputs)
+        home.save()
+        self.notify(Event(stage.name, 0, 1, {"": reason}))
+        workspace = self._workspace(stage, key)
+        started = time.monotonic()
+        stage.work(self.context, workspace)
+        seconds = time.monotonic() - started
+        for name in stage.writes:
+            _install(workspace / name, home.root / name)
+        remove(workspace)
+        others = {name for other in self.stages if other is not stage for name in other.writes}
+        outputs = record_outputs(home.root, stage.writes, others)
+        home.manifest.stages[stage.name] = StageRecord(
+            status="done", key=key, inputs=inputs, outputs=outputs, seconds=round(seconds, 3)
+        )
+        home.save()
+        self.notify(Event(stage.name, 1, 1, {"": "done", "seconds": round(seconds, 1)}))
+
+    def _workspace(self, stage: Stage[Context], key: str) -> Path:
+        """Return the stage's own folder in unfinished/; those of its earlier tasks go."""
+        unfinished = self._home(stage).unfinished
+        own = unfinished / f"{stage.name}.{key[:12]}"
+        for other in unfinished.glob(f"{stage.name}.*") if unfinished.exists() else ():
+            if other != own:
+                remove(other)
+        for name in () if stage.cache else stage.writes:
+            remove(own / name)
+        own.mkdir(parents=True, exist_ok=True)
+        return own
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found[part]
+    return found
+
+
+def _install(made: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        remove(target)
+    os.replace(made, target)

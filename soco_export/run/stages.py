@@ -1,0 +1,161 @@
+"""The stages of a run as data, and the short functions that do their work.
+
+    spectrum → scores → plan → factors → checkpoint → onnx ┐
+                                                 onnx-dense ┴→ (evidence.py) parity, perplexity, latency → report
+
+Every function reads through the context and writes into the folder it is given; the pipeline decides whether it runs
+and moves what it wrote into place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soco_export.run.context import Format, RunContext
+from soco_export.run.pipeline import Stage
+from soco_train.artifacts import Factors, Scores, SpectrumStore
+
+PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
+BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
+
+
+def make_spectrum(context: RunContext, out: Path) -> None:
+    """Collect calibration statistics and decompose every participating weight; layers already done are kept."""
+    from soco_train.spectrum import decompose_layers, find_basis
+    from soco_train.statistics import collect_statistics
+
+    train = context.recipe.train
+    store = SpectrumStore(out / "spectrum")
+    linears = {name: linear for name, linear in context.linears().items() if name not in store}
+    if not linears:
+        return
+    tokens = context.blocks("calibration").tokens[: train.statistics_blocks]
+    needs = find_basis(train.basis).needs
+    statistics = collect_statistics(context.model(), linears, tokens, needs, notify=context.notify)
+    decompose_layers(linears, statistics, train.basis, train.ridge, store, context.notify)
+
+
+def learn_scores(context: RunContext, out: Path) -> None:
+    """Give every component its importance with the scorer of the recipe; goes on from its own checkpoint in `out`."""
+    from soco_train.scorers import ScoringTask, train_scores
+
+    calibration = context.blocks("calibration")
+    task = ScoringTask(
+        model=context.model(),
+        linears=context.linears(),
+        spectra=SpectrumStore(context.path("spectrum", "spectrum")),
+        tokens=calibration.tokens,
+        train=context.recipe.train,
+        plan=context.recipe.plan,
+        workdir=out / "work",
+        notify=context.notify,
+        data_fingerprint=f"{calibration.fingerprint} {context.model_hash()}",
+    )
+    train_scores(task).save(out / "scores.safetensors")
+
+
+def cut_plan(context: RunContext, out: Path) -> None:
+    """Turn the scores into one rank per layer at the recipe's size."""
+    from soco_train.budget import plan_ranks
+
+    plan = plan_ranks(Scores.load(context.path("scores", "scores.safetensors")), context.recipe.plan)
+    (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+
+
+def make_factors(context: RunContext, out: Path) -> None:
+    """Cut the factors of the planned ranks, distil them where the recipe asks for it, store them in its form."""
+    from soco_train import refine
+    from soco_train.budget import RankPlan
+
+    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    spectra = SpectrumStore(context.path("spectrum", "spectrum"))
+    cut = refine.make_factors(spectra, scores, plan, context.linears())
+    calibration = context.blocks("calibration")
+    task = refine.DistillTask(
+        model=context.model(),
+        linears=context.linears(),
+        tokens=calibration.tokens,
+        settings=context.recipe.refine.distill,
+        workdir=out / "work",
+        notify=context.notify,
+        seed=context.recipe.train.seed,
+        fingerprint=out.name,
+    )
+    provenance = {
+        "keep_params": plan.keep_params,
+        "calibration": calibration.fingerprint,
+        "scores": dict(scores.provenance),
+    }
+    refine.store_as(refine.distill(task, cut), plan.storage, provenance).save(out / "factors.safetensors")
+
+
+def write_checkpoint(context: RunContext, out: Path) -> None:
+    """Put the factors into the model and write it as a Hugging Face folder."""
+    import torch
+
+    from soco_export.checkpoint import save_checkpoint
+    from soco_export.lowrank import apply_factors
+    from soco_export.run.card import model_card
+
+    model = context.take_model()
+    apply_factors(model, Factors.load(context.path("factors", "factors.safetensors")))
+    model.to(device="cpu", dtype=getattr(torch, context.recipe.model.dtype))
+    save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, model))
+
+
+def write_dense(context: RunContext, out: Path) -> None:
+    """Write the pruned model with every product formed, for programs that know nothing of low rank."""
+    from soco_export.checkpoint import load_checkpoint, save_dense
+
+    save_dense(load_checkpoint(context.path("checkpoint", "hf")), context.tokenizer(), out / "dense")
+
+
+def write_onnx(context: RunContext, out: Path) -> None:
+    """Export the checkpoint."""
+    from soco_export.onnx.export import export_onnx
+
+    export_onnx(context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify)
+
+
+def write_dense_onnx(context: RunContext, out: Path) -> None:
+    """Export the model as it was before, by the same route: what the pruned graph is measured against."""
+    from soco_export.checkpoint import save_dense
+    from soco_export.models import fetch_folder
+    from soco_export.onnx.export import export_onnx
+
+    if context.recipe.model.weights == "random":
+        source = out / "model"
+        save_dense(context.model(), context.tokenizer(), source)
+    else:
+        source = fetch_folder(context.recipe)
+    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)
+
+
+SPECTRUM = Stage("spectrum", ("model", "calibration"), BASIS_KEYS, ("spectrum",), make_spectrum, cache=True)
+SCORES = Stage(
+    "scores",
+    ("model", "calibration", "spectrum"),
+    ("layers", "train", *PLAN_KEYS),
+    ("scores.safetensors",),
+    learn_scores,
+)
+PLAN = Stage("plan", ("scores",), PLAN_KEYS, ("plan.json",), cut_plan)
+FACTORS = Stage(
+    "factors",
+    ("model", "calibration", "spectrum", "scores", "plan"),
+    ("refine", "train.seed"),
+    ("factors.safetensors",),
+    make_factors,
+)
+CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf",), write_checkpoint)
+DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
+ONNX = Stage("onnx", ("checkpoint",), ("export",), ("onnx",), write_onnx)
+DENSE_ONNX = Stage("onnx-dense", ("model",), ("export",), ("onnx-dense",), write_dense_onnx)
+
+TRAINING = (SPECTRUM, SCORES)
+ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
+    "hf": (PLAN, FACTORS, CHECKPOINT),
+    "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),
+    "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX),
+}

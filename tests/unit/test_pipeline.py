@@ -1,0 +1,235 @@
+"""Stages run when something they depend on changed, and never otherwise; a killed stage goes on where it was."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from soco_export.recipe import Recipe
+from soco_export.run.folder import CONTENT, HELD, LOCK, UNFINISHED, RunFolder, check_folder, differences, open_folder
+from soco_export.run.manifest import MANIFEST, Manifest
+from soco_export.run.pipeline import Pipeline, Stage
+from soco_train.errors import RecipeError
+from soco_train.events import Event
+
+Log = list[str]
+
+
+def a_recipe(**changes: object) -> Recipe:
+    source = {"builtin": "speeches"}
+    return Recipe.model_validate({"name": "tiny", "model": {}, "data": source, "evaluation": source, **changes})
+
+
+def writer(name: str, *files: str) -> Callable[[Log, Path], None]:
+    def work(log: Log, out: Path) -> None:
+        log.append(name)
+        for file in files:
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (out / file).write_text(f"{name} wrote {file}")
+
+    return work
+
+
+SPECTRUM = Stage[Log](
+    "spectrum", ("model",), ("train.basis",), ("spectrum",), writer("spectrum", "spectrum/a"), cache=True
+)
+SCORES = Stage[Log]("scores", ("spectrum",), ("train",), ("scores",), writer("scores", "scores"))
+PLAN = Stage[Log]("plan", ("scores",), ("keep_params",), ("plan.json",), writer("plan", "plan.json"))
+CARD = Stage[Log]("card", ("plan",), ("gates",), ("hf/README.md",), writer("card", "hf/README.md"))
+HF = Stage[Log]("hf", ("plan",), (), ("hf",), writer("hf", "hf/config.json", "hf/README.md"))
+STAGES = (SPECTRUM, SCORES, PLAN, HF, CARD)
+
+
+def run(root: Path, recipe: Recipe, stages: tuple[Stage[Log], ...] = STAGES, model: str = "weights") -> Log:
+    log: Log = []
+    with open_folder(root, recipe) as folder:
+        Pipeline(folder, stages, log, {"model": lambda: model}).run()
+    return log
+
+
+class TestPipeline:
+    def test_everything_once(self, tmp_path: Path) -> None:
+        assert run(tmp_path / "run", a_recipe()) == ["spectrum", "scores", "plan", "hf", "card"]
+        assert run(tmp_path / "run", a_recipe()) == []
+
+    def test_the_manifest_tells_it_all(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        manifest = Manifest.load(tmp_path)
+        assert manifest is not None
+        assert {name: record.status for name, record in manifest.stages.items()} == {s.name: "done" for s in STAGES}
+        assert set(manifest.stages["hf"].outputs) == {"hf/config.json"}
+        assert set(manifest.stages["card"].outputs) == {"hf/README.md"}
+        assert manifest.process.pid > 0
+        assert "python" in manifest.versions
+
+    def test_a_changed_setting_repeats_only_what_depends_on_it(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        assert run(tmp_path, a_recipe(gates={"max_ppl_ratio": 9.0})) == ["card"]
+
+    def test_another_model_repeats_everything(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        log = run(tmp_path, a_recipe(), model="other weights")
+        assert log[:2] == ["spectrum", "scores"]
+
+    def test_equal_results_end_the_repetition(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "scores").write_text("damaged")
+        assert run(tmp_path, a_recipe()) == ["scores"]
+
+    def test_a_deleted_cache_is_not_missed(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "spectrum" / "a").unlink()
+        assert run(tmp_path, a_recipe()) == []
+
+    def test_a_deleted_cache_is_made_again_when_it_is_read(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "spectrum" / "a").unlink()
+        (tmp_path / "scores").unlink()
+        assert run(tmp_path, a_recipe()) == ["spectrum", "scores"]
+
+    def test_an_interrupted_stage_finds_its_workspace_and_leaves_no_result(self, tmp_path: Path) -> None:
+        seen: Log = []
+
+        def killed(log: Log, out: Path) -> None:
+            seen.extend(path.name for path in out.iterdir())
+            (out / "checkpoint").write_text("half")
+            (out / "scores").write_text("half")
+            if len(seen) < 1:
+                raise KeyboardInterrupt
+
+        stages = (Stage[Log]("scores", ("model",), (), ("scores",), killed),)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, a_recipe(), stages)
+        assert not (tmp_path / "scores").exists()
+        manifest = Manifest.load(tmp_path)
+        assert manifest is not None
+        assert manifest.stages["scores"].status == "running"
+        run(tmp_path, a_recipe(), stages)
+        assert seen == ["checkpoint"]
+        assert (tmp_path / "scores").exists()
+        assert list((tmp_path / UNFINISHED).iterdir()) == []
+
+    def test_the_workspace_of_another_task_is_not_taken_up(self, tmp_path: Path) -> None:
+        seen: Log = []
+
+        def killed(log: Log, out: Path) -> None:
+            seen.extend(path.name for path in out.iterdir())
+            (out / "checkpoint").write_text("half")
+            raise KeyboardInterrupt
+
+        stages = (Stage[Log]("scores", ("model",), (), ("scores",), killed),)
+        for model in ("one", "two"):
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, a_recipe(), stages, model)
+        assert seen == []
+        assert len(list((tmp_path / UNFINISHED).iterdir())) == 1
+
+    def test_stages_at_home_elsewhere(self, tmp_path: Path) -> None:
+        one, two = tmp_path / "one", tmp_path / "two"
+        run(one, a_recipe())
+        log: Log = []
+        with open_folder(one, a_recipe()) as parent, open_folder(two, a_recipe(keep_params=0.5)) as folder:
+            homes = {"spectrum": parent, "scores": parent}
+            Pipeline(folder, STAGES, log, {"model": lambda: "weights"}, homes).run()
+        assert log == ["plan", "hf", "card"]
+        assert not (two / "scores").exists()
+        assert (two / "plan.json").exists()
+
+    def test_events_say_why(self, tmp_path: Path) -> None:
+        events: list[Event] = []
+        for _ in range(2):
+            with open_folder(tmp_path, a_recipe()) as folder:
+                Pipeline(folder, (PLAN,), [], {"scores": lambda: "s"}, notify=events.append).run()
+        assert [event.values[""] for event in events] == ["not run yet", "done", "up to date"]
+
+
+class TestFolder:
+    def test_another_recipe_is_refused_and_nothing_lost(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(RecipeError, match="another run: keep_params differs") as error:
+            run(tmp_path, a_recipe(keep_params=0.5))
+        assert "--fresh" in error.value.fix
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    def test_fresh_starts_over(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        with open_folder(tmp_path, a_recipe(keep_params=0.5), fresh=True) as folder:
+            assert folder.manifest.stages == {}
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["scores", MANIFEST, LOCK, HELD])
+
+    def test_fresh_leaves_what_is_not_ours(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "notes.txt").write_text("mine")
+        with open_folder(tmp_path, a_recipe(), fresh=True):
+            pass
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("fresh", [False, True])
+    def test_a_strangers_folder_is_never_written(self, tmp_path: Path, fresh: bool) -> None:
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(RecipeError, match=r"no run of soco-export \(thesis.tex\)"):
+            check_folder(tmp_path, a_recipe(), fresh)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("x")
+        with pytest.raises(RecipeError, match="is a file"):
+            check_folder(tmp_path / "out", a_recipe(), fresh=True)
+
+    def test_fresh_gets_past_a_broken_manifest(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / MANIFEST).write_text("{")
+        with pytest.raises(RecipeError, match="not a manifest"):
+            check_folder(tmp_path, a_recipe(), fresh=False)
+        with open_folder(tmp_path, a_recipe(), fresh=True) as folder:
+            assert folder.manifest.stages == {}
+
+    def test_two_processes_do_not_share_a_folder(self, tmp_path: Path) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        held, done = spawn.Event(), spawn.Event()
+        holder = spawn.Process(target=hold, args=(tmp_path, held, done))
+        holder.start()
+        try:
+            assert held.wait(60)
+            with pytest.raises(RecipeError, match=f"in use by another process \\({holder.pid} on"):
+                run(tmp_path, a_recipe())
+        finally:
+            done.set()
+            holder.join()
+        run(tmp_path, a_recipe())
+
+    def test_a_dead_holder_does_not_hold(self, tmp_path: Path) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        held, done = spawn.Event(), spawn.Event()
+        holder = spawn.Process(target=hold, args=(tmp_path, held, done))
+        holder.start()
+        assert held.wait(60)
+        holder.kill()
+        holder.join()
+        assert run(tmp_path, a_recipe()) == ["spectrum", "scores", "plan", "hf", "card"]
+
+    def test_differences_are_dotted_keys(self) -> None:
+        other = a_recipe(train={"steps": 7}, keep_params=0.5, data={"path": "text.txt"})
+        assert differences(a_recipe(), other) == ["keep_params", "data.path", "data.builtin", "train.steps"]
+
+    def test_what_runs_write_is_listed_for_fresh(self) -> None:
+        from soco_export.run.stages import ARTEFACTS, DENSE_ONNX, TRAINING
+
+        stages = {stage.name: stage for chain in ARTEFACTS.values() for stage in (*TRAINING, *chain, DENSE_ONNX)}
+        assert {path.split("/")[0] for stage in stages.values() for path in stage.writes} <= set(CONTENT)
+
+
+def hold(root: Path, held: multiprocessing.synchronize.Event, done: multiprocessing.synchronize.Event) -> None:
+    with open_folder(root, a_recipe()):
+        held.set()
+        done.wait(60)
+
+
+def test_a_folder_is_a_value(tmp_path: Path) -> None:
+    with open_folder(tmp_path, a_recipe()) as folder:
+        assert isinstance(folder, RunFolder)
+        assert folder.unfinished == tmp_path / UNFINISHED
