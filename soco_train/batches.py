@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 
@@ -21,12 +19,3 @@ def batch(tokens: torch.Tensor, batch_tokens: int, step: int, seed: int) -> torc
     """Return batch `step` of the blocks [n, t] as [b, t], b = max(1, batch_tokens // t)."""
     size = max(1, batch_tokens // tokens.shape[1])
     return tokens[batch_indices(len(tokens), size, step, seed)]
-
-
-def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """Return the learning-rate factor of `step`: linear warm-up, then cosine from 1 to 0.1."""
-    rising = max(1.0, steps * warmup)
-    if step < rising:
-        return (step + 1) / rising
-    progress = min(1.0, (step - rising) / max(1.0, steps - rising))
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

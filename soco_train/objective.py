@@ -63,7 +63,7 @@ def divergence(
     loss, kl = ChunkedDivergence.apply(
         student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary), labels.reshape(-1), ce_weight, chunk
     )
-    return loss, kl
+    return loss, kl.detach()
 
 
 class SoftSize:

@@ -6,7 +6,7 @@
 precision want that). The deviation and the layer's bias become the bias of `up`.
 
 Distillation trains up, down and bias of every pruned layer: KL to the dense model, which is the same model with its
-dense Linears switched back on. Pivoted storage is only another way to write the same rank-r matrices, so it is chosen last.
+dense Linears switched back on. Pivoted storage is another way to write the same rank-r matrices, so it is chosen last.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import nn
 from torch.nn import functional
 
 from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors, read_tensors, write_tensors
-from soco_train.batches import batch, warmup_cosine
+from soco_train.batches import batch
 from soco_train.budget import RankPlan, kept
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.layers import replace_module
 from soco_train.objective import divergence
+from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.pivot import pivot_factors
 from soco_train.settings import DistillSettings, Storage
 
@@ -75,9 +76,9 @@ class FactorLinear(nn.Module):
         self.dense = dense.requires_grad_(False)
         self.teaching = False
         device = dense.weight.device
-        self.up = nn.Parameter(factors.up.to(device))
-        self.down = nn.Parameter(factors.down.to(device))
-        self.bias = None if factors.bias is None else nn.Parameter(factors.bias.to(device))
+        self.up = nn.Parameter(factors.up.clone().to(device))
+        self.down = nn.Parameter(factors.down.clone().to(device))
+        self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
@@ -181,9 +182,9 @@ class _Distillation:
         student = self.task.model(input_ids=tokens, use_cache=False).logits
         loss, kl = divergence(student, teacher, tokens, settings.ce_weight)
         loss.backward()
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(kl)):
             raise DataError(
-                f"the loss is {float(loss)} at distillation step {self.step}",
+                f"the loss is {float(kl)} at distillation step {self.step}",
                 fix="lower refine.distill.lr",
                 where="refine",
             )
@@ -198,24 +199,15 @@ class _Distillation:
         self.task.notify(Event("distill", self.step, settings.steps, {"kl": float(kl), "tokens/s": speed}))
 
     def _save(self) -> None:
-        tensors = {f"parameter/{name}": parameter for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
         header = {"kind": "distillation", "fingerprint": self.task.fingerprint, "step": self.step}
         self.task.workdir.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.task.workdir / CHECKPOINT, tensors, header)
+        write_tensors(self.task.workdir / CHECKPOINT, pack(self.parameters, self.optimiser), header)
 
     def _resume(self) -> None:
         path = self.task.workdir / CHECKPOINT
         if not path.exists():
             return
         tensors, header = read_tensors(path, "distillation")
-        if header["fingerprint"] != self.task.fingerprint:
-            return
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[f"parameter/{name}"])
-            state = {key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            moved = {key: value.to(parameter.device) for key, value in state.items()}
-            self.optimiser.state[parameter] = moved | {"step": tensors[f"step/{name}"]}
-        self.step = header["step"]
+        if header["fingerprint"] == self.task.fingerprint:
+            unpack(tensors, self.parameters, self.optimiser)
+            self.step = header["step"]

@@ -20,11 +20,12 @@ import torch
 from torch import distributed, nn
 
 from soco_train.artifacts import LayerScores, Scores, Spectrum, read_tensors, write_tensors
-from soco_train.batches import batch, warmup_cosine
-from soco_train.budget import layer_cost
+from soco_train.batches import batch
+from soco_train.budget import kept, layer_cost, plan_ranks
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
+from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.phases import Orders, StoppingRules, Timetable
 from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import PlanSettings, TrainSettings
@@ -183,15 +184,14 @@ class _Run:
 
     def _freeze_support(self) -> None:
         """Cut to exactly R by the scores of now; only survivors train on, and the rest is dropped physically."""
-        from soco_train.budget import kept, plan_ranks
-
-        plan = plan_ranks(self._scores(), self.task.plan)
-        parts = []
-        for name, layer in plan.layers.items():
-            mask = torch.zeros(self.bank.ranks[self.bank.names.index(name)], dtype=torch.bool)
-            mask[kept(self._scores().layers[name].importance, layer.rank)] = True
-            parts.append(mask | layer.dense)
-        self.bank.restrict(torch.cat(parts).to(self.device))
+        scores = self._scores()
+        masks = []
+        for name, layer in plan_ranks(scores, self.task.plan).layers.items():
+            importance = scores.layers[name].importance
+            mask = torch.full_like(importance, layer.dense, dtype=torch.bool)
+            mask[kept(importance, layer.rank)] = True
+            masks.append(mask)
+        self.bank.restrict(torch.cat(masks).to(self.device))
         self.restricted = True
 
     def _scores(self) -> Scores:
@@ -218,11 +218,8 @@ class _Run:
     def _save(self) -> None:
         if distributed.is_initialized() and distributed.get_rank() != 0:
             return
-        tensors = {"support": self.bank.support, "died": self.died}
-        for name, parameter in self.bank.named_parameters():
-            tensors[name] = parameter
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value
+        tensors = pack(dict(self.bank.named_parameters()), self.optimiser)
+        tensors |= {"support": self.bank.support, "died": self.died}
         if self.rules.peak is not None:
             tensors["peak"] = self.rules.peak
         header = {
@@ -244,18 +241,13 @@ class _Run:
         tensors, header = read_tensors(path, "training")
         if header["fingerprint"] != self.task.fingerprint:
             return
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        for name, parameter in self.bank.named_parameters():
-            parameter.data.copy_(tensors[name])
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                self.optimiser.state[parameter] = state | {"step": state["step"].cpu()}
-        self.died, self.step, self.pressure = tensors["died"], header["step"], header["pressure"]
+        unpack(tensors, dict(self.bank.named_parameters()), self.optimiser)
+        self.died, self.step, self.pressure = tensors["died"].to(self.device), header["step"], header["pressure"]
         self.timetable = Timetable(**header["timetable"])
-        self.rules = StoppingRules(**header["rules"], peak=tensors.get("peak"))
+        peak = tensors.get("peak")
+        self.rules = StoppingRules(**header["rules"], peak=None if peak is None else peak.to(self.device))
         if header["restricted"]:
-            self.bank.restrict(tensors["support"])
+            self.bank.restrict(tensors["support"].to(self.device))
             self.restricted = True
 
 

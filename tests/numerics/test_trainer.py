@@ -1,0 +1,173 @@
+"""Score training on a small random model: it reaches its budget, it helps, it resumes to the same bits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soco_train.artifacts import SpectrumStore
+from soco_train.budget import plan_ranks
+from soco_train.errors import DataError
+from soco_train.events import Event
+from soco_train.layers import select_linears
+from soco_train.refine import DistillTask, distill, make_factors
+from soco_train.scorers import ScoringTask, saliency, train_scores
+from soco_train.settings import DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
+from soco_train.spectrum import decompose_layers, find_basis
+from soco_train.statistics import collect_statistics
+
+STEPS = 30
+TRAIN = TrainSettings(steps=STEPS, batch_tokens=64, lr=0.05, checkpoint_every=7, fisher_blocks=6)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(9))
+
+
+def task(
+    model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path, train: TrainSettings = TRAIN, keep: float = 0.6
+) -> tuple[ScoringTask, list[Event]]:
+    linears = select_linears(model, LayerSettings())
+    store = SpectrumStore(folder / "spectrum")
+    statistics = collect_statistics(model, linears, tokens, find_basis(train.basis).needs)
+    decompose_layers(linears, statistics, train.basis, train.ridge, store)
+    events: list[Event] = []
+    plan = PlanSettings(keep_params=keep, storage="pivoted")
+    return ScoringTask(model, linears, store, tokens, train, plan, folder / "work", events.append), events
+
+
+@pytest.mark.parametrize("start", ["ones", "fisher"])
+def test_the_size_reaches_the_budget_and_the_last_support_is_exact(model, tokens, tmp_path: Path, start: str) -> None:
+    work, events = task(model, tokens, tmp_path, TRAIN.model_copy(update={"start": start}))
+    scores = train_scores(work)
+    trained = [event for event in events if event.stage == "train"]
+    assert [event.step for event in trained] == list(range(1, STEPS + 1))
+    assert [event.values["phase"] for event in trained] == sorted(event.values["phase"] for event in trained)
+    assert trained[-1].values["hard"] <= 0.6 + 0.02
+    assert plan_ranks(scores, work.plan).ratio <= 0.6
+
+
+def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path) -> None:
+    whole, _ = task(model, tokens, tmp_path / "whole")
+    expected = train_scores(whole)
+
+    class Killed(Exception):
+        pass
+
+    def kill(event: Event) -> None:
+        if event.step == 29:  # inside the frozen finish, after a checkpoint made there
+            raise Killed
+
+    broken, _ = task(model, tokens, tmp_path / "broken")
+    broken = ScoringTask(**{**vars(broken), "notify": kill})
+    with pytest.raises(Killed):
+        train_scores(broken)
+    resumed, events = task(model, tokens, tmp_path / "broken")
+    found = train_scores(resumed)
+    assert [event.step for event in events if event.stage == "train"] == [29, 30]
+    for name, layer in expected.layers.items():
+        assert torch.equal(layer.importance, found.layers[name].importance)
+        assert torch.equal(layer.scale, found.layers[name].scale)
+        assert torch.equal(layer.deviation, found.layers[name].deviation)
+
+
+def test_another_task_does_not_continue_the_checkpoint(model, tokens, tmp_path: Path) -> None:
+    first, _ = task(model, tokens, tmp_path)
+    train_scores(first)
+    other, events = task(model, tokens, tmp_path, keep=0.5)
+    train_scores(other)
+    assert len([event for event in events if event.stage == "train"]) == STEPS
+
+
+def test_training_leaves_the_model_as_it_was(model, tokens, tmp_path: Path) -> None:
+    before = model(input_ids=tokens[:1]).logits
+    work, _ = task(model, tokens, tmp_path)
+    train_scores(work)
+    assert torch.equal(model(input_ids=tokens[:1]).logits, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_saliency_is_the_mean_square_of_the_score_gradient(model, tokens, tmp_path: Path) -> None:
+    """Against central differences of the loss in one component's score."""
+    work, _ = task(model, tokens, tmp_path)
+    name, at, step = "model.layers.1.mlp.down_proj", 2, 1e-2
+    found = saliency(work)[name][at]
+    spectrum, linear = work.spectra[name], work.linears[name]
+    component = torch.outer(spectrum.P[:, at], spectrum.B[at])
+    weight = linear.weight.detach().clone()
+    slopes = []
+    with torch.no_grad():
+        for sequence in tokens[:6, None]:
+            losses = []
+            for sign in (1, -1):
+                linear.weight.copy_(weight + sign * step * component)
+                losses.append(float(model(input_ids=sequence, labels=sequence).loss))
+            slopes.append((losses[0] - losses[1]) / (2 * step))
+        linear.weight.copy_(weight)
+    assert float(found) == pytest.approx(sum(slope**2 for slope in slopes) / 12, rel=2e-2)
+
+
+def test_phases_and_early_stopping(model, tokens, tmp_path: Path) -> None:
+    schedule = PhaseSettings(phases=(1, 3), stop_early=True, reach=0.3)
+    work, events = task(model, tokens, tmp_path, TRAIN.model_copy(update={"schedule": schedule, "steps": 100}))
+    train_scores(work)
+    trained = [event for event in events if event.stage == "train"]
+    assert {event.values["phase"] for event in trained} == {1, 3}
+    assert len(trained) < 100, "phase 1 ends after 20 quiet steps"
+
+
+def test_a_loss_that_is_not_finite_is_a_clear_error(model, tokens, tmp_path: Path) -> None:
+    work, _ = task(model, tokens, tmp_path)
+    norm = model.model.norm.weight
+    value = norm[0].item()
+    with torch.no_grad():
+        norm[0] = float("nan")
+    try:
+        with pytest.raises(DataError, match="loss is nan at step 0"):
+            train_scores(work)
+    finally:
+        with torch.no_grad():
+            norm[0] = value
+
+
+def test_distillation_brings_the_factors_closer_and_resumes(model, tokens, tmp_path: Path) -> None:
+    work, _ = task(model, tokens, tmp_path, TRAIN.model_copy(update={"scorer": "fisher"}))
+    scores = train_scores(work)
+    factors = make_factors(work.spectra, scores, plan_ranks(scores, work.plan), work.linears)
+    events: list[Event] = []
+    settings = DistillSettings(steps=20, batch_tokens=64, lr=3e-3, checkpoint_every=8)
+    first = DistillTask(model, work.linears, tokens, settings, tmp_path / "a", events.append)
+    expected = distill(first, factors)
+    assert events[-1].values["kl"] < 0.7 * events[0].values["kl"]
+
+    class Killed(Exception):
+        pass
+
+    def kill(event: Event) -> None:
+        if event.step == 11:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distill(DistillTask(model, work.linears, tokens, settings, tmp_path / "b", kill), factors)
+    found = distill(DistillTask(model, work.linears, tokens, settings, tmp_path / "b", events.append), factors)
+    for name, layer in expected.items():
+        assert torch.equal(layer.up, found[name].up)
+        assert torch.equal(layer.down, found[name].down)
