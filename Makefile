@@ -1,0 +1,41 @@
+# Everything a checkout needs. `make demo` and `make test` do all the set-up themselves, given Python ≥ 3.10 and make.
+VENV := .venv
+VENV_OPTIMUM := .venv-optimum
+DEMO := runs/demo
+# Two threads of one core each fight for it, and so do the tests' many small models.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-compat clean setup setup-optimum
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: setup ## compress the built-in model, export it to ONNX, prove it; the report is runs/demo/report.md
+	@echo "== $(VENV)/bin/soco-export train-and-export --model tiny --format onnx --out $(DEMO)"
+	@$(VENV)/bin/soco-export train-and-export --model tiny --format onnx --out $(DEMO)
+
+test: setup ## run the tests
+	@echo "== running the tests"
+	@$(VENV)/bin/python -m pytest
+
+check: setup ## format, lint, types, import direction, dependencies
+	@echo "== ruff, mypy, import-linter, deptry"
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/deptry .
+
+test-compat: setup-optimum ## run the tests with transformers 4.57 and optimum, in an environment of their own
+	@echo "== running the tests with transformers 4.57 and optimum"
+	@$(VENV_OPTIMUM)/bin/python -m pytest
+
+clean: ## remove what the targets above made, runs/ included
+	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+setup:
+	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,report,dev
+
+setup-optimum:
+	@ACCELERATOR=cpu tools/make-venv $(VENV_OPTIMUM) tools/constraints-transformers-4.txt optimum,dev
