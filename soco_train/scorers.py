@@ -145,7 +145,10 @@ def wiener_start(task: ScoringTask) -> dict[str, torch.Tensor]:
 def _untrained(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> Scores:
     layers = {
         name: LayerScores(
-            importance[name].cpu(), torch.ones_like(importance[name]).cpu(), None, tuple(linear.weight.shape)
+            importance[name].cpu(),
+            torch.ones_like(importance[name]).cpu(),
+            None,
+            (linear.out_features, linear.in_features),
         )
         for name, linear in task.linears.items()
     }
