@@ -22,6 +22,8 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_val
 # fields of a config.json that say how it was made, not what the model is
 PROVENANCE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# a second copy of the weights in another framework's layout
+HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
 SMALLEST_VOCABULARY = 0.9
 # what random weights can be held to
@@ -152,7 +154,12 @@ def _download(recipe: Recipe, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(recipe.model.id, revision=recipe.model.revision, allow_patterns=list(files))
+        folder = snapshot_download(
+            recipe.model.id,
+            revision=recipe.model.revision,
+            allow_patterns=list(files),
+            ignore_patterns=list(HUB_COPIES),
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(
