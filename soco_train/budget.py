@@ -104,7 +104,7 @@ class RankPlan:
                 for name, entry in found["layers"].items()
             }
             return RankPlan(layers, found["keep_params"], found["storage"], found["allocation"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"this is no rank plan: {error}", fix="write it again with the verb plan") from error
 
 
@@ -194,16 +194,17 @@ def _checked(name: str, layer: LayerScores) -> Reals:
 def _layer_plan(ladder: _Ladder, survivors: int) -> LayerPlan:
     rung = int(ladder.rung_of[survivors])
     dense = rung == len(ladder.ranks) - 1
-    reason = _reason(ladder, survivors) if dense else ""
+    reason = _reason(ladder) if dense else ""
     return LayerPlan(ladder.shape, int(ladder.ranks[rung]), dense, int(ladder.costs[rung]), reason)
 
 
-def _reason(ladder: _Ladder, survivors: int) -> str:
-    if survivors == ladder.components:
-        return f"all {ladder.components} components survive"
-    if len(ladder.ranks) == 1:
-        return "no allowed rank is smaller than dense"
-    return f"cheaper dense than rank {survivors} of {ladder.components}"
+def _reason(ladder: _Ladder) -> str:
+    """Say why a layer that reached the last rung is dense: from the rank where dense is cheaper, the rest is free."""
+    k, last = ladder.components, len(ladder.ranks) - 1
+    if last == 0:
+        return "no allowed rank is cheaper than dense"
+    first = int(np.argmax(ladder.rung_of == last))
+    return f"all {k} components survive" if first == k else f"cheaper dense than rank {first} of {k}"
 
 
 def _refuse_impossible(ladders: Sequence[_Ladder], budget: int) -> None:

@@ -1,0 +1,294 @@
+"""The budget, by property and against brute force over every combination of ranks."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soco_train.artifacts import LayerScores, Scores
+from soco_train.budget import RankPlan, kept, layer_cost, plan_ranks
+from soco_train.errors import DataError, RecipeError
+from soco_train.settings import PlanSettings
+
+STORAGES = st.sampled_from(["stacked", "pivoted"])
+EXACT = st.sampled_from(["global", "lagrangian"])
+ALLOCATIONS = st.sampled_from(["global", "lagrangian", "uniform"])
+
+
+def make_scores(importances: list[list[float]], shapes: list[tuple[int, int]], deviation: bool = False) -> Scores:
+    return Scores(
+        {
+            f"layer{i}": LayerScores(
+                importance=torch.tensor(values, dtype=torch.float64),
+                scale=torch.ones(len(values)),
+                deviation=torch.zeros(shape[0]) if deviation else None,
+                shape=shape,
+            )
+            for i, (values, shape) in enumerate(zip(importances, shapes, strict=True))
+        }
+    )
+
+
+@st.composite
+def scores(draw: st.DrawFn, largest: int = 12, layers: int = 5) -> Scores:
+    shapes = draw(st.lists(st.tuples(st.integers(2, largest), st.integers(2, largest)), min_size=1, max_size=layers))
+    # Few distinct values, so that ties are common.
+    number = st.integers(0, 6).map(lambda i: i / 4) | st.floats(0, 2)
+    importances = [draw(st.lists(number, min_size=min(shape), max_size=min(shape))) for shape in shapes]
+    return make_scores(importances, shapes, draw(st.booleans()))
+
+
+def plan_or_none(found: Scores, wanted: PlanSettings) -> RankPlan | None:
+    """None where even the smallest rank everywhere is too much: then the advice must work."""
+    try:
+        return plan_ranks(found, wanted)
+    except RecipeError as error:
+        smallest = float(error.fix.rsplit(" ", 1)[1])
+        assert smallest > wanted.keep_params
+        assert plan_ranks(found, wanted.model_copy(update={"keep_params": smallest}))
+        return None
+
+
+def ladder(layer: LayerScores, storage: str, multiple: int) -> list[tuple[int, int]]:
+    """All (rank, cost) of one layer, by the definition."""
+    m, n = layer.shape
+    extra = 0 if layer.deviation is None else m
+    ranks = range(multiple, min(m, n), multiple)
+    low = [(r, (r * (m + n - r) if storage == "pivoted" else r * (m + n)) + extra) for r in ranks]
+    return [(r, cost) for r, cost in low if cost < m * n] + [(min(m, n), m * n)]
+
+
+@settings(deadline=None)
+@given(scores(), st.floats(0.05, 1), STORAGES, ALLOCATIONS, st.sampled_from([1, 2, 3]))
+def test_never_exceeds_the_budget_and_costs_what_it_says(found, keep, storage, allocation, multiple):
+    wanted = PlanSettings(keep_params=keep, storage=storage, allocation=allocation, multiple=multiple)
+    plan = plan_or_none(found, wanted)
+    if plan is None:
+        return
+    assert plan.params_after <= keep * plan.params_before
+    assert list(plan.layers) == list(found.layers)
+    for name, layer in plan.layers.items():
+        assert (layer.rank, layer.params) in ladder(found.layers[name], storage, multiple)
+        assert layer.dense == (layer.params == layer.shape[0] * layer.shape[1])
+        assert layer.dense == bool(layer.reason)
+        assert layer.dense or layer.rank % multiple == 0
+
+
+@settings(deadline=None)
+@given(scores(), st.floats(0.05, 1), STORAGES, EXACT, st.sampled_from([1, 2, 3]))
+def test_what_remains_buys_no_further_step(found, keep, storage, allocation, multiple):
+    wanted = PlanSettings(keep_params=keep, storage=storage, allocation=allocation, multiple=multiple)
+    plan = plan_or_none(found, wanted)
+    if plan is None or not any(not layer.dense for layer in plan.layers.values()):
+        return
+    left = keep * plan.params_before - plan.params_after
+    for name, layer in plan.layers.items():
+        dearer = [cost for _, cost in ladder(found.layers[name], storage, multiple) if cost > layer.params]
+        assert not dearer or left < min(dearer) - layer.params
+
+
+@settings(deadline=None)
+@given(scores(), st.floats(0.05, 1), st.floats(0.05, 1), STORAGES, ALLOCATIONS)
+def test_a_larger_budget_never_keeps_less(found, one, other, storage, allocation):
+    small, large = sorted([one, other])
+    wanted = PlanSettings(keep_params=small, storage=storage, allocation=allocation)
+    plan = plan_or_none(found, wanted)
+    if plan is not None:
+        assert plan.params_after <= plan_ranks(found, wanted.model_copy(update={"keep_params": large})).params_after
+
+
+@settings(deadline=None)
+@given(scores(), STORAGES, ALLOCATIONS)
+def test_keeping_everything_leaves_everything_dense(found, storage, allocation):
+    plan = plan_ranks(found, PlanSettings(keep_params=1, storage=storage, allocation=allocation))
+    assert all(layer.dense for layer in plan.layers.values())
+    assert plan.params_after == plan.params_before
+    assert plan.ratio == 1
+
+
+@settings(deadline=None)
+@given(scores(), st.floats(0.2, 1), STORAGES, st.sampled_from([1, 2, 3]))
+def test_global_cut_equals_adding_components_one_by_one(found, keep, storage, multiple):
+    """The plain algorithm: walk all components in order, take each unless its layer has stopped or cannot pay."""
+    wanted = PlanSettings(keep_params=keep, storage=storage, multiple=multiple)
+    plan = plan_or_none(found, wanted)
+    if plan is None:
+        return
+    ladders = {name: ladder(layer, storage, multiple) for name, layer in found.layers.items()}
+
+    def size(name: str, count: int) -> tuple[int, int]:
+        if count == min(found.layers[name].shape):
+            return ladders[name][-1]
+        rungs = [rung for rung in ladders[name][:-1] if rung[0] <= max(count, multiple)]
+        wanted_rank = max(count, multiple) // multiple * multiple
+        affordable = rungs and rungs[-1][0] == wanted_rank
+        return rungs[-1] if affordable else ladders[name][-1]
+
+    everyone = sorted(
+        (-float(value), position, index, name)
+        for position, (name, layer) in enumerate(found.layers.items())
+        for index, value in enumerate(layer.importance)
+    )
+    counts, stopped = dict.fromkeys(found.layers, 0), set()
+    budget = Fraction(str(keep)) * plan.params_before
+    for *_, name in everyone:
+        if name in stopped:
+            continue
+        total = sum(size(other, counts[other] + (other == name))[1] for other in counts)
+        if total <= budget:
+            counts[name] += 1
+        else:
+            stopped.add(name)
+    assert {name: (layer.rank, layer.params) for name, layer in plan.layers.items()} == {
+        name: size(name, count) for name, count in counts.items()
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores(largest=6, layers=3), st.floats(0.2, 1), STORAGES)
+def test_lagrangian_is_within_one_move_of_the_best_combination(found, keep, storage):
+    """Brute force: at the price where the budget ends, no combination is better by more than one layer's importance."""
+    wanted = PlanSettings(keep_params=keep, storage=storage, allocation="lagrangian")
+    plan = plan_or_none(found, wanted)
+    if plan is None:
+        return
+
+    def value(name: str, rank: int) -> float:
+        return float(found.layers[name].importance.sort(descending=True).values[:rank].sum())
+
+    choices = [
+        [(value(name, rank), cost) for rank, cost in ladder(layer, storage, 1)] for name, layer in found.layers.items()
+    ]
+    budget = keep * plan.params_before
+    best = max(
+        sum(gain for gain, _ in pick) for pick in itertools.product(*choices) if sum(c for _, c in pick) <= budget
+    )
+    reached = sum(value(name, layer.rank) for name, layer in plan.layers.items())
+    assert reached <= best + 1e-9
+    assert reached >= best - max(gains[-1][0] - gains[0][0] for gains in choices) - 1e-9
+
+
+def test_lagrangian_matches_brute_force_where_segments_are_single_steps():
+    """Stacked and far from the dense rung, value is concave in cost: filling in order of density is optimal."""
+    torch.manual_seed(0)
+    shapes = [(40, 40), (40, 40), (40, 40)]
+    values = [(torch.rand(40, dtype=torch.float64) + 0.1).tolist() for _ in shapes]
+    found = make_scores(values, shapes)
+    plan = plan_ranks(found, PlanSettings(keep_params=0.3, allocation="lagrangian"))
+    everything = torch.tensor(values).flatten().sort(descending=True).values
+    components = plan.params_after // 80
+    reached = sum(
+        torch.tensor(one).sort(descending=True).values[: layer.rank].sum()
+        for one, layer in zip(values, plan.layers.values(), strict=True)
+    )
+    assert components == 18  # ⌊0.3 · 4800 / 80⌋
+    assert reached == pytest.approx(float(everything[:components].sum()), rel=1e-6)
+
+
+def test_lagrangian_sees_that_late_pivoted_ranks_are_cheap():
+    """One component at a time, the flat layer never starts; all of it at once is the better buy."""
+    flat, steep = [1.0] * 16, [1.5] * 4 + [0.01] * 12
+    found = make_scores([flat, steep], [(16, 16), (16, 16)])
+    by_component = plan_ranks(found, PlanSettings(keep_params=0.7, storage="pivoted"))
+    by_price = plan_ranks(found, PlanSettings(keep_params=0.7, storage="pivoted", allocation="lagrangian"))
+
+    def reached(plan: RankPlan) -> float:
+        return sum(flat[: plan.layers["layer0"].rank]) + sum(steep[: plan.layers["layer1"].rank])
+
+    assert reached(by_price) > reached(by_component)
+    assert by_price.layers["layer0"].dense
+
+
+def test_ties_go_to_the_first_layer_and_the_lowest_index():
+    found = make_scores([[1.0] * 8, [1.0] * 8], [(8, 8), (8, 8)])
+    plan = plan_ranks(found, PlanSettings(keep_params=0.5))
+    assert [layer.rank for layer in plan.layers.values()] == [3, 1]
+    assert kept(torch.tensor([0.5, 1.0, 0.5, 0.5, 2.0]), 3).tolist() == [0, 1, 4]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.data())
+def test_kept_takes_the_most_important(values, data):
+    importance = torch.tensor(values, dtype=torch.float32)
+    rank = data.draw(st.integers(1, len(values)))
+    chosen = kept(importance, rank)
+    assert chosen.dtype == torch.int64
+    assert chosen.tolist() == sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:rank])
+
+
+@settings(deadline=None)
+@given(scores(), STORAGES, EXACT)
+def test_the_same_scores_give_the_same_plan(found, storage, allocation):
+    wanted = PlanSettings(keep_params=0.9, storage=storage, allocation=allocation)
+    first = plan_or_none(found, wanted)
+    if first is not None:
+        assert first == plan_ranks(found, wanted)
+        assert first.to_json() == plan_ranks(found, wanted).to_json()
+        assert RankPlan.from_json(first.to_json()) == first
+
+
+@pytest.mark.parametrize(("keep", "ranks"), [(0.8, (230, 115, 335)), (0.6, (172, 86, 251))])
+def test_uniform_stacked_is_the_published_svd_llm_rule(keep, ranks):
+    shapes = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
+    found = make_scores([[1.0] * min(shape) for shape in shapes], shapes)
+    plan = plan_ranks(found, PlanSettings(keep_params=keep, allocation="uniform"))
+    assert [layer.rank for layer in plan.layers.values()] == [*ranks, ranks[-1]]
+
+
+def test_uniform_pivoted_is_the_published_pifa_size():
+    found = make_scores([[1.0] * 576], [(1536, 576)])
+    plan = plan_ranks(found, PlanSettings(keep_params=0.6, allocation="uniform", storage="pivoted"))
+    layer = plan.layers["layer0"]
+    assert (layer.rank, layer.params) == (291, 529_911)
+
+
+def test_cost_of_a_rank():
+    assert layer_cost(10, 30, 20, "stacked") == 500
+    assert layer_cost(10, 30, 20, "pivoted") == 400
+    assert layer_cost(20, 30, 20, "pivoted") == 600
+
+
+def test_a_deviation_costs_m_unless_the_caller_knows_better():
+    found = make_scores([[1.0] + [0.0] * 19], [(30, 20)], deviation=True)
+    wanted = PlanSettings(keep_params=0.1334)
+    assert plan_ranks(found, wanted).layers["layer0"].params == 80
+    assert plan_ranks(found, PlanSettings(keep_params=0.0834), {"layer0": 0}).layers["layer0"].params == 50
+    with pytest.raises(RecipeError):
+        plan_ranks(found, PlanSettings(keep_params=0.0834))
+
+
+def test_reasons_and_description_name_what_stays_dense():
+    found = make_scores([[9.0] * 15 + [0.1] * 5, [1.0] * 20], [(20, 20), (20, 20)])
+    plan = plan_ranks(found, PlanSettings(keep_params=0.7))
+    assert plan.dense_layers == {"layer0": "cheaper dense than rank 10 of 20"}
+    assert plan.describe(134_500_000) == (
+        "134.5M → 134.5M (selected 800 → 560) · 1 of 2 layers left dense · stored stacked"
+    )
+    whole = plan_ranks(found, PlanSettings(keep_params=1, storage="pivoted"))
+    assert set(whole.dense_layers.values()) == {"all 20 components survive"}
+    coarse = plan_ranks(found, PlanSettings(keep_params=1, multiple=64))
+    assert set(coarse.dense_layers.values()) == {"no allowed rank is cheaper than dense"}
+
+
+def test_an_impossible_budget_says_what_is_possible():
+    found = make_scores([[1.0] * 20] * 2, [(20, 20)] * 2)
+    with pytest.raises(RecipeError, match=r"smallest possible keep_params here is 0\.1000"):
+        plan_ranks(found, PlanSettings(keep_params=0.09))
+    assert plan_ranks(found, PlanSettings(keep_params=0.1)).params_after == 80
+
+
+@pytest.mark.parametrize("values", [[1.0, float("nan")], [1.0, float("inf")], [1.0], [1.0, 2.0, 3.0]])
+def test_importances_must_be_finite_and_complete(values):
+    with pytest.raises(DataError) as caught:
+        plan_ranks(make_scores([values], [(2, 5)]), PlanSettings())
+    assert caught.value.where == "layer0"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": {"a": {"shape": [1]}}}', '{"layers": 3}'])
+def test_a_broken_plan_file_is_a_data_error(text):
+    with pytest.raises(DataError, match="no rank plan"):
+        RankPlan.from_json(text)
