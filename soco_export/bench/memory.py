@@ -2,19 +2,20 @@
 
     python -m soco_export.bench.memory FOLDER PROVIDER THREADS TOKENS
 
-prints one JSON object: the high-water mark after a prefill of TOKENS tokens and a decode step, and, to take off, that of
-the bare interpreter with ONNX Runtime imported.
+writes one JSON object: the high-water mark after a prefill of TOKENS tokens and a decode step and, to compare, that
+of the interpreter with all libraries imported and no model open.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from soco_train.errors import MachineError
 
@@ -47,9 +48,16 @@ def measure_peak_memory(folder: Path, provider: str, threads: int, tokens: int) 
 
 
 def high_water_mark() -> int:
-    """Return this process's peak resident memory in bytes (the kernel's own count)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Return this process's peak resident memory in bytes.
+
+    Not ru_maxrss on Linux: a child inherits its parent's there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    info = psutil.Process().memory_info()
+    return int(getattr(info, "peak_wset", info.rss))
 
 
 def _main(folder: str, provider: str, threads: str, tokens: str) -> None:

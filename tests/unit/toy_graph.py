@@ -100,7 +100,8 @@ def save_toy(model: ToyModel, folder: Path, dtype: int = TensorProto.FLOAT, last
         helper.make_tensor_value_info("logits", dtype, ["b", "n", VOCABULARY]),
         *[helper.make_tensor_value_info(f"present.0.{part}", dtype, new) for part in ("key", "value")],
     ]
-    graph = helper.make_graph(nodes, "toy", inputs, outputs, constants)
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(nodes, "toy", inputs, outputs, [c for c in constants if c.name in used])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(

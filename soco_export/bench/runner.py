@@ -1,0 +1,173 @@
+"""Latency of the dense ONNX model against the compressed one, in strictly interleaved rounds.
+
+Both sessions live in this process and take turns, first dense, then compressed, and the other way round in the next
+round, so that drift hits both alike. Only ratios inside one such series mean anything.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from soco_export.bench.memory import PeakMemory, measure_peak_memory
+from soco_export.bench.roofline import Roofline, bytes_per_decode_step, measure_bandwidth, roofline
+from soco_export.bench.settings import BenchSettings
+from soco_export.bench.stats import Ratio, Summary, paired_ratio, summarise
+from soco_export.validate.decoder import IntArray
+from soco_export.validate.session import DEVICES, MODEL_FILE, OnnxDecoder
+from soco_train.events import Event, Notify, silent
+
+Run = Callable[[], None]
+Rounds = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`tokens` new tokens on a cache of `past` tokens: a prefill where past is 0, else a decode step."""
+
+    tokens: int
+    past: int
+
+    @property
+    def name(self) -> str:
+        """prefill_128, decode_128: the number is the prompt's, or the cache's, length."""
+        return f"decode_{self.past}" if self.past else f"prefill_{self.tokens}"
+
+
+@dataclass(frozen=True)
+class WorkloadFigures:
+    """One workload: milliseconds per pass, tokens/s at the median, and how many times faster the compressed is."""
+
+    tokens: int
+    past: int
+    dense: Summary
+    compressed: Summary
+    dense_tokens_per_s: float
+    compressed_tokens_per_s: float
+    speedup: Ratio
+
+
+@dataclass(frozen=True)
+class LatencyFigures:
+    """All workloads by name, those skipped with the reason, and how the decode steps stand to the ceiling."""
+
+    provider: str
+    threads: int
+    rounds: int
+    workloads: Mapping[str, WorkloadFigures]
+    skipped: Mapping[str, str]
+    roofline: Mapping[str, Roofline]
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Peak memory of each model in a process of its own; `ratio` = compressed / dense."""
+
+    dense: PeakMemory
+    compressed: PeakMemory
+    ratio: float
+
+
+def plan_workloads(settings: BenchSettings, context: int | None) -> tuple[list[Workload], dict[str, str]]:
+    """Return the workloads that fit the model's `context` (None: unlimited) and the reasons for those that do not."""
+    wanted = [*(Workload(tokens, 0) for tokens in settings.prefill), Workload(1, settings.past)]
+    fitting = [w for w in wanted if context is None or w.tokens + w.past <= context]
+    skipped = {w.name: f"the model's context ends at {context} tokens" for w in wanted if w not in fitting}
+    return fitting, skipped
+
+
+def measure_latency(
+    dense: Path,
+    compressed: Path,
+    settings: BenchSettings,
+    provider: str,
+    threads: int,
+    notify: Notify = silent,
+) -> LatencyFigures:
+    """Time two ONNX folders against each other; see OnnxDecoder for what it raises."""
+    config = json.loads((compressed / "config.json").read_text(encoding="utf-8"))
+    workloads, skipped = plan_workloads(settings, config.get("max_position_embeddings"))
+    decoders = [OnnxDecoder(folder, provider, threads, folder.name) for folder in (dense, compressed)]
+    figures: dict[str, WorkloadFigures] = {}
+    for index, workload in enumerate(workloads):
+        prompt = _prompt(workload.past + workload.tokens, config["vocab_size"])
+        runs = [prepare(decoder, workload, prompt) for decoder in decoders]
+        samples = settings.decode_samples if workload.past else 1
+        times = interleave((runs[0], runs[1]), settings.rounds, settings.warmup, samples)
+        figures[workload.name] = _figures(workload, *times)
+        notify(Event("bench", index + 1, len(workloads), {workload.name: figures[workload.name].speedup.value}))
+    ceiling = _rooflines((dense, compressed), figures, provider, threads) if settings.roofline else {}
+    return LatencyFigures(provider, threads, settings.rounds, figures, skipped, ceiling)
+
+
+def measure_memory(dense: Path, compressed: Path, provider: str, threads: int, tokens: int) -> MemoryFigures:
+    """Measure the peak memory of both folders, one after the other, for a prefill of `tokens` tokens and a step."""
+    first = measure_peak_memory(dense, provider, threads, tokens)
+    second = measure_peak_memory(compressed, provider, threads, tokens)
+    return MemoryFigures(first, second, second.peak / first.peak)
+
+
+def _prompt(tokens: int, vocabulary: int) -> IntArray:
+    return np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
+
+
+def prepare(decoder: OnnxDecoder, workload: Workload, prompt: IntArray) -> Run:
+    """Bind a workload so that only the pass itself is timed; the cache of a decode step holds a real prefill."""
+    decoder.release()
+    if workload.past:
+        decoder.prefill(prompt[:, : workload.past])
+    run = decoder.repeatable(prompt[:, workload.past :])
+    decoder.release()
+    return run
+
+
+def interleave(runs: tuple[Run, Run], rounds: int, warmup: int, samples: int) -> tuple[Rounds, Rounds]:
+    """Time both in turns, `samples` of each per round, swapping who goes first; milliseconds, [rounds][samples]."""
+    times: tuple[Rounds, Rounds] = ([], [])
+    for index in range(warmup + rounds):
+        order = (0, 1) if index % 2 == 0 else (1, 0)
+        for which in order:
+            found = [_time(runs[which]) for _ in range(samples)]
+            if index >= warmup:
+                times[which].append(found)
+    return times
+
+
+def _time(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _figures(workload: Workload, dense: Rounds, compressed: Rounds) -> WorkloadFigures:
+    flat = [[sample for samples in rounds for sample in samples] for rounds in (dense, compressed)]
+    per_second = [1e3 * workload.tokens / float(np.median(samples)) for samples in flat]
+    return WorkloadFigures(
+        tokens=workload.tokens,
+        past=workload.past,
+        dense=summarise(flat[0]),
+        compressed=summarise(flat[1]),
+        dense_tokens_per_s=per_second[0],
+        compressed_tokens_per_s=per_second[1],
+        speedup=paired_ratio(dense, compressed),
+    )
+
+
+def _rooflines(
+    folders: tuple[Path, Path], figures: Mapping[str, WorkloadFigures], provider: str, threads: int
+) -> dict[str, Roofline]:
+    decode = next((entry for entry in figures.values() if entry.past), None)
+    if decode is None:
+        return {}
+    bandwidth = measure_bandwidth(threads, DEVICES.get(provider, "cpu"))
+    measured = {"dense": decode.dense.p50, "compressed": decode.compressed.p50}
+    return {
+        name: roofline(bytes_per_decode_step(folder / MODEL_FILE, decode.past), bandwidth, p50)
+        for (name, p50), folder in zip(measured.items(), folders, strict=True)
+        if p50 is not None
+    }

@@ -1,0 +1,111 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from toy_graph import CONTEXT, HEADS, VOCABULARY, WIDTH, ToyModel, save_toy
+
+from soco_export.bench.machine import describe_machine
+from soco_export.bench.memory import high_water_mark, measure_peak_memory
+from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
+from soco_export.bench.runner import Workload, interleave, measure_latency, plan_workloads
+from soco_export.bench.settings import BenchSettings
+from soco_train.errors import MachineError
+
+
+def folder_with_config(tmp_path, name, seed):
+    folder = save_toy(ToyModel(seed), tmp_path / name)
+    config = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_rounds_are_strictly_interleaved_and_swap_who_goes_first():
+    calls = []
+    dense, compressed = interleave(
+        (lambda: calls.append("d"), lambda: calls.append("c")), rounds=3, warmup=1, samples=2
+    )
+    assert "".join(calls) == "ddcc" + "ccdd" + "ddcc" + "ccdd"
+    assert [len(samples) for samples in dense] == [len(samples) for samples in compressed] == [2, 2, 2]
+
+
+def test_workloads_beyond_the_context_are_skipped_with_the_reason():
+    settings = BenchSettings(prefill=(16, 512), past=100)
+    fitting, skipped = plan_workloads(settings, 64)
+    assert fitting == [Workload(16, 0)]
+    assert skipped == dict.fromkeys(("prefill_512", "decode_100"), "the model's context ends at 64 tokens")
+    assert [w.name for w in plan_workloads(settings, None)[0]] == ["prefill_16", "prefill_512", "decode_100"]
+
+
+def test_latency_of_two_folders(tmp_path):
+    folders = [folder_with_config(tmp_path, name, seed) for seed, name in enumerate(("dense", "low-rank"))]
+    settings = BenchSettings(rounds=5, warmup=1, prefill=(8, 128), past=16, decode_samples=2, roofline=False)
+    events = []
+    figures = measure_latency(*folders, settings, "CPUExecutionProvider", 1, events.append)
+    assert set(figures.workloads) == {"prefill_8", "decode_16"}
+    assert set(figures.skipped) == {"prefill_128"}
+    decode = figures.workloads["decode_16"]
+    assert (decode.dense.n, decode.compressed.n, decode.speedup.rounds) == (10, 10, 5)
+    assert decode.dense.p95 is None
+    assert decode.dense_tokens_per_s == pytest.approx(1e3 / decode.dense.p50)
+    prefill = figures.workloads["prefill_8"]
+    assert prefill.compressed_tokens_per_s == pytest.approx(8e3 / prefill.compressed.p50)
+    assert prefill.speedup.low <= prefill.speedup.value <= prefill.speedup.high
+    assert [event.step for event in events] == [1, 2]
+
+
+def test_a_decode_step_reads_weights_and_cache_but_not_lookup_tables(tmp_path):
+    model = save_toy(ToyModel(0), tmp_path) / "model.onnx"
+    graph = onnx.load(str(model), load_external_data=False).graph
+    constants = sum(numpy_helper.to_array(t).nbytes for t in graph.initializer if t.name not in "EPW")
+    head, cache = 4 * WIDTH * VOCABULARY, 2 * 4 * WIDTH
+    assert bytes_per_decode_step(model, 10) == constants + head + 10 * cache
+    assert HEADS * (WIDTH // HEADS) == WIDTH
+
+
+@pytest.mark.parametrize(("kind", "size"), [(TensorProto.FLOAT, 24), (TensorProto.FLOAT16, 12), (TensorProto.INT4, 3)])
+def test_a_table_that_a_product_reads_too_counts_in_its_own_type(tmp_path, kind, size):
+    weight = helper.make_tensor("W", kind, [2, 3], bytes(size), raw=True)
+    nodes = [helper.make_node("Gather", ["W", "i"], ["x"]), helper.make_node("MatMul", ["x", "W"], ["y"])]
+    graph = helper.make_graph(nodes, "tied", [], [], [weight])
+    onnx.save(helper.make_model(graph), str(tmp_path / "model.onnx"))
+    assert bytes_per_decode_step(tmp_path / "model.onnx", 5) == size
+    del graph.node[1]
+    onnx.save(helper.make_model(graph), str(tmp_path / "model.onnx"))
+    assert bytes_per_decode_step(tmp_path / "model.onnx", 5) == 0
+
+
+def test_roofline_is_bytes_over_bandwidth_over_time():
+    found = roofline(bytes_per_step=200_000_000, bandwidth=20e9, measured_ms=12.5)
+    assert found.ideal_ms == pytest.approx(10)
+    assert found.efficiency == pytest.approx(0.8)
+
+
+def test_bandwidth_is_of_this_world():
+    assert 1e8 < measure_bandwidth(threads=1) < 1e13
+
+
+def test_peak_memory_is_of_the_model_and_not_of_the_parent(tmp_path):
+    folder = folder_with_config(tmp_path, "toy", 0)
+    ballast = np.ones(600 * 2**20, dtype=np.uint8)
+    found = measure_peak_memory(folder, "CPUExecutionProvider", 1, 8)
+    assert high_water_mark() > ballast.nbytes
+    assert 20 * 2**20 < found.interpreter <= found.peak < 600 * 2**20
+    assert "alone" in found.method
+
+
+def test_a_measuring_process_that_fails_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(MachineError, match="could not be measured"):
+        measure_peak_memory(tmp_path, "CPUExecutionProvider", 1, 8)
+
+
+def test_the_machine_is_named():
+    machine = describe_machine(threads=2)
+    assert machine.threads == 2
+    assert machine.cores >= 1
+    assert machine.cpu
+    assert {"python", "torch", "onnxruntime"} <= machine.versions.keys()
