@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,7 @@ class Architecture:
 
     family: str
     hidden: int
+    intermediate: int
     layers: int
     heads: int
     kv_heads: int
@@ -78,13 +79,25 @@ class Architecture:
         """Whether the MLP multiplies an activated gate into the up-projection."""
         return len(self.names.mlp_in) == 2
 
-    def linears(self) -> Iterator[str]:
-        """Yield the qualified names of all Linears, layer by layer, the head last."""
-        inside = (self.names.query, self.names.key, self.names.value, self.names.output)
-        for index in range(self.layers):
-            for name in (*inside, *self.names.mlp_in, self.names.mlp_out):
-                yield f"{self.names.layer.format(index)}.{name}"
-        yield self.names.head
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return name → (outputs, inputs) of all Linears, layer by layer, the head last."""
+        names, hidden = self.names, self.hidden
+        attended, kept = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inside = {names.query: (attended, hidden), names.key: (kept, hidden), names.value: (kept, hidden)}
+        inside |= {names.output: (hidden, attended)}
+        inside |= {name: (self.intermediate, hidden) for name in names.mlp_in}
+        inside |= {names.mlp_out: (hidden, self.intermediate)}
+        each = range(self.layers)
+        shapes = {f"{names.layer.format(i)}.{name}": shape for i in each for name, shape in inside.items()}
+        return shapes | {names.head: (self.vocab, hidden)}
+
+    def norms(self) -> dict[str, int]:
+        """Return name → size of all normalisations."""
+        names = self.names
+        inside = {names.attention_norm: self.hidden, names.mlp_norm: self.hidden}
+        inside |= {name: self.head_dim for name in (names.query_norm, names.key_norm) if name}
+        sizes = {f"{names.layer.format(i)}.{name}": size for i in range(self.layers) for name, size in inside.items()}
+        return sizes | {names.final_norm: self.hidden}
 
 
 @dataclass(frozen=True)

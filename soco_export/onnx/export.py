@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
+from soco_export.checkpoint.writer import replacing_folder
 from soco_export.onnx.architecture import Architecture, describe, read_config
 from soco_export.onnx.builder import DecoderBuilder
 from soco_export.onnx.fallback import export_with_transformers
@@ -41,19 +38,19 @@ class ExportSummary:
 def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notify = silent) -> ExportSummary:
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
-    Weights are streamed one at a time. `out` appears when everything is in it. Raises RecipeError for an architecture,
-    option or existing `out` that cannot be served, DataError for a checkpoint that is not what its config says; both
-    before any weight is read.
+    Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
+    Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
+    not what its config says; both before any weight is read.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} holds something already", fix="give a new folder, or delete it", where=str(out))
+    if out.is_dir() and any(out.iterdir()) and not (out / MODEL_FILE).exists():
+        raise RecipeError(f"{out} holds something that is no ONNX model", fix="give another folder", where=str(out))
     check_layouts(settings)
     config = read_config(folder)
     architecture = describe(config)
     source = CheckpointWeights(folder)
     if architecture is not None:
         check_tensors(architecture, source)
-    with _finished_whole(out) as partial:
+    with replacing_folder(out) as partial:
         if architecture is None:
             export_with_transformers(folder, partial, config, settings)
         else:
@@ -81,16 +78,3 @@ def _build(
     finally:
         data.close()
     ir.save(model, folder / MODEL_FILE)
-
-
-@contextmanager
-def _finished_whole(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` to write in; move it to `out` at the end, remove it on failure."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

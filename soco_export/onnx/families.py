@@ -14,7 +14,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-ROPE = "max_position_embeddings rope_parameters rope_theta rope_scaling"
+ROPE = "max_position_embeddings rope_parameters rope_theta rope_scaling partial_rotary_factor"
 COMMON = f"{SIZES} {ROPE} hidden_act rms_norm_eps"
 WINDOWS = "sliding_window use_sliding_window max_window_layers layer_types"
 
@@ -58,6 +58,7 @@ def _llama_like(config: Config, qk_norm: bool = False) -> Architecture:
     return Architecture(
         family=config["model_type"],
         hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
         layers=layers,
         heads=heads,
         kv_heads=config.get("num_key_value_heads", heads),
@@ -102,6 +103,7 @@ def opt(config: Config) -> Architecture:
     return Architecture(
         family="opt",
         hidden=config["hidden_size"],
+        intermediate=config["ffn_dim"],
         layers=layers,
         heads=heads,
         kv_heads=heads,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_export.checkpoint.forms import tokenizer_in_both_forms
 from soco_export.onnx.architecture import Architecture, Config
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.settings import ExportSettings
@@ -77,9 +78,8 @@ def optimum(to: Layout) -> None:
         if (to.source / name).exists():
             shutil.copyfile(to.source / name, to.folder / name)
     tokenizer = to.folder / "tokenizer_config.json"
-    if tokenizer.exists() and _read(tokenizer).get("tokenizer_class") == "TokenizersBackend":
-        # The name of transformers 5 for what every version and runtime knows as PreTrainedTokenizerFast.
-        _write(tokenizer, {**_read(tokenizer), "tokenizer_class": "PreTrainedTokenizerFast"})
+    if tokenizer.exists() and (to.folder / "tokenizer.json").exists():
+        _write(tokenizer, tokenizer_in_both_forms(_read(tokenizer)))
 
 
 # onnxruntime-genai decides by this name how it loads; families it does not know load like llama.

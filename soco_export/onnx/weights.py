@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.lowrank import QUANT_METHOD
 from soco_export.onnx.architecture import Architecture
-from soco_train.errors import DataError
+from soco_export.onnx.graph import Array
+from soco_train.errors import DataError, RecipeError
 
 # Older checkpoints store buffers that are computed from the config.
-DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-# What each form of a Linear stores: (always, perhaps).
-PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "dense": (("weight",), ("bias",)),
-    "stacked": (("weight", "up.weight"), ("up.bias",)),
-    "pivoted": (("weight", "mix.weight", "order"), ("bias",)),
-}
+DERIVED = (".rotary_emb.inv_freq",)
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,39 +29,36 @@ class Form:
 
 
 class CheckpointWeights:
-    """The tensors of `folder` by name; nothing is read before `read`."""
+    """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.forms = _forms(folder)
-        self._files = _index(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self._files.values())):
-            with _opened(file) as tensors:
-                present = set(tensors.keys())
-                for name in (name for name, home in self._files.items() if home == file):
-                    if name not in present:
-                        raise _broken(file, f"{name} is missing")
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        config = read_config(folder)
+        _refuse_quantised(config.get("quantization_config") or {}, folder)
+        layers = pruned_layers(config)
+        self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
+        self._stored = open_shards(shard_files(folder))
+        check_layer_tensors(self._stored, layers)
+        self.shapes: Shapes = {
+            name: stored.shape for name, stored in self._stored.items() if not name.endswith(DERIVED)
+        }
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def names(self) -> set[str]:
-        """Return the names of all tensors that are weights."""
-        return {name for name in self._files if not name.endswith(DERIVED)}
+        return name in self.shapes
 
     def form(self, name: str) -> Form:
         """Return how the Linear `name` is stored."""
         return self.forms.get(name, Form())
 
-    def read(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+    def read(self, name: str) -> Array:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
-        if name not in self._files:
-            raise DataError(f"the checkpoint has no tensor {name}", fix="give a complete checkpoint", where=name)
-        # Opened anew for each tensor, so that the pages of the last one are let go.
-        with _opened(self._files[name]) as tensors:
-            tensor = tensors.get_tensor(name)
+        file = self._stored[name].file
+        try:
+            # Opened anew for each tensor, so that the pages of the last one are let go.
+            with safe_open(str(file), framework="pt") as shard:
+                tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
         if not tensor.is_floating_point():
             return np.asarray(tensor.numpy())
         values = np.asarray(tensor.to(torch.float32).numpy())
@@ -77,83 +69,73 @@ class CheckpointWeights:
         return values
 
 
-def _index(folder: Path) -> dict[str, Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        entries: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in entries.items()}
-    if not single.exists():
-        raise DataError(
-            f"{folder.name} holds no safetensors",
-            fix="save the model with save_pretrained, which writes model.safetensors",
-            where=str(folder),
-        )
-    with _opened(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _forms(folder: Path) -> dict[str, Form]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config") or {}
-    if not stored:
-        return {}
-    if stored.get("quant_method") != "soco-export":
-        raise DataError(
-            f"the checkpoint is quantised already ({stored.get('quant_method')})",
+def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
+    if record and record.get("quant_method") != QUANT_METHOD:
+        raise RecipeError(
+            f"the checkpoint is quantised already ({record.get('quant_method')})",
             fix="start from the unquantised checkpoint and set export.weights",
             where=str(folder / "config.json"),
         )
-    return {name: Form(layer["kind"], layer["rank"]) for name, layer in stored["layers"].items()}
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _broken(file, str(error)) from error
-
-
-def _broken(file: Path, reason: str) -> DataError:
-    return DataError(f"cannot read {file.name}: {reason}", fix="download or save the model anew", where=str(file))
 
 
 def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:
-    """Raise DataError unless the checkpoint holds exactly the tensors that the description uses.
+    """Raise DataError unless the checkpoint holds exactly the tensors that the description uses, in their shapes.
 
     A tensor too many is a part of the model that the graph would leave out.
     """
     needed, allowed = _expected(architecture, source)
-    present = source.names()
-    if missing := sorted(needed - present):
+    where = str(source.folder)
+    if missing := sorted(needed.keys() - source.shapes.keys()):
         raise DataError(
-            f"the checkpoint lacks {len(missing)} tensors, {missing[0]} first",
+            f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)",
             fix="give a complete checkpoint of the architecture that config.json names",
-            where=str(source.folder),
+            where=where,
         )
-    if unknown := sorted(present - needed - allowed):
+    expected = needed | allowed
+    if unknown := sorted(source.shapes.keys() - expected.keys()):
         raise DataError(
-            f"the description of {architecture.family} has no place for {unknown[0]} ({len(unknown)} such tensors)",
+            f"the description of {architecture.family} has no place for {unknown[0]} ({len(unknown)} tensors in all)",
             fix="export --format hf or dense instead, or describe it in soco_export/onnx/families.py",
-            where=str(source.folder),
+            where=where,
         )
+    for name, shape in source.shapes.items():
+        if shape != expected[name]:
+            raise DataError(
+                f"{name} is {shape}, config.json makes it {expected[name]}",
+                fix="give the config.json that belongs to these weights",
+                where=where,
+            )
 
 
-def _expected(architecture: Architecture, source: CheckpointWeights) -> tuple[set[str], set[str]]:
+def _expected(architecture: Architecture, source: CheckpointWeights) -> tuple[Shapes, Shapes]:
     """Return (needed, allowed besides): biases are used wherever they are stored."""
     names = architecture.names
-    norms = [names.final_norm]
-    for index in range(architecture.layers):
-        inside = (names.attention_norm, names.mlp_norm, names.query_norm, names.key_norm)
-        norms += [f"{names.layer.format(index)}.{name}" for name in inside if name]
-    needed = {f"{name}.weight" for name in (names.embed, names.positions, *norms) if name}
-    if architecture.norm.kind == "layer":
-        needed |= {f"{name}.bias" for name in norms}
-    allowed: set[str] = set()
-    for name in architecture.linears():
+    table = (architecture.vocab, architecture.hidden)
+    needed: Shapes = {f"{names.embed}.weight": table}
+    if names.positions:
+        needed[f"{names.positions}.weight"] = (
+            architecture.context + architecture.position_offset,
+            architecture.hidden,
+        )
+    for name, size in architecture.norms().items():
+        needed[f"{name}.weight"] = (size,)
+        if architecture.norm.kind == "layer":
+            needed[f"{name}.bias"] = (size,)
+    allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}
+    for name, (m, n) in architecture.linears().items():
         if architecture.tied and name == names.head:
-            allowed |= {f"{name}.weight"}
             continue
-        parts, biases = PARTS[source.form(name).kind]
-        needed |= {f"{name}.{part}" for part in parts}
-        allowed |= {f"{name}.{part}" for part in biases}
+        parts, biases = _parts(source.form(name), m, n)
+        needed |= {f"{name}.{part}": shape for part, shape in parts.items()}
+        allowed |= {f"{name}.{part}": (m,) for part in biases}
     return needed, allowed
+
+
+def _parts(form: Form, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
+    """Return (tensors that a Linear of m × n always stores, names of those that it may store)."""
+    if form.kind == "stacked":
+        return {"weight": (form.rank, n), "up.weight": (m, form.rank)}, ("up.bias",)
+    if form.kind == "pivoted":
+        parts: Shapes = {"weight": (form.rank, n), "mix.weight": (m - form.rank, form.rank), "order": (m,)}
+        return parts, ("bias",)
+    return {"weight": (m, n)}, ("bias",)
