@@ -18,8 +18,6 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-ROOT = Path(__file__).parent.parent
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this environment has nothing for."""

@@ -1,0 +1,64 @@
+"""Generate from an exported folder with ONNX Runtime and the tokenizer alone: no torch, no transformers, none of ours.
+
+python examples/onnxruntime_generate.py runs/demo/onnx "The state of the Union" --tokens 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+
+def generate(session: Any, ids: list[int], tokens: int, ends: set[int]) -> Iterator[int]:
+    """Yield up to `tokens` greedy tokens after `ids`, stopping after one of `ends`."""
+    # The cache starts empty: [batch 1, key/value heads, 0 tokens so far, head size].
+    inputs = {entry.name: entry for entry in session.get_inputs()}
+    cache = {
+        name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for name, entry in inputs.items()
+        if name.startswith("past_key_values.")
+    }
+    outputs = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    new = np.array([ids], np.int64)  # the whole prompt first, then one token at a time
+    seen = 0
+    for _ in range(tokens):
+        feeds = {
+            "input_ids": new,
+            "attention_mask": np.ones((1, seen + new.shape[1]), np.int64),
+            "position_ids": np.arange(seen, seen + new.shape[1], dtype=np.int64)[None],
+        }
+        logits, *present = session.run(outputs, {name: feeds[name] for name in feeds if name in inputs} | cache)
+        cache = dict(zip(cache, present, strict=True))
+        seen += new.shape[1]
+        token = int(logits[0, -1].argmax())
+        yield token
+        if token in ends:
+            return
+        new = np.array([[token]], np.int64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=32)
+    arguments = parser.parse_args()
+
+    # By path: model.onnx.data is looked for beside model.onnx.
+    session = onnxruntime.InferenceSession(str(arguments.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    tokenizer = Tokenizer.from_file(str(arguments.folder / "tokenizer.json"))
+    end = json.loads((arguments.folder / "config.json").read_text())["eos_token_id"]
+    ids = tokenizer.encode(arguments.prompt).ids
+    found = list(generate(session, ids, arguments.tokens, set(end if isinstance(end, list) else [end])))
+    print(tokenizer.decode(ids + found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The plug-ins in docs/extending.md are real: each snippet is executed, found by its name, and used."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from soco_export.onnx import layouts
+from soco_export.onnx.settings import ExportSettings
+from soco_export.recipe import load_recipe
+from soco_train import scorers, spectrum
+from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.statistics import LayerStatistics
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+REGISTRIES = (spectrum._BASES, scorers.SCORERS, layouts.LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def _restore_registries() -> Iterator[None]:
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, kept in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(kept)
+
+
+def snippet(start: str) -> str:
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if block.startswith(start))
+
+
+def define(start: str, module: object) -> None:
+    exec(compile(snippet(start), str(PAGE), "exec"), dict(vars(module)))
+
+
+def test_the_basis_decomposes_exactly() -> None:
+    define("@basis", spectrum)
+    weight = torch.randn(7, 5)
+    statistics = LayerStatistics(input_magnitude=torch.rand(5, dtype=torch.float64) + 0.1)
+    found = spectrum.decompose(weight, statistics, "magnitude", ridge=0.0)
+    torch.testing.assert_close(found.P @ found.B, weight, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scorer_scores(tmp_path: Path) -> None:
+    define("@scorer", scorers)
+    linear = nn.Linear(5, 7)
+    task = scorers.ScoringTask(
+        model=linear,
+        linears={"layer": linear},
+        spectra={"layer": spectrum.decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)},
+        tokens=torch.zeros(1, 8, dtype=torch.int64),
+        train=TrainSettings(scorer="energy-per-parameter"),
+        plan=PlanSettings(),
+        workdir=tmp_path,
+    )
+    importance = scorers.train_scores(task).layers["layer"].importance
+    torch.testing.assert_close(importance, torch.linalg.svdvals(linear.weight.detach()) ** 2 / 12)
+
+
+def test_the_layout_is_written(tmp_path: Path) -> None:
+    define("@layout", layouts)
+    settings = ExportSettings(layouts=("labels",))
+    layouts.check_layouts(settings)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}), encoding="utf-8")
+    fields = dict.fromkeys(inspect.signature(layouts.Layout).parameters)
+    layouts.write_layouts(layouts.Layout(**{**fields, "source": tmp_path, "folder": tmp_path, "settings": settings}))
+    assert (tmp_path / "vocab.txt").read_text(encoding="utf-8") == "a\nb"
+
+
+def test_the_recipe_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "my-model.yaml"
+    file.write_text(snippet("extends: base"), encoding="utf-8")
+    recipe = load_recipe(file)
+    assert (recipe.name, recipe.model.id) == ("my-model", "owner/name")
+
+
+def test_every_room_that_is_named_exists() -> None:
+    for page in [*PAGE.parent.glob("*.md"), PAGE.parents[1] / "CONTRIBUTING.md", PAGE.parents[1] / "README.md"]:
+        for name in re.findall(r"`((?:soco_train|soco_export|tools|recipes|tests)/[\w./-]+)`", page.read_text("utf-8")):
+            if "my-model" not in name:
+                assert (PAGE.parents[1] / name).exists(), f"{page.name}: {name}"

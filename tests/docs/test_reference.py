@@ -1,0 +1,38 @@
+"""The reference pages name everything there is, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from soco_export.cli import app
+from soco_export.recipe import keys
+
+COMMON = {"--json", "--quiet", "--verbose"}
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_every_recipe_key_is_documented_and_no_other() -> None:
+    rows = re.findall(r"^\| (`[^|]*)\|", (DOCS / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
+    every = list(keys())
+    leaves = {key for key in every if not any(other.startswith(f"{key}.") for other in every)}
+    assert sorted(documented) == sorted(leaves)
+
+
+def test_every_verb_and_flag_is_documented_and_no_other() -> None:
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^### |\Z)", page, re.MULTILINE | re.DOTALL))
+    documented = {verb: set(re.findall(r"`(--[\w-]+)`", flags_of(text))) for verb, text in sections.items()}
+    assert documented == {verb: long_options(command) - COMMON for verb, command in get_command(app).commands.items()}
+
+
+def flags_of(section: str) -> str:
+    return next((line for line in section.splitlines() if line.startswith("Flags:")), "")
+
+
+def long_options(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
