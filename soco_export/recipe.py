@@ -74,6 +74,13 @@ class Recipe(PlanSettings):
             values = _with(values, key, value)
         return _validate(values, {key: where for key in changes})
 
+    def override(self, overrides: Sequence[str]) -> Recipe:
+        """Return a copy with each `key=value` of `--set` applied, validated."""
+        changed = self
+        for override in overrides:
+            changed = changed.replace(dict([_parse_override(override)]), where=f"--set {override}")
+        return changed
+
 
 def load_recipe(
     source: str | Path,

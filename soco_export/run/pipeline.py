@@ -104,7 +104,7 @@ class Pipeline(Generic[Context]):
             status="done", key=key, inputs=inputs, outputs=outputs, seconds=round(seconds, 3)
         )
         home.save()
-        self.notify(Event(stage.name, 1, 1, {"": "done", "seconds": round(seconds, 1)}))
+        self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}))
 
     def _workspace(self, stage: Stage[Context], key: str) -> Path:
         """Return the stage's own folder in unfinished/; those of its earlier tasks go."""

@@ -37,6 +37,7 @@ def make_spectrum(context: RunContext, out: Path) -> None:
 
 def learn_scores(context: RunContext, out: Path) -> None:
     """Give every component its importance with the scorer of the recipe; goes on from its own checkpoint in `out`."""
+    from soco_export.lowrank import count_parameters
     from soco_train.scorers import ScoringTask, train_scores
 
     calibration = context.blocks("calibration")
@@ -51,7 +52,9 @@ def learn_scores(context: RunContext, out: Path) -> None:
         notify=context.notify,
         data_fingerprint=f"{calibration.fingerprint} {context.model_hash()}",
     )
-    train_scores(task).save(out / "scores.safetensors")
+    found = train_scores(task)
+    origin = {"model": context.recipe.name, "parameters": count_parameters(task.model), "calibration": calibration.source}
+    Scores(found.layers, {**found.provenance, **origin}).save(out / "scores.safetensors")
 
 
 def cut_plan(context: RunContext, out: Path) -> None:

@@ -1,0 +1,239 @@
+"""The command line: parse, call, exit code. What a verb does is in soco_export/run/verbs.py, what it prints in console.py.
+
+    soco-export train-and-export --model tiny        everything, into runs/tiny
+    soco-export --help
+
+Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine, 130 interrupted (and can go on).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from soco_export.console import NORMAL, QUIET, VERBOSE, Console
+from soco_train.errors import SocoError
+
+INTERRUPTED = 130
+
+Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.")]
+Format = Annotated[Literal["onnx", "hf", "dense"], typer.Option(help="ONNX, Hugging Face low rank, or merged dense.")]
+KeepParams = Annotated[float | None, typer.Option(help="Fraction of the selected layers' parameters to keep.")]
+Sizes = Annotated[str | None, typer.Option("--keep-params", help="One or more sizes: 0.9,0.8,0.6.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: key=value. Repeatable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost; no network, no weights.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="The same architecture with 2 layers and random weights.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what the run folder holds is lost.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every step, and tracebacks of errors.")]
+RunArgument = Annotated[Path | None, typer.Argument(help="A run folder; default: the model's, or the latest in runs/.")]
+
+app = typer.Typer(
+    help="Train SoCo's singular spectrum, prune to low rank, export to ONNX, and prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes, name="recipes")
+
+
+@app.command("train-and-export")
+def train_and_export(
+    model: Model = None,
+    recipe: RecipeFile = None,
+    format: Format = "onnx",
+    keep_params: KeepParams = None,
+    out: Out = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    tiny: Tiny = False,
+    fresh: Fresh = False,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Do everything: train, prune, export, prove, judge."""
+    _call("train_and_export", locals())
+
+
+@app.command()
+def train(
+    model: Model = None,
+    recipe: RecipeFile = None,
+    keep_params: KeepParams = None,
+    out: Out = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    tiny: Tiny = False,
+    fresh: Fresh = False,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Learn the scores and stop."""
+    _call("train", locals())
+
+
+@app.command()
+def plan(
+    run: RunArgument = None,
+    model: Model = None,
+    sizes: Sizes = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for one plan.json per size.")] = None,
+    set_: Set = None,
+    tiny: Tiny = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run's scores give at one or more sizes."""
+    _call("plan", locals())
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
+    format: Format = "onnx",
+    keep_params: KeepParams = None,
+    out: Out = None,
+    set_: Set = None,
+    fresh: Fresh = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run or a Hugging Face folder in another form, or a run at another size."""
+    _call("export", locals())
+
+
+@app.command()
+def validate(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
+    against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure parity and perplexity, and judge them by the recipe's gates."""
+    _call("validate", locals())
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or an ONNX folder.")],
+    against: Annotated[Path | None, typer.Option(help="The ONNX folder to compare with, in turns.")] = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure latency and memory, both models in turns."""
+    _call("bench", locals())
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A results.json, or its run folder.")],
+    two: Annotated[Path, typer.Argument(help="Another one.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show where two results differ."""
+    _call("compare", locals())
+
+
+@app.command()
+def report(
+    run: RunArgument = None,
+    model: Model = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's reports again from its results.json, and judge it again."""
+    _call("report", locals())
+
+
+@recipes.command("list")
+def recipes_list(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """List the recipes that come with the package."""
+    _call("recipes_list", locals())
+
+
+@recipes.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a recipe with everything resolved."""
+    _call("recipes_show", locals())
+
+
+@recipes.command("check")
+def recipes_check(
+    names: Annotated[list[str] | None, typer.Argument(help="Names or files; default: all that are shipped.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read recipes and say what is wrong with them."""
+    _call("recipes_check", locals())
+
+
+@app.command()
+def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Say what this machine can run, and what is missing."""
+    _call("doctor", locals())
+
+
+def _call(verb: str, options: dict[str, Any]) -> None:
+    """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
+    quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
+    console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
+    try:
+        with console.working():
+            verbs = import_module("soco_export.run.verbs")
+            known = verbs.Request.__dataclass_fields__
+            common = {name: options.pop(name) for name in list(options) if name in known}
+            outcome = getattr(verbs, verb)(verbs.Request(**common, argv=sys.argv), notify=console.notify, **options)
+    except SocoError as error:
+        console.error(error)
+        raise typer.Exit(error.code) from None
+    except KeyboardInterrupt:
+        console.warn("interrupted: the same command goes on from the last checkpoint")
+        raise typer.Exit(INTERRUPTED) from None
+    console.result(outcome.document, outcome.text)
+    raise typer.Exit(outcome.code)
+
+
+def main() -> None:
+    """Run the command line."""
+    # before transformers is imported: what matters of its messages is said by our own checks
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    app(prog_name="soco-export")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a verb is asked and what it answers: flags → one recipe and one folder; result → document, text, exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soco_export.recipe import Recipe
+from soco_export.run.context import Format
+from soco_export.run.folder import LOCK
+from soco_train.errors import ExitCode, RecipeError
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The common flags of the command line; `set_` are `key=value` settings, `argv` is kept in the manifest."""
+
+    model: str | None = None
+    recipe: Path | None = None
+    format: Format = "onnx"
+    keep_params: float | None = None
+    out: Path | None = None
+    set_: Sequence[str] | None = None
+    dry_run: bool = False
+    tiny: bool = False
+    fresh: bool = False
+    seed: int | None = None
+    argv: Sequence[str] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """All settings as `key=value`, flags last: a flag goes before a key."""
+        flags = {"keep_params": self.keep_params, "train.seed": self.seed}
+        return [*(self.set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+    def resolve(self) -> Recipe:
+        """Return the recipe that the flags mean together; settings go before what `--tiny` shrinks."""
+        from soco_export.models import recipe_for, shrink
+
+        recipe = recipe_for(self.model, self.recipe, self.overrides)
+        return shrink(recipe).override(self.overrides) if self.tiny else recipe
+
+    def folder(self, recipe: Recipe) -> Path:
+        """Return where the run goes."""
+        return self.out or RUNS / recipe.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verb's result: `document` for programs (--json), `text` for people, `code` for the shell."""
+
+    document: Mapping[str, Any]
+    text: str
+    code: ExitCode = ExitCode.OK
+
+
+def find_run(run: Path | None, request: Request) -> Path:
+    """Return the run folder that is meant: the one given, the model's own, or the latest under runs/."""
+    if run is not None:
+        return run
+    if request.model is not None:
+        return RUNS / request.resolve().name
+    locks = sorted(RUNS.glob(f"*/{LOCK}"), key=lambda path: path.stat().st_mtime)
+    if not locks:
+        raise RecipeError(
+            f"there is no run in {RUNS}", fix="give the run's folder, or train one: soco-export train --model tiny"
+        )
+    return locks[-1].parent
+
+
+def parse_sizes(text: str | None, default: float) -> list[float]:
+    """Return the sizes of `--keep-params 0.9,0.8`, each in (0, 1]."""
+    if text is None:
+        return [default]
+    try:
+        sizes = [float(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0.0]
+    if not all(0 < size <= 1 for size in sizes):
+        raise RecipeError(
+            f"keep_params is {text}",
+            fix="give fractions in (0, 1], separated by commas: 0.9,0.8",
+            where="--keep-params",
+        )
+    return sizes
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned columns: the first to the left, the others to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    aligned = [
+        [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)

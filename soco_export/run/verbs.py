@@ -1,0 +1,78 @@
+"""The verbs, one function each: what the command line calls, and what Python may call instead.
+
+    from soco_export.run.verbs import Request, train_and_export
+    outcome = train_and_export(Request(model="tiny", keep_params=0.7))
+
+Each takes the common flags as a Request and `notify` for progress, and returns an Outcome; what is the user's or the
+machine's fault is raised as a SocoError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from soco_export.recipe import list_recipes, load_recipe, lock
+from soco_export.run.folder import read_lock
+from soco_export.run.request import Outcome, Request, find_run, parse_sizes
+from soco_train.errors import ExitCode, RecipeError
+from soco_train.events import Notify, silent
+
+
+def train_and_export(request: Request, notify: Notify = silent) -> Outcome:
+    """Do everything into one run folder: train, prune, export, prove, judge."""
+    from soco_export.run.road import whole_road
+
+    return whole_road(request, notify)
+
+
+def train(request: Request, notify: Notify = silent) -> Outcome:
+    """Learn the scores and stop."""
+    from soco_export.run.road import training
+
+    return training(request, notify)
+
+
+def plan(request: Request, run: Path | None = None, sizes: str | None = None, notify: Notify = silent) -> Outcome:
+    """Show what the scores of `run` give at each of `sizes` ("0.9,0.8"); `request.out` receives plan files."""
+    from soco_export.run.sizes import plan_sizes
+
+    root = find_run(run, request)
+    recipe = read_lock(root).override(request.overrides)
+    return plan_sizes(root / "scores.safetensors", recipe, parse_sizes(sizes, recipe.keep_params), request.out)
+
+
+def recipes_list(request: Request, notify: Notify = silent) -> Outcome:
+    """List the shipped recipes with their descriptions."""
+    found = {name: load_recipe(name).description for name in list_recipes()}
+    width = max(map(len, found))
+    return Outcome({"recipes": found}, "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in found.items()))
+
+
+def recipes_show(request: Request, name: str, notify: Notify = silent) -> Outcome:
+    """Show a recipe with everything resolved."""
+    recipe = load_recipe(name, request.overrides)
+    return Outcome(recipe.model_dump(mode="json", by_alias=True), lock(recipe).rstrip("\n"))
+
+
+def recipes_check(request: Request, names: Sequence[str] | None = None, notify: Notify = silent) -> Outcome:
+    """Read recipes (default: all shipped ones) and say what is wrong with each."""
+    problems: dict[str, str] = {}
+    for name in names or list_recipes():
+        try:
+            load_recipe(name)
+            problems[name] = ""
+        except RecipeError as error:
+            problems[name] = str(error)
+    text = "\n".join(f"{name}: {problem or 'ok'}" for name, problem in problems.items())
+    return Outcome({"recipes": problems}, text, ExitCode.USAGE if any(problems.values()) else ExitCode.OK)
+
+
+def doctor(request: Request, notify: Notify = silent) -> Outcome:
+    """Examine the machine."""
+    from soco_export import doctor
+    from soco_export.run.request import RUNS
+
+    findings = doctor.examine(RUNS)
+    broken = any(finding.level == "problem" for finding in findings)
+    return Outcome(doctor.document(findings), doctor.text(findings), ExitCode.MACHINE if broken else ExitCode.OK)
