@@ -262,7 +262,6 @@ def shrink(recipe: Recipe) -> Recipe:
             "train.checkpoint_every": 10,
             "refine.distill.steps": min(recipe.refine.distill.steps, 6),
             "refine.distill.batch_tokens": 4 * BLOCK,
-            "refine.distill.held_out_blocks": min(recipe.refine.distill.held_out_blocks, 4),
             "export.dtype": "float32",
             "validate.provider": "CPUExecutionProvider",
             "validate.parity.prompt": BLOCK,

@@ -101,16 +101,12 @@ class DistillSettings(Section):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ce_weight: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    held_out_blocks: int = Field(default=0, ge=0, description="calibration blocks kept back to stop early; 0: never")
-    patience: int = Field(default=3, ge=1)
     checkpoint_every: int = Field(default=25, ge=1)
 
 
 class RefineSettings(Section):
-    """What happens to the factors after the cut; each part is optional."""
+    """What happens to the factors after the cut."""
 
-    compensate: bool = Field(default=False, description="closed-form σ-space compensation (optimal brain surgeon)")
-    refit: bool = Field(default=False, description="closed-form refit of the factors, layer by layer")
     distill: DistillSettings = DistillSettings()
 
 

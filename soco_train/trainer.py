@@ -27,6 +27,7 @@ from soco_train.events import Event, Notify
 from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
 from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.phases import Orders, StoppingRules, Timetable
+from soco_train.recompute import recomputing
 from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import PlanSettings, TrainSettings
 
@@ -61,7 +62,11 @@ def train_spectrum(task: TrainingTask) -> Scores:
     Raises DataError if the loss is not finite; the last checkpoint stays.
     """
     task.model.eval()
-    with scored_model(task.model, task.linears, task.spectra, DTYPES[task.train.factor_dtype]) as layers:
+    dtype = DTYPES[task.train.factor_dtype]
+    with (
+        scored_model(task.model, task.linears, task.spectra, dtype) as layers,
+        recomputing(task.model, task.train.checkpoint_activations),
+    ):
         return _Run(task, layers).finish()
 
 

@@ -171,3 +171,14 @@ def test_distillation_brings_the_factors_closer_and_resumes(model, tokens, tmp_p
     for name, layer in expected.items():
         assert torch.equal(layer.up, found[name].up)
         assert torch.equal(layer.down, found[name].down)
+
+
+def test_recomputed_activations_learn_the_same_scores(model, tokens, tmp_path: Path) -> None:
+    plain, _ = task(model, tokens, tmp_path / "plain", TRAIN.model_copy(update={"steps": 6}))
+    lean, _ = task(
+        model, tokens, tmp_path / "lean", TRAIN.model_copy(update={"steps": 6, "checkpoint_activations": True})
+    )
+    expected, found = train_scores(plain), train_scores(lean)
+    for name, layer in expected.layers.items():
+        assert torch.allclose(layer.scale, found.layers[name].scale, atol=1e-6)
+    assert not any(module.training for module in model.modules())
