@@ -110,6 +110,12 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
             print(f"step {step:5d}/{steps}  loss {loss:.4f}  held-out ppl {held:.2f}  {speed:.0f} tokens/s", flush=True)
 
 
+def state_rope_theta(path: Path) -> None:
+    """Write `rope_theta` beside `rope_parameters`, which is all that transformers 5 writes and 4.57 does not read."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {"rope_theta": CONFIG["rope_theta"]}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
@@ -129,6 +135,7 @@ def main() -> None:
 
     model.half().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    state_rope_theta(arguments.out / "config.json")
     record = {
         "command": "python benchmarks/tiny_model/train.py",
         "parameters": sum(p.numel() for p in model.parameters()),
