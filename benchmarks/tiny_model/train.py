@@ -110,10 +110,10 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
             print(f"step {step:5d}/{steps}  loss {loss:.4f}  held-out ppl {held:.2f}  {speed:.0f} tokens/s", flush=True)
 
 
-def state_rope_theta(path: Path) -> None:
-    """Write `rope_theta` beside `rope_parameters`, which is all that transformers 5 writes and 4.57 does not read."""
-    config = json.loads(path.read_text(encoding="utf-8")) | {"rope_theta": CONFIG["rope_theta"]}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def amend(path: Path, fields: dict[str, object]) -> None:
+    """Set JSON fields that transformers 5 leaves out or names in a way that 4.57 cannot read."""
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -135,7 +135,9 @@ def main() -> None:
 
     model.half().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    state_rope_theta(arguments.out / "config.json")
+    amend(arguments.out / "config.json", {"rope_theta": CONFIG["rope_theta"]})
+    context = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONFIG["max_position_embeddings"]}
+    amend(arguments.out / "tokenizer_config.json", context)
     record = {
         "command": "python benchmarks/tiny_model/train.py",
         "parameters": sum(p.numel() for p in model.parameters()),
