@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
+from soco_export.bench.figures import Machine
+
 PACKAGES = ("soco-export", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """`threads`: what ONNX Runtime was pinned to; `versions`: of the packages that are installed."""
-
-    cpu: str
-    cores: int
-    memory_bytes: int
-    gpu: str | None
-    platform: str
-    threads: int
-    versions: Mapping[str, str]
 
 
 def describe_machine(threads: int) -> Machine:

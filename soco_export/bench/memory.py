@@ -12,24 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from soco_export.bench.figures import PeakMemory
 from soco_train.errors import MachineError
 
-METHOD = "high-water mark of a process that opens the model alone, runs one prefill and one decode step"
 TIMEOUT_S = 1800
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Bytes. `peak`: the process's high-water mark; `interpreter`: the same before the model was opened."""
-
-    peak: int
-    interpreter: int
-    method: str = METHOD
 
 
 def measure_peak_memory(folder: Path, provider: str, threads: int, tokens: int) -> PeakMemory:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -12,24 +11,11 @@ import onnx
 import torch
 from onnx import helper
 
+from soco_export.bench.figures import Roofline
+
 BUFFER_BYTES = 256 * 2**20  # well beyond the last-level cache
 REPEATS = 7
 TABLE_OPS = {"Gather", "GatherBlockQuantized"}
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """One model's decode step against the ceiling.
-
-    `bytes_per_step`: weights and cache read for one token; `bandwidth`: measured, bytes/s; `ideal_ms`: their
-    quotient; `efficiency`: ideal / measured time (1: at the ceiling).
-    """
-
-    bytes_per_step: int
-    bandwidth: float
-    ideal_ms: float
-    measured_ms: float
-    efficiency: float
 
 
 def roofline(bytes_per_step: int, bandwidth: float, measured_ms: float) -> Roofline:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from soco_export.bench.memory import PeakMemory, measure_peak_memory
-from soco_export.bench.roofline import Roofline, bytes_per_decode_step, measure_bandwidth, roofline
+from soco_export.bench.figures import LatencyFigures, MemoryFigures, Roofline, WorkloadFigures
+from soco_export.bench.memory import measure_peak_memory
+from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
 from soco_export.bench.settings import BenchSettings
-from soco_export.bench.stats import Ratio, Summary, paired_ratio, summarise
+from soco_export.bench.stats import paired_ratio, summarise
 from soco_export.validate.decoder import IntArray
 from soco_export.validate.session import DEVICES, MODEL_FILE, OnnxDecoder
 from soco_train.events import Event, Notify, silent
@@ -37,40 +38,6 @@ class Workload:
     def name(self) -> str:
         """prefill_128, decode_128: the number is the prompt's, or the cache's, length."""
         return f"decode_{self.past}" if self.past else f"prefill_{self.tokens}"
-
-
-@dataclass(frozen=True)
-class WorkloadFigures:
-    """One workload: milliseconds per pass, tokens/s at the median, and how many times faster the compressed is."""
-
-    tokens: int
-    past: int
-    dense: Summary
-    compressed: Summary
-    dense_tokens_per_s: float
-    compressed_tokens_per_s: float
-    speedup: Ratio
-
-
-@dataclass(frozen=True)
-class LatencyFigures:
-    """All workloads by name, those skipped with the reason, and how the decode steps stand to the ceiling."""
-
-    provider: str
-    threads: int
-    rounds: int
-    workloads: Mapping[str, WorkloadFigures]
-    skipped: Mapping[str, str]
-    roofline: Mapping[str, Roofline]
-
-
-@dataclass(frozen=True)
-class MemoryFigures:
-    """Peak memory of each model in a process of its own; `ratio` = compressed / dense."""
-
-    dense: PeakMemory
-    compressed: PeakMemory
-    ratio: float
 
 
 def plan_workloads(settings: BenchSettings, context: int | None) -> tuple[list[Workload], dict[str, str]]:

@@ -1,0 +1,1 @@
+"""What was found, in the forms people and programs read: results.json, report.md, report.html, junit.xml."""

@@ -17,40 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_export.validate.decoder import Decoder, FloatArray, IntArray
+from soco_export.validate.figures import ParityFigures, StepParity
 from soco_export.validate.settings import ParitySettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
 POSITIONS_AT_ONCE = 32  # of vocabulary-wide float64 rows
 Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class ParityFigures:
-    """Distance of a candidate's logits from a reference's, over `positions` next-token distributions.
-
-    KL(reference ‖ candidate) in nats; `token_agreement`: share of positions with the same most likely token.
-    A NaN or +inf in either's logits makes KL and difference NaN, and its position a disagreement.
-    """
-
-    positions: int
-    mean_kl: float
-    max_kl: float
-    max_logit_difference: float
-    token_agreement: float
-
-
-@dataclass(frozen=True)
-class StepParity:
-    """One step of the way, measured on a prefill and on cached decode steps.
-
-    `greedy_agreement`: share of the reference's greedy tokens that the candidate generates before its first
-    difference, mean over prompts; None if none were asked for.
-    """
-
-    prefill: ParityFigures
-    decode: ParityFigures
-    greedy_agreement: float | None = None
 
 
 @dataclass(frozen=True)

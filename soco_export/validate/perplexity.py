@@ -6,25 +6,15 @@ worst blocks would be the quietest way to a good figure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from soco_export.validate.decoder import Decoder, FloatArray, IntArray
+from soco_export.validate.figures import PerplexityFigures
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
 POSITIONS_AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class PerplexityFigures:
-    """`value` = exp(`loss`); `loss`: mean negative log-likelihood in nats over the `tokens` scored."""
-
-    value: float
-    loss: float
-    tokens: int
 
 
 def measure_perplexity(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify = silent) -> PerplexityFigures:

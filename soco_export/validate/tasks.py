@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_export.validate.decoder import Decoder, IntArray
+from soco_export.validate.figures import TaskComparison, TaskFigures
 from soco_export.validate.perplexity import token_losses
 from soco_export.validate.settings import TaskSettings
 from soco_train.errors import DataError
@@ -122,27 +123,6 @@ class TaskAnswers:
     picked: tuple[int, ...]
     right: tuple[bool, ...]
     right_norm: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class TaskFigures:
-    """Accuracy of one model on one task. `acc_norm`: likelihood per byte of the choice; `stderr` is of `acc`."""
-
-    items: int
-    acc: float
-    acc_norm: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
-class TaskComparison:
-    """Dense against compressed. `agreement`: same pick; `flips`: right ↔ wrong changed; `recovery`: acc ratio."""
-
-    dense: TaskFigures
-    compressed: TaskFigures
-    agreement: float
-    flips: float
-    recovery: float | None
 
 
 def answer_task(

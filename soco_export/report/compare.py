@@ -1,0 +1,95 @@
+"""Two results.json side by side: what differs, and how much of the first the second keeps.
+
+`recovery` is above 1 where the second is better, whichever way the figure counts. Milliseconds of two runs are not
+compared, only speed-ups: each of those is a ratio from one interleaved series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from soco_export.report.markdown import render_table
+from soco_export.report.schema import Results
+from soco_export.report.tables import Table, number, verdict_line
+
+LESS_IS_BETTER = (
+    "perplexity.*.value",
+    "perplexity.ratio",
+    "parity.*_kl",
+    "sizes.params_after",
+    "sizes.bytes*",
+    "memory.ratio",
+)
+MORE_IS_BETTER = ("tasks.*.compressed.acc*", "tasks.*.recovery", "parity.*_agreement", "latency.*.speedup.value")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure in both results. `recovery`: the second relative to the first, 1 = as good, above 1 = better."""
+
+    name: str
+    one: float | None
+    two: float | None
+    recovery: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`figures`: those with a better side; `settings`: recipe keys that differ, as (first's, second's) value."""
+
+    verdicts: tuple[str, str]
+    figures: tuple[Difference, ...]
+    settings: Mapping[str, tuple[Any, Any]]
+
+    def document(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+
+def compare_results(one: Results, two: Results) -> Comparison:
+    """Compare two runs' results."""
+    first, second = one.figures(), two.figures()
+    names = [name for name in dict.fromkeys((*first, *second)) if _direction(name)]
+    figures = tuple(_difference(name, first.get(name), second.get(name)) for name in names)
+    keys = (dict(_leaves(one.recipe, "")), dict(_leaves(two.recipe, "")))
+    changed = [key for key in dict.fromkeys((*keys[0], *keys[1])) if keys[0].get(key) != keys[1].get(key)]
+    return Comparison(
+        verdicts=(verdict_line(one), verdict_line(two)),
+        figures=tuple(d for d in figures if d.one is not None or d.two is not None),
+        settings={key: (keys[0].get(key), keys[1].get(key)) for key in changed},
+    )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Return the comparison as Markdown."""
+    figures = [(d.name, number(d.one), number(d.two), number(d.recovery)) for d in comparison.figures]
+    settings = [(key, str(one), str(two)) for key, (one, two) in comparison.settings.items()]
+    tables = [
+        Table("Verdicts", ("first", "second"), (comparison.verdicts,)),
+        Table(
+            "Figures", ("", "first", "second", "recovery"), tuple(figures), "Recovery: above 1, the second is better."
+        ),
+        Table("Settings that differ", ("", "first", "second"), tuple(settings)),
+    ]
+    return "\n\n".join(render_table(table) for table in tables if table.rows) + "\n"
+
+
+def _direction(name: str) -> int:
+    if any(fnmatchcase(name, pattern) for pattern in LESS_IS_BETTER):
+        return -1
+    return int(any(fnmatchcase(name, pattern) for pattern in MORE_IS_BETTER))
+
+
+def _difference(name: str, one: float | None, two: float | None) -> Difference:
+    upper, lower = (two, one) if _direction(name) > 0 else (one, two)
+    recovery = upper / lower if upper is not None and lower else None
+    return Difference(name, one, two, recovery)
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(name, value)]
+    return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]

@@ -1,0 +1,162 @@
+"""results.json: everything one run measured, with a version of its own, and nothing rounded.
+
+Sections that were not measured are null, so a reader sees the difference between "no" and "not looked at".
+`Results.model_json_schema()` is the schema; a change that breaks readers raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
+from soco_export.gate import GateSettings, Verdict, judge
+from soco_export.validate.figures import PerplexityFigures, StepParity, TaskComparison
+from soco_train.errors import DataError
+
+SCHEMA_VERSION: Literal[1] = 1
+RESULTS_FILE = "results.json"
+MEASURED = ("sizes", "parity", "perplexity", "tasks", "latency", "memory")
+
+
+class Part(BaseModel):
+    """A part of the results: immutable, no stray keys; NaN is written as "NaN", for it must not vanish."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class ModelFigures(Part):
+    """Which model. `source`: hub id, "builtin", "random" or the folder's name, never a path of this machine."""
+
+    name: str
+    source: str
+    architecture: str
+    revision: str | None = None
+
+
+class SizeFigures(Part):
+    """Parameters in numbers and artifacts in bytes.
+
+    `selected_*`: of the layers that took part; `bytes`: folder → bytes on disk; `bytes_ratio`: what ships / the dense
+    model in the same form, None if that form was not written.
+    """
+
+    params_before: int
+    params_after: int
+    selected_before: int
+    selected_after: int
+    layers: int
+    layers_dense: int
+    keep_params: float
+    storage: str
+    bytes: Mapping[str, int] = {}
+    bytes_ratio: float | None = None
+
+
+class ParityResults(Part):
+    """`compression`: dense → low-rank, what pruning cost; `export`: low-rank → ONNX, what the export lost."""
+
+    compression: StepParity | None = None
+    export: StepParity | None = None
+
+
+class PerplexityResults(Part):
+    """Perplexity of each form on the same blocks. `ratio`: what ships (ONNX, else low-rank) / dense.
+
+    `text`: where the blocks come from; `block`: their length in tokens; `fingerprint`: of the token ids.
+    """
+
+    text: str
+    fingerprint: str
+    block: int
+    dense: PerplexityFigures
+    low_rank: PerplexityFigures
+    onnx: PerplexityFigures | None = None
+    ratio: float
+
+    @staticmethod
+    def of(
+        forms: tuple[PerplexityFigures, PerplexityFigures, PerplexityFigures | None],
+        text: str,
+        fingerprint: str,
+        block: int,
+    ) -> PerplexityResults:
+        """Put (dense, low-rank, ONNX or None) together and take the ratio."""
+        dense, low_rank, onnx = forms
+        ratio = (onnx or low_rank).value / dense.value
+        return PerplexityResults(
+            text=text, fingerprint=fingerprint, block=block, dense=dense, low_rank=low_rank, onnx=onnx, ratio=ratio
+        )
+
+
+class Results(Part):
+    """One run's results.
+
+    `recipe`: all settings, resolved; `placement`: provider → operators → nodes of the ONNX graph; `notes`: every
+    fallback and skipped measurement, with its reason; `provenance`: fingerprints, seeds, dates, as the run has them.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    format: Literal["onnx", "hf", "dense"]
+    model: ModelFigures
+    recipe: Mapping[str, Any]
+    sizes: SizeFigures
+    parity: ParityResults = ParityResults()
+    perplexity: PerplexityResults | None = None
+    tasks: Mapping[str, TaskComparison] = {}
+    latency: LatencyFigures | None = None
+    memory: MemoryFigures | None = None
+    machine: Machine
+    placement: Mapping[str, Mapping[str, int]] = {}
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = {}
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """True if no gate failed (also where none was set)."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def figures(self) -> dict[str, float | None]:
+        """Return every measured number by dotted name: "parity.export.decode.mean_kl" → 3e-10."""
+        measured = self.model_dump(include=set(MEASURED))
+        return dict(_numbers(measured, ""))
+
+    def judged(self, gates: GateSettings) -> Results:
+        """Return a copy with the verdicts of `gates`."""
+        return self.model_copy(update={"verdicts": judge(self.figures(), gates)})
+
+    def save(self, path: Path) -> None:
+        """Write results.json, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @staticmethod
+    def load(path: Path) -> Results:
+        """Read results.json (or the run folder that holds it); raises DataError if it is not one of this version."""
+        file = path / RESULTS_FILE if path.is_dir() else path
+        try:
+            return Results.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the results: {error}", fix="give a results.json", where=str(file)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise DataError(
+                f"these are no results of schema version {SCHEMA_VERSION}: {place}: {first['msg']}",
+                fix="give a results.json that this version of soco-export wrote",
+                where=str(file),
+            ) from error
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | None]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield name, value

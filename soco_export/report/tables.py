@@ -1,0 +1,239 @@
+"""Results → tables of text, once for every rendering: Markdown, HTML and the console show the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from soco_export.bench.figures import LatencyFigures, MemoryFigures
+from soco_export.bench.stats import Summary, render_percentile
+from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
+from soco_export.validate.figures import ParityFigures, TaskComparison
+
+Row = tuple[str, ...]
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; `note` says how the figures are to be read."""
+
+    title: str
+    columns: Row
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def verdict_line(results: Results) -> str:
+    """Return the answer in a line: "PASSED: 6 of 6 gates", "FAILED: 1 of 6 gates (max_export_kl)"."""
+    verdicts = results.verdicts
+    if not verdicts:
+        return "NOT JUDGED: the recipe sets no gate"
+    failed = [verdict.name for verdict in verdicts if not verdict.passed]
+    if failed:
+        return f"FAILED: {len(failed)} of {len(verdicts)} gates ({', '.join(failed)})"
+    return f"PASSED: {len(verdicts)} of {len(verdicts)} gates"
+
+
+def all_tables(results: Results) -> list[Table]:
+    """Return every table that has something to show, verdicts first."""
+    tables = [
+        _gates(results),
+        _sizes(results.sizes),
+        _perplexity(results.perplexity),
+        _parity(results.parity),
+        _tasks(results.tasks),
+        _latency(results.latency),
+        _ceiling(results.latency),
+        _memory(results.memory),
+        _machine(results),
+    ]
+    return [table for table in tables if table is not None and table.rows]
+
+
+def headline(results: Results) -> dict[str, dict[str, float | int | None]]:
+    """Return the few figures that a model card or a terminal shows: row → column → unrounded number."""
+    sizes, perplexity = results.sizes, results.perplexity
+    found: dict[str, dict[str, float | int | None]] = {
+        "parameters": {"dense": sizes.params_before, "pruned": sizes.params_after}
+    }
+    if perplexity:
+        found["perplexity"] = {"dense": perplexity.dense.value, "pruned": perplexity.low_rank.value}
+        if perplexity.onnx:
+            found["perplexity"]["ONNX"] = perplexity.onnx.value
+    for name, task in results.tasks.items():
+        found[f"{name}, accuracy"] = {"dense": task.dense.acc, "pruned": task.compressed.acc}
+    for name, work in (results.latency.workloads if results.latency else {}).items():
+        found[f"{name}, tokens/s"] = {"dense": work.dense_tokens_per_s, "ONNX": work.compressed_tokens_per_s}
+    return found
+
+
+def number(value: float | int | None) -> str:
+    """Return a figure for people: four significant digits, thousands set apart."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, int) or abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Return bytes for people: "538.1 MB" (decimal)."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
+
+
+def percent(share: float) -> str:
+    """Return a share for people; only an exact 1 shows as 100 %."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %" if share < 1 else f"{100 * share:.2f} %"
+
+
+def _gates(results: Results) -> Table:
+    rows = [
+        (
+            "yes" if verdict.passed else "**NO**",
+            verdict.name,
+            NOT_MEASURED if verdict.figure is None else number(verdict.figure),
+            number(verdict.threshold),
+            verdict.message,
+        )
+        for verdict in results.verdicts
+    ]
+    return Table("Gates", ("passed", "gate", "figure", "threshold", "what was found"), tuple(rows))
+
+
+def _sizes(sizes: SizeFigures) -> Table:
+    rows = [
+        _before_after("parameters, all", sizes.params_before, sizes.params_after),
+        _before_after("parameters, selected layers", sizes.selected_before, sizes.selected_after),
+        *((f"on disk: {name}", "", size(count), "") for name, count in sizes.bytes.items()),
+    ]
+    left = f"{sizes.layers_dense} of {sizes.layers} selected layers left dense"
+    note = f"asked: keep_params {sizes.keep_params:g}, stored {sizes.storage}; {left}."
+    return Table("Size", ("", "dense", "pruned", "ratio"), tuple(rows), note)
+
+
+def _before_after(name: str, before: int, after: int) -> Row:
+    return name, number(before), number(after), number(after / before) if before else "n/a"
+
+
+def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
+    if perplexity is None:
+        return None
+    forms = {"dense": perplexity.dense, "low-rank": perplexity.low_rank, "ONNX": perplexity.onnx}
+    base = perplexity.dense.value
+    rows = [
+        (name, number(form.value), number(form.value / base), number(form.loss), number(form.tokens))
+        for name, form in forms.items()
+        if form is not None
+    ]
+    note = f"{perplexity.text}, blocks of {perplexity.block} tokens (fingerprint {perplexity.fingerprint[:12]})."
+    return Table("Perplexity", ("", "perplexity", "/ dense", "loss (nats)", "tokens"), tuple(rows), note)
+
+
+def _parity(parity: ParityResults) -> Table:
+    steps = {"compression (dense → low-rank)": parity.compression, "export (low-rank → ONNX)": parity.export}
+    rows: list[Row] = []
+    for name, step in steps.items():
+        if step is not None:
+            rows += [_parity_row(f"{name}, prefill", step.prefill), _parity_row(f"{name}, cached decode", step.decode)]
+    greedy = [
+        f"greedy tokens kept in the {name.partition(' ')[0]}: {percent(step.greedy_agreement)}"
+        for name, step in steps.items()
+        if step is not None and step.greedy_agreement is not None
+    ]
+    columns = ("step", "mean KL", "max KL", "max |Δlogit|", "same top token", "positions")
+    return Table("Parity", columns, tuple(rows), "; ".join(greedy) + "." if greedy else "")
+
+
+def _parity_row(name: str, figures: ParityFigures) -> Row:
+    return (
+        name,
+        f"{figures.mean_kl:.3g}",
+        f"{figures.max_kl:.3g}",
+        f"{figures.max_logit_difference:.3g}",
+        percent(figures.token_agreement),
+        number(figures.positions),
+    )
+
+
+def _tasks(tasks: Mapping[str, TaskComparison]) -> Table:
+    rows = [
+        (
+            name,
+            f"{number(task.dense.acc)} ± {number(task.dense.stderr)}",
+            f"{number(task.compressed.acc)} ± {number(task.compressed.stderr)}",
+            number(task.recovery),
+            f"{number(task.dense.acc_norm)} → {number(task.compressed.acc_norm)}",
+            percent(task.agreement),
+            percent(task.flips),
+            number(task.dense.items),
+        )
+        for name, task in tasks.items()
+    ]
+    columns = ("task", "dense", "pruned", "recovery", "per byte", "same answer", "right ↔ wrong", "items")
+    return Table("Tasks", columns, tuple(rows))
+
+
+def _latency(latency: LatencyFigures | None) -> Table | None:
+    if latency is None:
+        return None
+    rows: list[Row] = []
+    for name, work in latency.workloads.items():
+        speed = work.speedup
+        gain = f"**{speed.value:.3g}×** ({speed.low:.3g}–{speed.high:.3g})"
+        rows.append((name, "dense", *_percentiles(work.dense), number(work.dense_tokens_per_s), ""))
+        rows.append((name, "pruned", *_percentiles(work.compressed), number(work.compressed_tokens_per_s), gain))
+    skipped = "".join(f" Skipped {name}: {reason}." for name, reason in latency.skipped.items())
+    note = (
+        f"ONNX, {latency.provider}, {latency.threads} threads, {latency.rounds} interleaved rounds; "
+        f"the speed-up is a ratio of medians with its 95 % bootstrap interval.{skipped}"
+    )
+    return Table("Latency", ("workload", "model", "p50", "p95", "p99", "tokens/s", "speed-up"), tuple(rows), note)
+
+
+def _percentiles(summary: Summary) -> Row:
+    return tuple(render_percentile(value, summary.n) for value in (summary.p50, summary.p95, summary.p99))
+
+
+def _ceiling(latency: LatencyFigures | None) -> Table | None:
+    if latency is None or not latency.roofline:
+        return None
+    rows = [
+        (
+            name,
+            size(line.bytes_per_step),
+            f"{line.ideal_ms:.4g} ms",
+            f"{line.measured_ms:.4g} ms",
+            percent(line.efficiency),
+            f"{line.bandwidth / 1e9:.3g} GB/s",
+        )
+        for name, line in latency.roofline.items()
+    ]
+    columns = ("model", "read per step", "ideal", "measured", "of the ceiling", "bandwidth")
+    note = "A decode step reads its weights and its cache once; the bandwidth was measured on this machine."
+    return Table("Distance to the memory ceiling", columns, tuple(rows), note)
+
+
+def _memory(memory: MemoryFigures | None) -> Table | None:
+    if memory is None:
+        return None
+    models = {"dense": memory.dense, "pruned": memory.compressed}
+    rows = [(name, size(peak.peak), size(peak.interpreter)) for name, peak in models.items()]
+    note = f"{memory.dense.method}; ratio {number(memory.ratio)}."
+    return Table("Memory", ("ONNX model", "peak", "of which libraries"), tuple(rows), note)
+
+
+def _machine(results: Results) -> Table:
+    machine = results.machine
+    rows: list[Row] = [("processor", f"{machine.cpu}, {machine.cores} cores, {machine.platform}")]
+    if machine.gpu:
+        rows.append(("GPU", machine.gpu))
+    rows.append(("memory", size(machine.memory_bytes)))
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())))
+    for provider, operators in results.placement.items():
+        rows.append((provider, ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))))
+    rows += [("note", note) for note in results.notes]
+    return Table("Machine", ("", ""), tuple(rows))

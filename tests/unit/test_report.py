@@ -1,0 +1,308 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
+from soco_export.bench.stats import paired_ratio, summarise
+from soco_export.gate import GateSettings, Verdict
+from soco_export.report import plots
+from soco_export.report.compare import compare_results, render_comparison
+from soco_export.report.html import render_html
+from soco_export.report.junit import render_junit
+from soco_export.report.markdown import render_markdown
+from soco_export.report.schema import (
+    ModelFigures,
+    ParityResults,
+    PerplexityResults,
+    Results,
+    SizeFigures,
+)
+from soco_export.report.tables import headline, number, percent, size, verdict_line
+from soco_export.validate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
+from soco_train.errors import DataError
+
+GATES = GateSettings(max_export_kl=1e-4, max_ppl_ratio=1.5, min_decode_speedup=1.0)
+
+
+def parity(rng, scale):
+    one = ParityFigures(512, scale * rng.uniform(), scale * rng.uniform(1, 9), rng.uniform(), rng.uniform(0.9, 1))
+    return StepParity(one, replace(one, positions=64), rng.uniform(0.5, 1))
+
+
+def workload(rng, tokens, past):
+    times = rng.uniform(1, 2, (2, 30, 1))
+    flat = [summarise(list(rounds[:, 0])) for rounds in times]
+    return WorkloadFigures(tokens, past, *flat, 100.0, 150.0, paired_ratio(times[0] * 1.5, times[1]))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+@pytest.fixture
+def results(rng):
+    ppl = [PerplexityFigures(math.exp(loss), loss, 1022) for loss in rng.uniform(2, 3, 3)]
+    task = TaskFigures(200, 0.5, 0.55, 0.035)
+    line = Roofline(10**8, 2e10, 5.0, 6.25, 0.8)
+    return Results(
+        format="onnx",
+        model=ModelFigures(name="smol", source="HuggingFaceTB/SmolLM2-135M", architecture="LlamaForCausalLM"),
+        recipe={"keep_params": 0.8, "train": {"steps": 200}, "data": {"builtin": "time-machine"}},
+        sizes=SizeFigures(
+            params_before=134_515_008, params_after=113_300_000, selected_before=106_168_320, selected_after=84_934_656,
+            layers=210, layers_dense=31, keep_params=0.8, storage="stacked",
+            bytes={"onnx": 453_200_000}, bytes_ratio=0.84,
+        ),
+        parity=ParityResults(compression=parity(rng, 0.1), export=parity(rng, 1e-9)),
+        perplexity=PerplexityResults.of((ppl[0], ppl[1], ppl[2]), "builtin: time-machine", "ab" * 32, 512),
+        tasks={"copa": TaskComparison(task, replace(task, acc=0.48), 0.9, 0.06, 0.96)},
+        latency=LatencyFigures(
+            "CPUExecutionProvider", 2, 30, {"prefill_128": workload(rng, 128, 0), "decode_128": workload(rng, 1, 128)},
+            {"prefill_512": "the model's context ends at 256 tokens"}, {"dense": line, "compressed": line},
+        ),
+        memory=MemoryFigures(PeakMemory(10**9, 10**8), PeakMemory(8 * 10**8, 10**8), 0.8),
+        machine=Machine("A <fast> CPU | odd", 2, 8 * 10**9, None, "Linux x86_64", 2, {"python": "3.11.1"}),
+        placement={"CPUExecutionProvider": {"MatMul": 420}},
+        notes=("attention is unfused: opset 23",),
+        provenance={"seed": 0},
+    )  # fmt: skip
+
+
+def test_results_survive_the_file_bit_for_bit(results, tmp_path):
+    path = tmp_path / "results.json"
+    results.judged(GATES).save(path)
+    assert Results.load(path) == results.judged(GATES)
+    assert Results.load(tmp_path) == Results.load(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_nan_and_infinity_do_not_vanish_in_the_file(results, tmp_path):
+    sick = replace(results.parity.export.decode, mean_kl=math.nan, max_kl=math.inf)
+    export = replace(results.parity.export, decode=sick)
+    broken = results.model_copy(update={"parity": ParityResults(export=export)})
+    broken.save(tmp_path / "results.json")
+    back = Results.load(tmp_path)
+    assert math.isnan(back.parity.export.decode.mean_kl)
+    assert back.parity.export.decode.max_kl == math.inf
+    assert not back.judged(GATES).passed
+    json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)  # strict JSON
+
+
+def test_files_that_are_no_results_are_refused(results, tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(DataError, match="cannot read"):
+        Results.load(path)
+    for text in ("", "{}", results.model_dump_json().replace('"schema_version":1', '"schema_version":2')):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="no results of schema version 1"):
+            Results.load(path)
+
+
+def test_the_schema_names_every_section_and_has_a_version():
+    schema = Results.model_json_schema()
+    assert schema["properties"]["schema_version"]["const"] == 1
+    assert {
+        "model",
+        "recipe",
+        "sizes",
+        "parity",
+        "perplexity",
+        "tasks",
+        "latency",
+        "memory",
+        "machine",
+        "verdicts",
+    } <= (schema["properties"].keys())
+
+
+def test_figures_are_all_numbers_by_dotted_name(results):
+    figures = results.figures()
+    assert figures["parity.export.decode.mean_kl"] == results.parity.export.decode.mean_kl
+    assert figures["perplexity.ratio"] == results.perplexity.onnx.value / results.perplexity.dense.value
+    assert (
+        figures["latency.workloads.decode_128.speedup.value"] == results.latency.workloads["decode_128"].speedup.value
+    )
+    assert figures["tasks.copa.recovery"] == 0.96
+    assert not any(name.startswith(("recipe", "machine", "provenance")) for name in figures)
+
+
+def test_the_ratio_is_of_what_ships():
+    dense, low_rank = PerplexityFigures(10.0, 2.3, 5), PerplexityFigures(12.0, 2.5, 5)
+    assert PerplexityResults.of((dense, low_rank, None), "", "", 8).ratio == 1.2
+    assert PerplexityResults.of((dense, low_rank, PerplexityFigures(13.0, 2.6, 5)), "", "", 8).ratio == 1.3
+
+
+def test_every_gate_finds_its_figure_in_full_results(results):
+    everything = {name: 1e9 if name.startswith("max") else 0.0 for name in GateSettings.model_fields}
+    everything = {name: value or (1e-9 if "speedup" in name else 0.0) for name, value in everything.items()}
+    judged = results.judged(GateSettings(**everything))
+    assert len(judged.verdicts) == len(everything)
+    assert judged.passed, [verdict.message for verdict in judged.verdicts if not verdict.passed]
+
+
+def test_a_gate_on_what_was_not_measured_fails(results):
+    judged = results.model_copy(update={"latency": None}).judged(GATES)
+    assert not judged.passed
+    assert verdict_line(judged).startswith("FAILED: 1 of 3 gates (min_decode_speedup)") or "max_ppl" in verdict_line(
+        judged
+    )
+    assert "was not measured" in next(v for v in judged.verdicts if v.name == "min_decode_speedup").message
+
+
+def test_the_verdict_line():
+    good, bad = Verdict("a", "x", 1.0, 2.0, True, ""), Verdict("b", "y", 3.0, 2.0, False, "")
+    base = Results.model_construct
+    assert verdict_line(base(verdicts=(good, good))) == "PASSED: 2 of 2 gates"
+    assert verdict_line(base(verdicts=(good, bad))) == "FAILED: 1 of 2 gates (b)"
+    assert verdict_line(base(verdicts=())) == "NOT JUDGED: the recipe sets no gate"
+
+
+def test_markdown_has_the_verdict_first_and_whole_tables(results):
+    text = render_markdown(results.judged(GATES))
+    assert text.splitlines()[0].startswith("# smol: ")
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(blocks) == 9
+    for block in blocks:
+        assert len({line.replace("\\|", "").count("|") for line in block}) == 1
+    assert "n/a (n=30)" in text
+    assert "Skipped prefill_512: the model's context ends at 256 tokens." in text
+    assert "31 of 210 selected layers left dense" in text
+    assert "attention is unfused" in text
+    assert "keep_params: 0.8" in text
+
+
+def test_markdown_of_a_run_that_measured_little(results):
+    bare = results.model_copy(
+        update={"parity": ParityResults(), "perplexity": None, "tasks": {}, "latency": None, "memory": None}
+    )
+    text = render_markdown(bare)
+    assert "NOT JUDGED" in text
+    assert "Perplexity" not in text
+    assert "Latency" not in text
+    assert "No plots: nothing" in render_html(bare)
+
+
+class Tags(HTMLParser):
+    VOID = frozenset({"meta", "path", "use"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.seen = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") or name.endswith(":href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href") or name.endswith(":href")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_html_stands_alone_and_escapes(results):
+    text = render_html(results.judged(GATES))
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert all(link.startswith("#") for link in tags.links)
+    assert not {"link", "script", "img", "iframe"} & tags.seen
+    assert "url(http" not in text
+    assert "A &lt;fast&gt; CPU" in text
+    assert text.count("<svg") == 3
+    assert "<strong>" in text
+
+
+def test_html_says_why_there_are_no_plots(results, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plots.ABSENT.replace("'", "&#39;") in render_html(results)
+    assert plots.draw_plots(results) == ([], plots.ABSENT)
+
+
+def test_the_same_results_give_the_same_html(results):
+    assert render_html(results) == render_html(results)
+
+
+def test_junit_has_one_case_per_gate_and_names_figure_and_threshold(results):
+    judged = results.judged(GATES.model_copy(update={"max_bytes_ratio": 0.5}))
+    root = ElementTree.fromstring(render_junit(judged))
+    suite = root.find("testsuite")
+    cases = {case.get("name"): case for case in suite.findall("testcase")}
+    assert set(cases) == {verdict.name for verdict in judged.verdicts}
+    failed = {verdict.name for verdict in judged.verdicts if not verdict.passed}
+    assert int(suite.get("tests")) == len(cases)
+    assert int(root.get("failures")) == int(suite.get("failures")) == len(failed)
+    assert {name for name, case in cases.items() if case.find("failure") is not None} == failed
+    failure = cases["max_bytes_ratio"].find("failure")
+    assert failure.get("message") == "sizes.bytes_ratio is 0.84, above 0.5"
+    assert failure.text == "sizes.bytes_ratio = 0.84, threshold max_bytes_ratio = 0.5"
+
+
+def test_junit_survives_what_xml_does_not_allow(results):
+    strange = results.model_copy(update={"model": results.model.model_copy(update={"name": 'a"<\x00&\x1b'})})
+    ElementTree.fromstring(render_junit(strange.judged(GATES)))
+
+
+def test_comparing_a_result_with_itself_recovers_all_of_it(results):
+    comparison = compare_results(results, results)
+    assert comparison.settings == {}
+    assert comparison.figures
+    assert all(d.one == d.two and d.recovery in (1.0, None) for d in comparison.figures)
+
+
+def test_recovery_is_above_one_where_the_second_is_better(results):
+    better = results.model_copy(
+        update={
+            "perplexity": results.perplexity.model_copy(update={"ratio": results.perplexity.ratio / 2}),
+            "tasks": {"copa": replace(results.tasks["copa"], recovery=1.2)},
+            "recipe": {**results.recipe, "train": {"steps": 400, "lr": 0.1}},
+        }
+    )
+    comparison = compare_results(results, better)
+    recovery = {d.name: d.recovery for d in comparison.figures}
+    assert recovery["perplexity.ratio"] == pytest.approx(2)
+    assert recovery["tasks.copa.recovery"] == pytest.approx(1.25)
+    assert comparison.settings == {"train.steps": (200, 400), "train.lr": (None, 0.1)}
+    text = render_comparison(comparison)
+    assert "| train.steps | 200 | 400 |" in text
+    json.dumps(comparison.document())
+
+
+def test_what_only_one_result_has_has_no_recovery(results):
+    comparison = compare_results(results, results.model_copy(update={"tasks": {}}))
+    lost = next(d for d in comparison.figures if d.name == "tasks.copa.recovery")
+    assert (lost.one, lost.two, lost.recovery) == (0.96, None, None)
+
+
+def test_numbers_for_people():
+    assert [number(x) for x in (None, 5, 123456, 0.123456, 98765.4, math.nan)] == [
+        "n/a", "5", "123,456", "0.1235", "98,765", "nan",
+    ]  # fmt: skip
+    assert [size(x) for x in (12, 1500, 453_200_000)] == ["12 B", "1.5 kB", "453.2 MB"]
+    assert [percent(x) for x in (1.0, 0.99999, 0.5)] == ["100 %", "99.99 %", "50.00 %"]
+
+
+def test_headline_is_unrounded(results):
+    found = headline(results)
+    assert found["perplexity"]["ONNX"] == results.perplexity.onnx.value
+    assert found["parameters"] == {"dense": 134_515_008, "pruned": 113_300_000}
+    assert found["copa, accuracy"] == {"dense": 0.5, "pruned": 0.48}
+    assert found["decode_128, tokens/s"] == {"dense": 100.0, "ONNX": 150.0}
+
+
+def test_reading_results_needs_neither_torch_nor_onnxruntime():
+    imports = "import sys, soco_export.report.compare, soco_export.report.junit, soco_export.report.html"
+    code = f"{imports}; sys.exit(bool({{'torch', 'onnxruntime'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
