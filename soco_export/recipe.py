@@ -76,10 +76,8 @@ class Recipe(PlanSettings):
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Return a copy with each `key=value` of `--set` applied, validated."""
-        changed = self
-        for override in overrides:
-            changed = changed.replace(dict([_parse_override(override)]), where=f"--set {override}")
-        return changed
+        values, origins = _overridden(self.model_dump(mode="json", by_alias=True), overrides)
+        return _validate(values, origins)
 
 
 def load_recipe(
@@ -99,10 +97,8 @@ def load_recipe(
         values, origins = _merge(values, above), {**origins, **above_origins}
     for field, value in (model or {}).items():
         values = _with(values, f"model.{field}", value)
-    for override in overrides:
-        key, value = _parse_override(override)
-        values = _merge(values, _nested(key, value))
-        origins = {**origins, key: f"--set {override}"}
+    values, override_origins = _overridden(values, overrides)
+    origins = {**origins, **override_origins}
     values["name"] = name or values.get("name") or find_recipe(source).name.removesuffix(".yaml")
     return _validate(values, origins)
 
@@ -197,6 +193,15 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+    changed, origins = dict(values), {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        changed = _merge(changed, _nested(key, value))
+        origins[key] = f"--set {override}"
+    return changed, origins
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -77,7 +77,7 @@ def test_raw_suffix_means_wikitext(tmp_path: Path) -> None:
     assert "\n\n = A = \n\n\n".startswith(text)
 
 
-@pytest.mark.parametrize("name", ["time-machine"])
+@pytest.mark.parametrize("name", ["time-machine", "speeches"])
 def test_builtin_halves_are_disjoint(name: str) -> None:
     halves = [
         (corpus.BUILTIN / f"{name}.{purpose}.txt").read_text("utf-8") for purpose in ("calibration", "evaluation")

@@ -99,6 +99,14 @@ def test_another_text_source_displaces_the_inherited_one() -> None:
     assert (recipe.data.path, recipe.data.hub, recipe.data.block) == (Path("a.txt"), None, 2048)
 
 
+def test_a_loaded_recipe_takes_overrides_as_a_file_does(tmp_path: Path) -> None:
+    overrides = ["data.path=a.txt", "train.steps=3"]
+    assert load_recipe("tiny").override(overrides) == load_recipe("tiny", overrides)
+    with pytest.raises(RecipeError, match=r"unknown key train\.stepz") as caught:
+        load_recipe("tiny").override(["train.stepz=3"])
+    assert caught.value.where == "--set train.stepz=3"
+
+
 def test_model_fields_are_replaced_whole() -> None:
     recipe = load_recipe("llama-3.1-8b", model={"path": "x", "architecture": {"model_type": "llama"}})
     assert recipe.model.architecture == {"model_type": "llama"}
