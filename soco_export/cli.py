@@ -1,4 +1,4 @@
-"""The command line: parse, call, exit code. What a verb does is in soco_export/run/verbs.py, what it prints in console.py.
+"""The command line: parse, call, exit code. What a verb does is in run/verbs.py, what it looks like in console.py.
 
     soco-export train-and-export --model tiny        everything, into runs/tiny
     soco-export --help
@@ -164,11 +164,12 @@ def compare(
 def report(
     run: RunArgument = None,
     model: Model = None,
+    set_: Set = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run's reports again from its results.json, and judge it again."""
+    """Judge a run's results.json again, with other gates if given, and write its reports anew."""
     _call("report", locals())
 
 
@@ -236,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

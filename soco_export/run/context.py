@@ -1,4 +1,4 @@
-"""What the stages of a run share: the recipe, where files lie, and the dense model and texts, read when first needed."""
+"""What the stages of a run share: the recipe, where files lie, the dense model and the texts, read when needed."""
 
 from __future__ import annotations
 

@@ -73,7 +73,15 @@ def check_folder(root: Path, recipe: Recipe, fresh: bool) -> None:
 
 def _check_same_run(root: Path, recipe: Recipe) -> None:
     Manifest.load(root)
-    changed = [key for key in differences(read_lock(root), recipe) if key.split(".")[0] not in EVIDENCE_SECTIONS]
+    try:
+        there = read_lock(root)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{root} holds a run that this version cannot read: {error.message}",
+            fix="give another --out, or --fresh to start over there (its results are then lost)",
+            where=error.where,
+        ) from error
+    changed = [key for key in differences(there, recipe) if key.split(".")[0] not in EVIDENCE_SECTIONS]
     if changed:
         shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise RecipeError(
@@ -96,14 +104,15 @@ def read_lock(root: Path) -> Recipe:
 
 def differences(one: Recipe, two: Recipe) -> list[str]:
     """Return the dotted keys in which two recipes differ."""
-    flat_one, flat_two = (_flat(recipe.model_dump(mode="json", by_alias=True)) for recipe in (one, two))
+    flat_one, flat_two = (flatten(recipe.model_dump(mode="json", by_alias=True)) for recipe in (one, two))
     return [key for key in {**flat_one, **flat_two} if flat_one.get(key) != flat_two.get(key)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
         flat.update(inner)
     return flat
 

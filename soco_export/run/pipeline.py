@@ -96,7 +96,7 @@ class Pipeline(Generic[Context]):
         stage.work(self.context, workspace)
         seconds = time.monotonic() - started
         for name in stage.writes:
-            _install(workspace / name, home.root / name)
+            install(workspace / name, home.root / name)
         remove(workspace)
         others = {name for other in self.stages if other is not stage for name in other.writes}
         outputs = record_outputs(home.root, stage.writes, others)
@@ -126,7 +126,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def _install(made: Path, target: Path) -> None:
+def install(made: Path, target: Path) -> None:
+    """Move a whole file or folder to its name, in place of what was there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         remove(target)

@@ -2,36 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
-from soco_export.run.context import RunContext
-from soco_export.run.folder import check_folder, open_folder
-from soco_export.run.pipeline import Pipeline, Stage
+from soco_export.recipe import Recipe
+from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.run.context import Format, RunContext
+from soco_export.run.evidence import EVIDENCE, REPORT_FILES
+from soco_export.run.folder import (
+    EVIDENCE_SECTIONS,
+    RunFolder,
+    check_folder,
+    differences,
+    open_folder,
+    read_lock,
+    remove,
+)
+from soco_export.run.pipeline import Pipeline, Stage, install
 from soco_export.run.request import Outcome, Request
-from soco_export.run.stages import ARTEFACTS, TRAINING
+from soco_export.run.results import applicable, write_reports
+from soco_export.run.stages import ARTEFACTS, PLAN, SCORES, SPECTRUM, TRAINING
+from soco_export.run.summary import run_outcome
+from soco_train.errors import RecipeError
 from soco_train.events import Notify
 
 
 def training(request: Request, notify: Notify) -> Outcome:
-    """Run the stages up to the scores."""
+    """Bring a run up to its scores."""
     recipe = request.resolve()
+    if request.dry_run:
+        return cost_card(recipe, request)
     root = request.folder(recipe)
-    _run(request, TRAINING, notify)
-    return Outcome({"run": str(root), "scores": str(root / "scores.safetensors")}, str(root))
+    check(request, recipe, root)
+    advance(request, recipe, root, TRAINING, notify)
+    scores = root / SCORES.writes[0]
+    return Outcome(
+        {"run": str(root), "scores": str(scores)}, f"{scores}: `soco-export plan {root}` shows what it gives"
+    )
 
 
 def whole_road(request: Request, notify: Notify) -> Outcome:
-    """Run all stages."""
+    """Bring a run up to its reports, and answer with its verdict."""
     recipe = request.resolve()
+    if request.dry_run:
+        return cost_card(recipe, request)
     root = request.folder(recipe)
-    _run(request, (*TRAINING, *ARTEFACTS[request.format]), notify)
-    return Outcome({"run": str(root)}, str(root))
+    check(request, recipe, root)
+    advance(request, recipe, root, (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format]), notify)
+    return run_outcome(root)
 
 
-def _run(request: Request, stages: Sequence[Stage[RunContext]], notify: Notify) -> None:
-    recipe = request.resolve()
-    root = request.folder(recipe)
+def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
+    """Write an existing run's model in another form, or at another size or with other settings in a folder of its own.
+
+    That folder is `request.out`, or keep-SIZE inside the run; spectrum and scores stay where they are.
+    Raises RecipeError if the settings differ in what the scores depend on.
+    """
+    recipe = read_lock(run)
+    changed = recipe.override(request.overrides)
+    stages = (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format])
+    keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
+    if not keys and request.out is None:
+        check(request, changed, run)
+        advance(request, changed, run, stages, notify)
+        return run_outcome(run)
+    _check_recut(keys)
+    root = request.out or _recut_folder(run, keys, changed)
+    check(request, changed, root)
+    advance(request, changed, root, stages, notify, trained=(run, recipe))
+    return run_outcome(root)
+
+
+def _check_recut(keys: Sequence[str]) -> None:
+    fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - set(PLAN.settings)
+    wrong = [key for key in keys if key.partition(".")[0] in fixed | {"model", "data"} and key != "model.dtype"]
+    if wrong:
+        raise RecipeError(
+            f"{', '.join(wrong)} cannot change after training",
+            fix="train another run: soco-export train --set … --out FOLDER",
+            where="--set",
+        )
+
+
+def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
+    if list(keys) == ["keep_params"]:
+        return run / f"keep-{recipe.keep_params:g}"
+    raise RecipeError(
+        f"{', '.join(keys)} differ from the run's", fix="say with --out where this other model goes", where="--set"
+    )
+
+
+def check(request: Request, recipe: Recipe, root: Path) -> None:
+    """Find everything that can be wrong before a weight is loaded or a file is written."""
     check_folder(root, recipe, request.fresh)
-    with open_folder(root, recipe, request.argv, request.fresh) as folder:
-        context = RunContext(folder, request.format, notify)
+
+
+def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
+    """Repeat one measuring stage of an existing run (`proof` or `bench`), and report."""
+    recipe = read_lock(run).override(request.overrides)
+    there = replace(request, format=run_format(run))
+    check(there, recipe, run)
+    stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])
+    if stage not in {stage.name for stage in stages}:
+        raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
+    with open_folder(run, recipe, request.argv) as folder:
+        folder.manifest.stages.pop(stage, None)
+        context = RunContext(folder, there.format, notify)
         Pipeline(folder, stages, context, context.sources(), notify=notify).run()
+    return run_outcome(run)
+
+
+def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
+    """Judge results.json by the run's gates (`request.set_` may change them) and write every report anew."""
+    results = Results.load(run)
+    recipe = read_lock(run).override(request.overrides)
+    with open_folder(run, recipe, request.argv) as folder:
+        context = RunContext(folder, results.format, notify)
+        rejudged = results.judged(applicable(recipe.gates, results.format))
+        settings = recipe.model_dump(mode="json", by_alias=True)
+        work = folder.unfinished / "report"
+        work.mkdir(parents=True, exist_ok=True)
+        write_reports(rejudged.model_copy(update={"recipe": settings}), context, work)
+        for name in REPORT_FILES:
+            install(work / name, run / name)
+        remove(work)
+    return run_outcome(run)
+
+
+def run_format(run: Path) -> Format:
+    """Return in which form the run in `run` ships: what it reported last, else what lies there."""
+    if (run / RESULTS_FILE).is_file():
+        return Results.load(run).format
+    return "onnx" if (run / "onnx").is_dir() else "dense" if (run / "dense").is_dir() else "hf"
+
+
+def advance(
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    trained: tuple[Path, Recipe] | None = None,
+) -> None:
+    """Hold the run folder (and that of the run it was trained in) and bring `stages` up to date."""
+    with ExitStack() as held:
+        homes: Mapping[str, RunFolder] = {}
+        if trained:
+            parent = held.enter_context(open_folder(*trained, argv=request.argv))
+            homes = {stage.name: parent for stage in (SPECTRUM, SCORES)}
+        folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
+        context = RunContext(folder, request.format, notify, homes)
+        Pipeline(folder, stages, context, context.sources(), homes, notify).run()
+
+
+def cost_card(recipe: Recipe, request: Request) -> Outcome:
+    """Answer with what the run would cost; no network, no weights, nothing written."""
+    from soco_export.cost import estimate, measure
+
+    card = estimate(recipe, measure(recipe), request.format)
+    return Outcome(card.document(), "\n".join(card.lines()))

@@ -9,6 +9,8 @@ and moves what it wrote into place.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from soco_export.run.context import Format, RunContext
@@ -16,6 +18,7 @@ from soco_export.run.pipeline import Stage
 from soco_train.artifacts import Factors, Scores, SpectrumStore
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
+CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
 
 
@@ -53,7 +56,11 @@ def learn_scores(context: RunContext, out: Path) -> None:
         data_fingerprint=f"{calibration.fingerprint} {context.model_hash()}",
     )
     found = train_scores(task)
-    origin = {"model": context.recipe.name, "parameters": count_parameters(task.model), "calibration": calibration.source}
+    origin = {
+        "model": context.recipe.name,
+        "parameters": count_parameters(task.model),
+        "calibration": calibration.source,
+    }
     Scores(found.layers, {**found.provenance, **origin}).save(out / "scores.safetensors")
 
 
@@ -99,12 +106,14 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
 
     from soco_export.checkpoint import save_checkpoint
     from soco_export.lowrank import apply_factors
-    from soco_export.run.card import model_card
+    from soco_export.run.card import model_card, summary_json
 
     model = context.take_model()
     apply_factors(model, Factors.load(context.path("factors", "factors.safetensors")))
     model.to(device="cpu", dtype=getattr(torch, context.recipe.model.dtype))
-    save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, model))
+    summary = summary_json(context.recipe, model)
+    save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, summary))
+    write_evidence(out / CARD_FILE, summary)
 
 
 def write_dense(context: RunContext, out: Path) -> None:
@@ -118,7 +127,8 @@ def write_onnx(context: RunContext, out: Path) -> None:
     """Export the checkpoint."""
     from soco_export.onnx.export import export_onnx
 
-    export_onnx(context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify)
+    summary = export_onnx(context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify)
+    write_evidence(out / EXPORT_FILE, json.dumps(asdict(summary) | {"folder": "onnx"}, indent=2, default=str) + "\n")
 
 
 def write_dense_onnx(context: RunContext, out: Path) -> None:
@@ -133,6 +143,12 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
     else:
         source = fetch_folder(context.recipe)
     export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)
+
+
+def write_evidence(path: Path, text: str) -> None:
+    """Write a JSON text under evidence/."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 SPECTRUM = Stage("spectrum", ("model", "calibration"), BASIS_KEYS, ("spectrum",), make_spectrum, cache=True)
@@ -151,14 +167,14 @@ FACTORS = Stage(
     ("factors.safetensors",),
     make_factors,
 )
-CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf",), write_checkpoint)
+CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf", CARD_FILE), write_checkpoint)
 DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
-ONNX = Stage("onnx", ("checkpoint",), ("export",), ("onnx",), write_onnx)
+ONNX = Stage("onnx", ("checkpoint",), ("export",), ("onnx", EXPORT_FILE), write_onnx)
 DENSE_ONNX = Stage("onnx-dense", ("model",), ("export",), ("onnx-dense",), write_dense_onnx)
 
 TRAINING = (SPECTRUM, SCORES)
 ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
     "hf": (PLAN, FACTORS, CHECKPOINT),
     "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),
-    "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX),
+    "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX, DENSE_ONNX),
 }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soco_export.recipe import list_recipes, load_recipe, lock
-from soco_export.run.folder import read_lock
+from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.request import Outcome, Request, find_run, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
@@ -40,6 +40,55 @@ def plan(request: Request, run: Path | None = None, sizes: str | None = None, no
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
     return plan_sizes(root / "scores.safetensors", recipe, parse_sizes(sizes, recipe.keep_params), request.out)
+
+
+def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
+    """Write a run or a Hugging Face folder in `request.format`, or a run at another size."""
+    if (folder / LOCK).is_file():
+        from soco_export.run.road import from_run
+
+        return from_run(request, folder, notify)
+    from soco_export.run.folders import export_folder
+
+    return export_folder(request, folder, notify)
+
+
+def validate(request: Request, folder: Path, against: Path | None = None, notify: Notify = silent) -> Outcome:
+    """Measure parity and perplexity of a run, or of `folder` against another one, and judge them."""
+    if against is None:
+        from soco_export.run.road import again
+
+        return again(request, folder, "proof", notify)
+    from soco_export.run.folders import prove_folders
+
+    return prove_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
+
+
+def bench(request: Request, folder: Path, against: Path | None = None, notify: Notify = silent) -> Outcome:
+    """Measure latency and memory of a run, or of one ONNX folder against another."""
+    if against is None:
+        from soco_export.run.road import again
+
+        return again(request, folder, "bench", notify)
+    from soco_export.run.folders import bench_folders
+
+    return bench_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
+
+
+def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> Outcome:
+    """Compare two results.json (or the runs that hold them)."""
+    from soco_export.report.compare import compare_results, render_comparison
+    from soco_export.report.schema import Results
+
+    comparison = compare_results(Results.load(one), Results.load(two))
+    return Outcome(comparison.document(), render_comparison(comparison).rstrip("\n"))
+
+
+def report(request: Request, run: Path | None = None, notify: Notify = silent) -> Outcome:
+    """Judge a run's results.json again by its recipe's gates, and write every report anew."""
+    from soco_export.run.road import report_again
+
+    return report_again(request, find_run(run, request), notify)
 
 
 def recipes_list(request: Request, notify: Notify = silent) -> Outcome:

@@ -1,0 +1,140 @@
+"""Everything a run measured, put together as results.json and written in every form people and programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from soco_export.bench.machine import describe_machine
+from soco_export.gate import GATES, GateSettings
+from soco_export.report.html import render_html
+from soco_export.report.junit import render_junit
+from soco_export.report.markdown import render_markdown
+from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
+from soco_export.run.card import model_card
+from soco_export.run.context import Format, RunContext
+from soco_export.run.evidence import BENCH_FILE, PROOF_FILE
+from soco_export.run.proof import DENSE, LOW_RANK, SHIPPED
+from soco_export.run.stages import CARD_FILE, EXPORT_FILE
+from soco_export.validate.figures import PerplexityFigures
+from soco_train.artifacts import Scores
+from soco_train.budget import RankPlan
+
+FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
+# What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
+ONNX_ONLY = ("latency.", "memory.", "sizes.bytes_ratio")
+EXPORT_ONLY = "parity.export."
+
+
+def applicable(gates: GateSettings, format: Format) -> GateSettings:
+    """Return the gates that mean something for `format`: without ONNX nothing is timed, and hf has no export step."""
+    off: tuple[str, ...] = {"onnx": (), "dense": ONNX_ONLY, "hf": (*ONNX_ONLY, EXPORT_ONLY)}[format]
+    keys = [gate.key for gate in GATES if any(figure.startswith(off) for figure in gate.figures)]
+    return gates.model_copy(update={key: None for key in keys})
+
+
+def collect(context: RunContext) -> Results:
+    """Return all figures of the run, not yet judged."""
+    recipe = context.recipe
+    proof = _read(context.path("proof", PROOF_FILE))
+    bench = _read(context.path("bench", BENCH_FILE)) if context.format == "onnx" else {}
+    document = {
+        "format": context.format,
+        "model": _model(context),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "sizes": _sizes(context),
+        "parity": proof["parity"],
+        "perplexity": _perplexity(context, proof["perplexity"]),
+        "tasks": proof["tasks"],
+        "latency": bench.get("latency"),
+        "memory": bench.get("memory"),
+        "machine": describe_machine(recipe.validation.threads),
+        "placement": proof["placement"],
+        "notes": tuple(_notes(context)),
+        "provenance": _provenance(context),
+    }
+    return Results.model_validate(document)
+
+
+def _model(context: RunContext) -> ModelFigures:
+    model = context.recipe.model
+    source = model.weights if model.weights != "pretrained" else model.id or (model.path or Path()).resolve().name
+    config = _read(context.path("checkpoint", "hf") / "config.json")
+    return ModelFigures(
+        name=context.recipe.name, source=source, architecture=config["architectures"][0], revision=model.revision
+    )
+
+
+def _sizes(context: RunContext) -> SizeFigures:
+    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
+    wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
+    sizes = {name: _bytes(context.path(FOLDERS[name], name)) for name in wanted}
+    return SizeFigures(
+        params_before=total,
+        params_after=total - plan.params_before + plan.params_after,
+        selected_before=plan.params_before,
+        selected_after=plan.params_after,
+        layers=len(plan.layers),
+        layers_dense=len(plan.dense_layers),
+        keep_params=plan.keep_params,
+        storage=plan.storage,
+        bytes=sizes,
+        bytes_ratio=sizes["onnx"] / sizes["onnx-dense"] if "onnx-dense" in sizes else None,
+    )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults:
+    blocks = context.blocks("evaluation")
+    onnx = PerplexityFigures(**forms[SHIPPED]) if context.format == "onnx" else None
+    figures = (PerplexityFigures(**forms[DENSE]), PerplexityFigures(**forms[LOW_RANK]), onnx)
+    return PerplexityResults.of(figures, blocks.source, blocks.fingerprint, blocks.tokens.shape[1])
+
+
+def _notes(context: RunContext) -> Iterator[str]:
+    """Yield every fallback and every measurement that was left out, with its reason."""
+    if context.format == "onnx":
+        export = _read(context.path("onnx", EXPORT_FILE))
+        if export["route"] != "builder":
+            yield f"the graph was made by {export['route']}: its architecture has no description of ours"
+        if not context.recipe.bench.enabled:
+            yield "latency was not measured: bench.enabled is false"
+    off = context.recipe.gates.model_dump() != applicable(context.recipe.gates, context.format).model_dump()
+    if off:
+        yield f"gates on ONNX are not judged: the format is {context.format}"
+
+
+def _provenance(context: RunContext) -> dict[str, Any]:
+    manifest, calibration = context.folder.manifest, context.blocks("calibration")
+    return {
+        "seed": manifest.seed,
+        "model": context.model_hash(),
+        "calibration": {"text": calibration.source, "fingerprint": calibration.fingerprint},
+        "started": manifest.process.started,
+        "seconds": {name: record.seconds for name, record in manifest.stages.items() if record.status == "done"},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_reports(results: Results, context: RunContext, out: Path) -> None:
+    """Write results.json, report.md, report.html, junit.xml and the model card."""
+    (out / "hf").mkdir(exist_ok=True)
+    summary = context.path("checkpoint", CARD_FILE).read_text(encoding="utf-8")
+    results.save(out / "results.json")
+    for name, text in {
+        "report.md": render_markdown(results),
+        "report.html": render_html(results),
+        "junit.xml": render_junit(results),
+        "hf/README.md": model_card(context.recipe, summary, results),
+    }.items():
+        (out / name).write_text(text, encoding="utf-8")
