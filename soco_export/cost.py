@@ -8,9 +8,9 @@ components P and B in `train.factor_dtype`, covariances in float64, activations 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from soco_export.cost_card import CostCard, Phase
 from soco_export.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -53,99 +53,6 @@ class ModelShape:
     def full_factors(self) -> int:
         """Numbers in P and B of all components."""
         return sum(min(m, n) * (m + n) for m, n in self.linears)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Peak memory in bytes of one phase: on the device that computes, and on the host beside a GPU."""
-
-    name: str
-    device: int
-    host: int
-    gpu_hours: float
-
-
-@dataclass(frozen=True)
-class CostCard:
-    """All estimates for one recipe; bytes, parameters, tokens and GPU-hours."""
-
-    model: str
-    parameters: int
-    selected: int
-    kept: int
-    layers: int
-    components: int
-    phases: tuple[Phase, ...]
-    disk: Mapping[str, int]
-    outputs: Mapping[str, int]
-    training_tokens: int
-    assumption: str = ASSUMPTION
-
-    @property
-    def parameters_after(self) -> int:
-        """Parameters of the compressed model."""
-        return self.parameters - self.selected + self.kept
-
-    @property
-    def peak_device(self) -> int:
-        """Largest device memory over the phases."""
-        return max(phase.device for phase in self.phases)
-
-    @property
-    def peak_host(self) -> int:
-        """Largest host memory over the phases, beside a GPU."""
-        return max(phase.host for phase in self.phases)
-
-    @property
-    def disk_total(self) -> int:
-        """Bytes of a whole run folder."""
-        return sum(self.disk.values())
-
-    @property
-    def gpu_hours(self) -> float:
-        """Hours of all phases."""
-        return sum(phase.gpu_hours for phase in self.phases)
-
-    def document(self) -> dict[str, Any]:
-        """Return the card as JSON values."""
-        totals = {
-            "parameters_after": self.parameters_after,
-            "peak_device": self.peak_device,
-            "peak_host": self.peak_host,
-            "disk_total": self.disk_total,
-            "gpu_hours": self.gpu_hours,
-        }
-        return asdict(self) | totals
-
-    def lines(self) -> list[str]:
-        """Return the card as text, one line each."""
-        keep = self.kept / self.selected
-        rows = [
-            f"{self.model}: {count(self.parameters)} → {count(self.parameters_after)} parameters "
-            f"(selected {count(self.selected)} → {count(self.kept)}, keep {keep:.2f})",
-            f"{self.layers} layers · {self.components:,} scores · {count(self.training_tokens)} training tokens",
-            f"{'phase':<14}{'GPU memory':>12}{'host memory':>13}{'GPU-hours':>11}",
-        ]
-        rows += [f"{p.name:<14}{size(p.device):>12}{size(p.host):>13}{p.gpu_hours:>11.2f}" for p in self.phases]
-        rows.append(f"{'in all':<14}{size(self.peak_device):>12}{size(self.peak_host):>13}{self.gpu_hours:>11.2f}")
-        rows.append(f"assumed: {self.assumption}; without a GPU, the first column is host memory")
-        rows.append(f"disk {size(self.disk_total)}: " + " · ".join(f"{k} {size(v)}" for k, v in self.disk.items()))
-        rows.append("outputs: " + " · ".join(f"{k} {size(v)}" for k, v in self.outputs.items()))
-        return rows
-
-
-def count(number: float) -> str:
-    """Return a count as people say it: 7.24B, 134.5M, 2,048."""
-    if number >= 1e9:
-        return f"{number / 1e9:.2f}B"
-    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,.0f}"
-
-
-def size(number: float) -> str:
-    """Return bytes in decimal units, as disks and GPUs are sold."""
-    if number >= 1e9:
-        return f"{number / 1e9:.1f} GB"
-    return f"{number / 1e6:.0f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
 
 
 def measure(recipe: Recipe) -> ModelShape:
@@ -191,6 +98,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         phases=phases,
         disk=_disk(recipe, shape, kept, format, outputs),
         outputs=outputs,
+        assumption=ASSUMPTION,
         training_tokens=recipe.train.steps * recipe.train.batch_tokens if recipe.train.scorer == "soco" else 0,
     )
 
@@ -289,13 +197,13 @@ def _export_phases(
     recipe: Recipe, shape: ModelShape, after: int, format: str, outputs: Mapping[str, int]
 ) -> list[Phase]:
     checkpoint = BASE_HOST + DENSE_BYTES * shape.parameters + BYTES[recipe.model.dtype] * after
-    phases = [Phase("checkpoint", checkpoint, checkpoint, 0.0)]
+    phases = [Phase("checkpoint", 0, checkpoint, 0.0)]
     if format == "onnx":
         # weights are streamed: one of them at a time, beside its converted copy
         largest = max(shape.embedding, *(m * n for m, n in shape.linears))
         export = BASE_HOST + 3 * DENSE_BYTES * largest
         proof = BASE_HOST + outputs["onnx"] + DENSE_BYTES * max(shape.parameters, after) + outputs["onnx dense"]
-        phases += [Phase("export", export, export, 0.0), Phase("proof", proof, proof, 0.0)]
+        phases += [Phase("export", 0, export, 0.0), Phase("proof", 0, proof, 0.0)]
     return phases
 
 

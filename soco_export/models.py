@@ -224,14 +224,27 @@ def check_vocabulary(tokenizer: Any, config: Any, where: str = "") -> None:
         )
 
 
+def check_model(recipe: Recipe) -> Any:
+    """Return the tokenizer of a model whose parts are all there and belong together; reads headers, no weights.
+
+    Raises RecipeError or DataError for all that is wrong with the model's files, short of values that are not finite.
+    """
+    config = dense_config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    check_vocabulary(tokenizer, config, where=f"model {recipe.name}")
+    if recipe.model.weights != "random":
+        from soco_export.weights import check_weight_files
+
+        check_weight_files(fetch_folder(recipe))
+    return tokenizer
+
+
 def load_model(recipe: Recipe) -> tuple[Any, Any]:
     """Return (dense model in fp32 on the CPU, in eval mode; its tokenizer).
 
     Raises RecipeError (not found, vocabularies disagree) before, and DataError (missing weight, NaN) after reading.
     """
-    config = dense_config(recipe)
-    tokenizer = load_tokenizer(recipe)
-    check_vocabulary(tokenizer, config, where=f"model {recipe.name}")
+    config, tokenizer = dense_config(recipe), check_model(recipe)
     if recipe.model.weights == "random":
         from soco_export.tiny import random_model
 

@@ -58,9 +58,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     """Return the causal LM in `folder` in fp32 on the CPU, in eval mode, every weight present and finite.
 
-    Raises RecipeError and DataError as the checks of this module do, and DataError for weights of another shape.
+    The files have passed `check_weight_files`. Raises DataError for a weight that is missing, misshapen or broken.
     """
-    check_weight_files(folder)
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,140 @@
+"""Everything that can be wrong, found before a weight is loaded or a file is written.
+
+`check_everything` is what a run calls. The questions are separate functions: those about the recipe and its inputs read
+headers and texts only; those about the machine compare the cost card with what `look` found, purely.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from soco_export.cost import estimate, measure
+from soco_export.cost_card import CostCard, size
+from soco_export.doctor import version_of
+from soco_export.recipe import Recipe
+from soco_train.errors import MachineError, RecipeError
+
+CPU_PROVIDER = "CPUExecutionProvider"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that are free: host memory, GPU memory (None: no GPU), disk where the run is written."""
+
+    memory: int
+    gpu: int | None
+    disk: int
+
+
+def check_everything(recipe: Recipe, root: Path, format: str) -> None:
+    """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
+    from soco_export.models import check_model
+
+    if format == "onnx":
+        check_precision(recipe)
+        check_provider(recipe)
+    # room first: checking a model of the hub downloads it
+    check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
+    check_texts(recipe, check_model(recipe))
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raise RecipeError for float16 or bfloat16 on the CPU provider."""
+    dtype, provider = recipe.export.dtype, recipe.validation.provider
+    if provider == CPU_PROVIDER and dtype != "float32":
+        raise RecipeError(
+            f"export.dtype is {dtype}, but {CPU_PROVIDER} runs that unfused and slowly, or not at all",
+            fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
+            where="recipe: export.dtype",
+        )
+
+
+def check_provider(recipe: Recipe) -> None:
+    """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
+    try:
+        from soco_export.validate.session import check_provider as known
+    except ImportError as error:
+        raise MachineError(
+            f"onnxruntime is not installed ({error})",
+            fix='pip install "soco-export[cpu]" (or [gpu]), or ask for --format hf',
+            where="recipe: validate.provider",
+        ) from None
+    try:
+        known(recipe.validation.provider)
+    except MachineError as error:
+        if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
+            raise MachineError(
+                f"{error.message}; onnxruntime and onnxruntime-gpu are both installed and write the same folder",
+                fix="pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
+                where=error.where,
+            ) from None
+        raise
+
+
+def check_texts(recipe: Recipe, tokenizer: object) -> None:
+    """Raise RecipeError or DataError for a text that is missing, not UTF-8, or shorter than one block.
+
+    Of a hub data set only the address is checked: it is downloaded when it is needed.
+    """
+    from soco_train.corpus import check_source, load_blocks
+
+    check_source(recipe.data, "calibration")
+    check_source(recipe.evaluation, "evaluation")
+    if recipe.data.hub is None:
+        load_blocks(tokenizer, recipe.data, "calibration")
+    if recipe.evaluation.hub is None:
+        load_blocks(tokenizer, recipe.evaluation, "evaluation")
+
+
+def check_room(card: CostCard, machine: Machine, already: int = 0) -> None:
+    """Raise MachineError if disk or memory will not do. `already`: bytes of the run that are on the disk. Pure."""
+    needed = card.disk_total - already
+    if needed > machine.disk:
+        largest = max(card.disk, key=lambda name: card.disk[name])
+        raise MachineError(
+            f"the run needs about {size(needed)} of disk, and {size(machine.disk)} are free",
+            fix=f"give --out on a larger disk (most of it is {largest}: {size(card.disk[largest])})",
+            where="--out",
+        )
+    for phase in card.phases:
+        if machine.gpu is not None and phase.device > machine.gpu:
+            raise _too_small(phase.name, "GPU memory", phase.device, machine.gpu)
+        host = phase.alone if machine.gpu is None else phase.host
+        if host > machine.memory:
+            raise _too_small(phase.name, "memory", host, machine.memory)
+
+
+def _too_small(phase: str, kind: str, needed: int, free: int) -> MachineError:
+    fixes = {
+        "statistics": "use a larger machine, or train.basis: plain",
+        "scores": "lower train.batch_tokens, set train.checkpoint_activations, or train.factor_dtype: bfloat16",
+        "distillation": "lower refine.distill.batch_tokens, or refine.distill.steps: 0",
+        "proof": "export.weights: int8, or bench.enabled: false on a machine that is larger",
+    }
+    return MachineError(
+        f"{phase} needs about {size(needed)} of {kind}, and {size(free)} are free",
+        fix=fixes.get(phase, "use a larger machine"),
+        where="soco-export train-and-export --dry-run shows all estimates",
+    )
+
+
+def look(root: Path) -> Machine:
+    """Return what is free on this machine; `root` is where the run will be written."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory().available
+    # a container may have less than the machine it runs on
+    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text(encoding="ascii").strip()).isdigit():
+        memory = min(memory, int(limit))
+    gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    return Machine(memory, gpu, shutil.disk_usage(existing).free)
+
+
+def bytes_in(root: Path) -> int:
+    """Return the bytes of the files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) if root.is_dir() else 0
