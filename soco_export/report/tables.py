@@ -213,7 +213,10 @@ def _ceiling(latency: LatencyFigures | None) -> Table | None:
         for name, line in latency.roofline.items()
     ]
     columns = ("model", "read per step", "ideal", "measured", "of the ceiling", "bandwidth")
-    note = "A decode step reads its weights and its cache once; the bandwidth was measured on this machine."
+    note = (
+        "A decode step reads its weights and its cache once; the bandwidth was measured on this machine. "
+        "Above 100 %: the model fits into the processor's caches."
+    )
     return Table("Distance to the memory ceiling", columns, tuple(rows), note)
 
 

@@ -42,6 +42,9 @@ SHAPE_OPS = frozenset(
     | {"MemcpyToHost", "MemcpyFromHost"}
 )
 
+# Contrib attention counts a row's tokens from its start, whatever the mask says.
+RIGHT_PADDING_OPS = frozenset({"GroupQueryAttention"})
+
 LOAD_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -86,13 +89,25 @@ class OnnxDecoder(Decoder):
         self.folder, self.provider = folder, provider
         self._device = DEVICES.get(provider, "cpu")
         check_provider(provider)
-        refuse_half_on_cpu(folder, provider)
+        graph = _read_graph(folder / MODEL_FILE)
+        _refuse_half_on_cpu(graph, provider, folder)
+        self._left_padding = all(node.op_type not in RIGHT_PADDING_OPS for node in graph.node)
         with tempfile.TemporaryDirectory() as profiles:
             self._session = _open_session(folder, provider, threads, Path(profiles) / "step")
             self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
             self._outputs = [entry.name for entry in self._session.get_outputs()]
             self._cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
             self.placement = self._prove_placement()
+
+    def prefill(self, ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Start a new sequence as `Decoder.prefill` does; RecipeError for padding that the graph gets wrong."""
+        if mask is not None and not self._left_padding and (np.diff(mask, axis=1) > 0).any():
+            raise RecipeError(
+                "this graph's attention takes no padding on the left",
+                fix="export.flavour: standard, or one sequence at a time",
+                where=str(self.folder / MODEL_FILE),
+            )
+        return super().prefill(ids, mask)
 
     def _prove_placement(self) -> Placement:
         self.prefill(np.zeros((1, 1), dtype=np.int64))
@@ -164,12 +179,9 @@ def check_provider(provider: str) -> None:
         )
 
 
-def refuse_half_on_cpu(folder: Path, provider: str) -> None:
-    """Raise RecipeError if the graph computes in float16 or bfloat16 and would run on the CPU provider."""
-    if provider != CPU:
-        return
-    found = _half_precision(_read_graph(folder / MODEL_FILE))
-    if found:
+def _refuse_half_on_cpu(graph: onnx.GraphProto, provider: str, folder: Path) -> None:
+    found = _half_precision(graph)
+    if found and provider == CPU:
         raise RecipeError(
             f"the graph computes in {found}, which {CPU} runs unfused and slowly, or not at all",
             fix="export.dtype: float32 for the CPU, or validate.provider: CUDAExecutionProvider",

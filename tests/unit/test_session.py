@@ -7,7 +7,7 @@ from toy_graph import VOCABULARY, ToyModel, save_toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.session import OnnxDecoder, Placement, read_placement
+from soco_export.validate.session import OnnxDecoder, Placement, _as_float32, read_placement
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError
 
 AZURE = "AzureExecutionProvider"
@@ -76,6 +76,18 @@ def test_left_padding_changes_nothing(kind, model, folder, llama):
     np.testing.assert_allclose(decoder.logits(batch, mask)[1:, 3:], decoder.logits(short), rtol=1e-4, atol=1e-4)
 
 
+def test_padding_on_the_left_is_refused_where_the_graph_gets_it_wrong(model, folder):
+    decoder = OnnxDecoder(folder, threads=1)
+    decoder._left_padding = False  # as for a graph with GroupQueryAttention
+    ids = random_ids(2, 4)
+    with pytest.raises(RecipeError, match="no padding on the left"):
+        decoder.logits(ids, np.array([[0, 1, 1, 1], [1, 1, 1, 1]]))
+    right = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    np.testing.assert_allclose(
+        decoder.logits(ids, right)[0, :3], TorchDecoder(model).logits(ids[:1, :3])[0], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_generation_takes_the_likeliest_token_each_time(model, folder):
     ids = random_ids(1, 6)
     found = OnnxDecoder(folder, threads=1).generate(ids, 6)
@@ -122,6 +134,12 @@ def test_an_absent_provider_is_refused_with_a_fix(folder):
     with pytest.raises(MachineError, match="CUDAExecutionProvider is not in this onnxruntime") as caught:
         OnnxDecoder(folder, provider="CUDAExecutionProvider")
     assert "soco-export[gpu]" in caught.value.fix
+
+
+def test_bfloat16_outputs_are_read():
+    bits = np.array([[0x3FC0, 0xC000]], dtype=np.uint16)
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+    np.testing.assert_array_equal(_as_float32(value), [[1.5, -2.0]])
 
 
 def test_shape_arithmetic_on_the_cpu_is_no_fallback():
