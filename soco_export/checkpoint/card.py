@@ -77,12 +77,11 @@ def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary)
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
         autoescape=False,
     )
     environment.filters["cell"] = format_cell
     columns = list(dict.fromkeys(column for row in (results or {}).values() for column in row))
-    return environment.get_template(TEMPLATE).render(
+    text: str = environment.get_template(TEMPLATE).render(
         summary=summary,
         hub_id=summary.base_model if _is_hub_id(summary.base_model) else "",
         recipe=recipe_yaml.strip("\n"),
@@ -92,6 +91,7 @@ def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary)
         install=INSTALL,
         method=QUANT_METHOD,
     )
+    return text.rstrip("\n") + "\n"
 
 
 def format_cell(value: Cell) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from soco_export.checkpoint.card import render_card, summarise
 from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both_forms
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
 from soco_export.lowrank import factored_layers, record_layers
 from soco_train.errors import DataError, RecipeError
 
@@ -37,9 +38,10 @@ def save_checkpoint(
     """
     record_layers(model)
     check_finite(model)
+    check_dense_parts(model)
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-        _finish(folder, model, tokenizer, card)
+        _finish(folder, model, tokenizer, card, {})
         check_layer_tensors(open_shards(shard_files(folder)), pruned_layers(read_config(folder)))
 
 
@@ -48,12 +50,15 @@ def save_dense(
 ) -> None:
     """Write the model with each pruned layer merged to one dense weight; the model itself is left as it is.
 
-    Arguments and errors as `save_checkpoint`. All weights must be in memory, not offloaded to disk.
+    Arguments and errors as `save_checkpoint`; RecipeError also if a trained bias has no place in the plain
+    architecture. All weights must be in memory, not offloaded to disk.
     """
     check_finite(model)
+    state = dense_state(model)
+    flags = fit_biases(model, state)
     with replacing_folder(out) as folder:
-        model.save_pretrained(str(folder), state_dict=dense_state(model), max_shard_size=max_shard_size)
-        _finish(folder, model, tokenizer, card, dense=True)
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
+        _finish(folder, model, tokenizer, card, flags, dense=True)
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -100,9 +105,11 @@ def replacing_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _finish(folder: Path, model: Any, tokenizer: Any, card: str | None, dense: bool = False) -> None:
+def _finish(
+    folder: Path, model: Any, tokenizer: Any, card: str | None, flags: Mapping[str, bool], dense: bool = False
+) -> None:
     """Add what `save_pretrained` leaves out, and rewrite what only its own version would read."""
-    config = config_in_both_forms(read_config(folder), _tied(model))
+    config = config_in_both_forms(read_config(folder), _tied(model)) | dict(flags)
     if dense:
         config.pop("quantization_config", None)
     _write_json(folder / "config.json", config)
@@ -111,6 +118,9 @@ def _finish(folder: Path, model: Any, tokenizer: Any, card: str | None, dense: b
         settings = folder / "tokenizer_config.json"
         if (folder / "tokenizer.json").exists():
             _write_json(settings, tokenizer_in_both_forms(json.loads(settings.read_text(encoding="utf-8"))))
+    # safetensors makes its files private to the user; the others follow the umask.
+    for shard in shard_files(folder):
+        shard.chmod((folder / "config.json").stat().st_mode)
     text = render_card("", None, summarise(model, dense=dense)) if card is None else card
     (folder / "README.md").write_text(text, encoding="utf-8")
 
