@@ -11,7 +11,7 @@ import onnx_ir as ir
 from soco_export.checkpoint.writer import replacing_folder
 from soco_export.onnx.architecture import Architecture, describe, read_config
 from soco_export.onnx.builder import DecoderBuilder
-from soco_export.onnx.fallback import export_with_transformers
+from soco_export.onnx.fallback import check_fallback, export_traced
 from soco_export.onnx.graph import DataFile, Graph
 from soco_export.onnx.inspect import MODEL_FILE, GraphSummary, summarise
 from soco_export.onnx.layouts import Layout, check_layouts, write_layouts
@@ -25,7 +25,10 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat1
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """`route`: `builder` or `transformers` (the fallback); `forms`: Linears by form; `bytes`: the folder on disk."""
+    """What was written.
+
+    `route`: `builder` or `traced` (the fallback); `forms`: Linears by form (builder only); `bytes`: on disk.
+    """
 
     folder: Path
     route: str
@@ -48,23 +51,31 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
     config = read_config(folder)
     architecture = describe(config)
     source = CheckpointWeights(folder)
-    if architecture is not None:
+    if architecture is None:
+        check_fallback(config, settings)
+    else:
         check_tensors(architecture, source)
     with replacing_folder(out) as partial:
         if architecture is None:
-            export_with_transformers(folder, partial, config, settings)
+            export_traced(folder, partial, settings)
         else:
             _build(architecture, source, settings, partial, notify)
-            write_layouts(Layout(folder, partial, config, architecture, settings))
+        write_layouts(Layout(folder, partial, config, settings))
     forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     return ExportSummary(
         folder=out,
-        route="builder" if architecture else "transformers",
+        route="builder" if architecture else "traced",
         flavour=settings.flavour,
         forms=dict(forms),
-        bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        bytes=_bytes_on_disk(out),
         graph=summarise(out),
     )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of all files; linked files count once."""
+    found = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum({file.st_ino: file.st_size for file in found}.values())
 
 
 def _build(

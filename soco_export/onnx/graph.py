@@ -24,6 +24,8 @@ OPSET, CONTRIB_OPSET, IR_VERSION = 23, 1, 11
 CONTRIB = "com.microsoft"
 # Memory-mapped tensors want to start on a page.
 ALIGNMENT = 4096
+# Bytes that are cast and written at one time.
+CHUNK = 1 << 24
 
 
 class DataFile:
@@ -33,17 +35,22 @@ class DataFile:
         self.path = path
         self._file = path.open("wb")
 
-    def write(self, name: str, array: Array) -> ir.ExternalTensor:
-        """Append `array` and return the reference to it."""
+    def write(self, name: str, array: Array, dtype: ir.DataType) -> ir.ExternalTensor:
+        """Append `array` as `dtype` and return the reference to it; RecipeError if a value does not fit `dtype`.
+
+        Casting and transposing (`array` may be a transposed view) go piece by piece: no second copy of a large tensor.
+        """
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        whole = np.ascontiguousarray(array)
-        self._file.write(whole.reshape(-1).view(np.uint8).data)
+        rows = max(1, CHUNK // max(1, array.nbytes // max(1, len(array))))
+        for start in range(0, len(array), rows):
+            piece = np.ascontiguousarray(_cast(name, array[start : start + rows], dtype))
+            self._file.write(piece.reshape(-1).view(np.uint8).data)
         return ir.ExternalTensor(
             self.path.name,
             offset,
-            whole.nbytes,
-            ir.DataType.from_numpy(array.dtype),
+            self._file.tell() - offset,
+            dtype,
             shape=ir.Shape(array.shape),
             name=name,
             base_dir=self.path.parent,
@@ -107,11 +114,11 @@ class Graph:
 
     def weight(self, name: str, array: Array) -> ir.Value:
         """Store a weight in the graph's float type; RecipeError if a value does not fit it."""
-        return self.stored(name, _cast(name, array, self.dtype))
+        return self._initializer(name, self._data.write(name, array, self.dtype))
 
     def stored(self, name: str, array: Array) -> ir.Value:
         """Store an array in the type that it has."""
-        return self._initializer(name, self._data.write(name, array))
+        return self._initializer(name, self._data.write(name, array, ir.DataType.from_numpy(array.dtype)))
 
     def lookup(self, name: str) -> ir.Value | None:
         """Return the weight stored as `name`, None if there is none yet."""

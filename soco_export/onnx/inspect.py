@@ -9,6 +9,52 @@ from pathlib import Path
 import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
+CACHE = "past_key_values"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: element type in ONNX's word, sizes as numbers or names."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What goes into a decoder graph and what comes out."""
+
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+
+    @property
+    def layers(self) -> int:
+        """How many layers have a cache."""
+        return sum(name.startswith(CACHE) and name.endswith(".key") for name in self.inputs)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the cache, [batch, kv_heads, time, head_dim]."""
+        return int(self.inputs[f"{CACHE}.0.key"].shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head of the cache."""
+        return int(self.inputs[f"{CACHE}.0.key"].shape[3])
+
+
+def read_ports(folder: Path) -> Ports:
+    """Return the inputs and outputs of `folder`/model.onnx."""
+    graph = ir.load(folder / MODEL_FILE).graph
+    return Ports(
+        {v.name: _port(v) for v in graph.inputs if v.name}, {v.name: _port(v) for v in graph.outputs if v.name}
+    )
+
+
+def _port(value: ir.Value) -> Port:
+    sizes = value.shape or ()
+    dtype = value.dtype.name if value.dtype else ""
+    return Port(dtype, tuple(size if isinstance(size, int) else str(size) for size in sizes))
 
 
 @dataclass(frozen=True)

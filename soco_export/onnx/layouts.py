@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.checkpoint.forms import tokenizer_in_both_forms
-from soco_export.onnx.architecture import Architecture, Config
-from soco_export.onnx.inspect import MODEL_FILE
+from soco_export.onnx.architecture import Config
+from soco_export.onnx.inspect import CACHE, MODEL_FILE, Port, read_ports
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import RecipeError
 
@@ -29,12 +30,11 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """What a writer gets: the HF folder, the folder with model.onnx, and what is known of the model."""
+    """What a writer gets: the HF folder and its config, the folder with model.onnx, and how that was made."""
 
     source: Path
     folder: Path
     config: Config
-    architecture: Architecture
     settings: ExportSettings
 
 
@@ -82,42 +82,87 @@ def optimum(to: Layout) -> None:
         _write(tokenizer, tokenizer_in_both_forms(_read(tokenizer)))
 
 
-# onnxruntime-genai decides by this name how it loads; families it does not know load like llama.
-GENAI_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
+# onnxruntime-genai decides by this name how it loads; decoders that it does not know load like llama.
+GENAI_TYPES = {
+    "gemma",
+    "gemma2",
+    "granite",
+    "llama",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}
 
 
 @layout("genai")
 def genai(to: Layout) -> None:
-    """genai_config.json; the cache is one shared buffer in the contrib flavour only."""
-    shape, tokens = to.architecture, _special_tokens(to)
-    contrib = to.settings.flavour == "contrib"
-    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
-    if not contrib or shape.names.positions:
-        inputs["position_ids"] = "position_ids"
+    """genai_config.json for onnxruntime-genai; the cache is one shared buffer in the contrib flavour only."""
+    ports = read_ports(to.folder)
+    cuda = to.settings.dtype != "float32"
     decoder = {
         "filename": MODEL_FILE,
-        "head_size": shape.head_dim,
-        "hidden_size": shape.hidden,
-        "inputs": inputs | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
+        "head_size": ports.head_dim,
+        "hidden_size": to.config["hidden_size"],
+        "inputs": {name: name for name in ports.inputs if not name.startswith(CACHE)}
+        | {"past_key_names": f"{CACHE}.%d.key", "past_value_names": f"{CACHE}.%d.value"},
+        "num_attention_heads": to.config["num_attention_heads"],
+        "num_hidden_layers": ports.layers,
+        "num_key_value_heads": ports.kv_heads,
         "outputs": {
             "logits": "logits",
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [{"cuda": {}}] if cuda else []},
     }
+    family, context = to.config["model_type"], to.config["max_position_embeddings"]
     model = {
-        **tokens,
-        "context_length": shape.context,
+        **_special_tokens(to),
+        "context_length": context,
         "decoder": decoder,
-        "type": shape.family if shape.family in GENAI_TYPES else "llama",
-        "vocab_size": shape.vocab,
+        "type": family if family in GENAI_TYPES else "llama",
+        "vocab_size": to.config["vocab_size"],
     }
-    search = {"do_sample": False, "max_length": shape.context, "past_present_share_buffer": contrib}
+    share = to.settings.flavour == "contrib"
+    search = {"do_sample": False, "max_length": context, "past_present_share_buffer": share}
     _write(to.folder / "genai_config.json", {"model": model, "search": search})
+
+
+TRITON_TYPES = {"INT64": "TYPE_INT64", "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16"}
+
+
+@layout("triton")
+def triton(to: Layout) -> None:
+    """A Triton model repository in `triton/`; the model's files are linked, not copied, where the disk can."""
+    ports = read_ports(to.folder)
+    version = to.folder / "triton" / "decoder" / "1" / MODEL_FILE
+    version.mkdir(parents=True)
+    # Several files make one model: Triton then wants a folder called model.onnx.
+    for name in (MODEL_FILE, f"{MODEL_FILE}.data"):
+        _link(to.folder / name, version / name)
+    sections = [_triton_ports("input", ports.inputs), _triton_ports("output", ports.outputs)]
+    lines = ['name: "decoder"', 'backend: "onnxruntime"', "max_batch_size: 0", *sections]
+    (version.parents[1] / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _triton_ports(kind: str, ports: Mapping[str, Port]) -> str:
+    entries = [
+        f'  {{ name: "{name}" data_type: {TRITON_TYPES[port.dtype]} '
+        f"dims: [ {', '.join(str(size) if isinstance(size, int) else '-1' for size in port.shape)} ] }}"
+        for name, port in ports.items()
+    ]
+    return f"{kind} [\n" + ",\n".join(entries) + "\n]"
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _special_tokens(to: Layout) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from soco_export.onnx.graph import Array
+from soco_export.onnx.graph import CHUNK, Array
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """packed: uint8 [m, blocks, block · bits / 8]; scales: float32 [m, blocks]; zeros: uint8 [m, ⌈blocks · bits / 8⌉]
-    or None, which means 2^(bits - 1); shape: (m, n) of the float weight."""  # noqa: D205, D209
+    """As MatMulNBits stores it.
+
+    packed: uint8 [m, blocks, block · bits / 8]; scales: float32 [m, blocks]; zeros: uint8 [m, ⌈blocks · bits / 8⌉] or
+    None, which means 2^(bits - 1) everywhere; shape: (m, n) of the float weight.
+    """
 
     packed: Array
     scales: Array
@@ -26,7 +29,19 @@ class QuantizedWeight:
 
 
 def quantize(weight: Array, bits: int, block: int, symmetric: bool) -> QuantizedWeight:
-    """Round `weight` [m, n] to `bits` (4 or 8) per block of `block` inputs; the last block is padded with zeros."""
+    """Round `weight` [m, n] to `bits` (4 or 8) per block of `block` inputs; the last block is padded with zeros.
+
+    Goes through the rows in pieces: beside `weight` and the result it needs little memory.
+    """
+    m, n = weight.shape
+    rows = max(1, CHUNK // (4 * max(1, n)))
+    pieces = [_rounded(weight[start : start + rows], bits, block, symmetric) for start in range(0, max(m, 1), rows)]
+    packed, scales, zeros = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return QuantizedWeight(packed, scales, None if symmetric else zeros, bits, block, (m, n))
+
+
+def _rounded(weight: Array, bits: int, block: int, symmetric: bool) -> tuple[Array, Array, Array]:
+    """Return (packed levels, scales, packed zeros) of some rows."""
     m, n = weight.shape
     blocks = -(-n // block)
     padded = np.zeros((m, blocks * block), np.float32)
@@ -36,9 +51,8 @@ def quantize(weight: Array, bits: int, block: int, symmetric: bool) -> Quantized
     grouped /= np.where(scales == 0, 1, scales)[..., None]
     np.rint(grouped, out=grouped)
     grouped += zeros[..., None]
-    levels = np.clip(grouped, 0, 2**bits - 1, out=grouped).astype(np.uint8)
-    packed_zeros = None if symmetric else _pack(zeros.astype(np.uint8), bits)
-    return QuantizedWeight(_pack(levels, bits), scales, packed_zeros, bits, block, (m, n))
+    levels = np.clip(grouped, 0, 2**bits - 1).astype(np.uint8)
+    return _pack(levels, bits), scales, _pack(zeros.astype(np.uint8), bits)
 
 
 def dequantize(weight: QuantizedWeight) -> Array:

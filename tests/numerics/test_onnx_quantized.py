@@ -1,0 +1,90 @@
+"""Quantised graphs equal PyTorch with the rounded weights; rounding is what its docstring says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx_models import Decoder, factor, tiny_model, torch_logits
+from safetensors.torch import load_file
+
+from soco_export.onnx.export import export_onnx
+from soco_export.onnx.quantize import dequantize, quantize
+from soco_export.onnx.settings import ExportSettings, QuantizeSettings
+
+FORMS = {"q_proj": ("stacked", 21), "up_proj": ("pivoted", 24)}
+
+
+def rounded(weight: torch.Tensor, bits: int, how: QuantizeSettings) -> torch.Tensor:
+    return torch.from_numpy(dequantize(quantize(weight.detach().numpy(), bits, how.block, how.symmetric)))
+
+
+def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSettings) -> None:
+    """Put into `model` what the quantised graph multiplies with: each stored matrix rounded on its own."""
+    stored = load_file(folder / "model.safetensors")
+    for name, linear in model.named_modules():
+        if not isinstance(linear, torch.nn.Linear) or name in how.keep:
+            continue
+        first = rounded(stored.get(f"{name}.weight", linear.weight), bits, how)
+        if f"{name}.up.weight" in stored:
+            first = rounded(stored[f"{name}.up.weight"], bits, how) @ first
+        elif f"{name}.mix.weight" in stored:
+            rows = torch.cat([first, rounded(stored[f"{name}.mix.weight"], bits, how) @ first])
+            first = torch.empty_like(rows).index_copy(0, stored[f"{name}.order"], rows)
+        # The table behind a tied head stays as it is: only the head's own copy is rounded.
+        linear.weight = torch.nn.Parameter(first)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64)])
+@pytest.mark.parametrize("name", ["qwen2", "smollm2"])
+def test_graph_multiplies_with_the_rounded_factors(name, bits, symmetric, block, tmp_path: Path) -> None:
+    how = QuantizeSettings(block=block, symmetric=symmetric, accuracy_level=1)
+    model = tiny_model(name)
+    folder = factor(model, tmp_path / "hf", FORMS)
+    export_onnx(folder, tmp_path / "onnx", ExportSettings(weights=f"int{bits}", quantize=how))
+    tokens = np.random.default_rng().integers(3, 96, (2, 12))
+    mask = np.ones_like(tokens)
+    exact = torch_logits(model, tokens, mask)
+    round_model(model, folder, bits, how)
+    expected = torch_logits(model, tokens, mask)
+    got = Decoder(tmp_path / "onnx").step(tokens, mask)
+    assert np.abs(got - expected).max() < 1e-3
+    assert np.abs(exact - expected).max() > 1e-2
+
+
+def test_kept_layers_are_not_rounded(tmp_path: Path) -> None:
+    how = QuantizeSettings(keep=("lm_head", "*.q_proj*", "*.mlp.*"), accuracy_level=1)
+    model = tiny_model("llama")
+    folder = factor(model, tmp_path / "hf", FORMS)
+    summary = export_onnx(folder, tmp_path / "onnx", ExportSettings(weights="int4", quantize=how))
+    assert summary.graph.ops["MatMulNBits"] == 2 * 3
+    assert summary.graph.ops["MatMul"] == 2 * (2 + 4) + 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("n", [1, 31, 32, 97])
+def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:
+    weight = np.random.default_rng().standard_normal((5, n)).astype(np.float32)
+    weight[2] = 0
+    stored = quantize(weight, bits, 32, symmetric)
+    steps = np.repeat(np.abs(stored.scales), 32, axis=1)[:, :n]
+    # A symmetric range lacks the last level on one side: there the error may reach a whole step.
+    limit = steps * (1.0 if symmetric else 0.5) + 1e-6
+    error = np.abs(dequantize(stored) - weight)
+    assert (error <= limit).all()
+    assert (dequantize(stored)[2] == 0).all()
+    assert np.median(error / np.maximum(steps, 1e-9)) < 0.5
+    assert stored.packed.shape == (5, -(-n // 32), 32 * bits // 8)
+
+
+def test_rounding_in_pieces_is_rounding_at_once(monkeypatch) -> None:
+    weight = np.random.default_rng().standard_normal((37, 70)).astype(np.float32)
+    once = quantize(weight, 4, 16, symmetric=False)
+    monkeypatch.setattr("soco_export.onnx.quantize.CHUNK", 4 * 70 * 5)
+    pieces = quantize(weight, 4, 16, symmetric=False)
+    assert (once.packed == pieces.packed).all()
+    assert (once.scales == pieces.scales).all()
+    assert (once.zeros == pieces.zeros).all()
