@@ -65,7 +65,7 @@ def fingerprint(tokens: torch.Tensor) -> str:
 def describe_source(settings: DataSettings, purpose: Purpose) -> str:
     """Return one line naming the text, as reports and errors show it."""
     if settings.builtin is not None:
-        return f"built-in text {settings.builtin}.{purpose}"
+        return " + ".join(f"built-in text {name}.{purpose}" for name in _builtin(settings))
     if settings.hub is not None:
         return f"hub data set {settings.hub}"
     return ", ".join(str(path) for path in _files(settings))
@@ -93,7 +93,7 @@ def _files(settings: DataSettings) -> tuple[Path, ...]:
 
 def _paths(settings: DataSettings, purpose: Purpose) -> tuple[Path, ...]:
     if settings.builtin is not None:
-        return (BUILTIN / f"{settings.builtin}.{purpose}.txt",)
+        return tuple(BUILTIN / f"{name}.{purpose}.txt" for name in _builtin(settings))
     return _files(settings)
 
 
@@ -196,3 +196,7 @@ def _hub_documents(address: str, section: str) -> Iterator[str]:
             where=f"{section}.hub",
         ) from error
     yield PARAGRAPH.join(rows)
+
+
+def _builtin(settings: DataSettings) -> tuple[str, ...]:
+    return (settings.builtin,) if isinstance(settings.builtin, str) else settings.builtin or ()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Storage = Literal["stacked", "pivoted"]
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
+BuiltinText = Literal["speeches", "time-machine"]
 
 
 class Section(BaseModel):
@@ -31,7 +32,7 @@ class DataSettings(Section):
 
     path: Path | tuple[Path, ...] | None = None
     hub: str | None = None
-    builtin: Literal["speeches", "time-machine"] | None = None
+    builtin: BuiltinText | tuple[BuiltinText, ...] | None = None
     format: Literal["auto", "text", "jsonl", "wikitext"] = "auto"
     block: int = Field(default=512, ge=8)
     blocks: int | None = Field(default=None, ge=1)
