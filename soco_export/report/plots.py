@@ -31,7 +31,9 @@ def draw_plots(results: Results) -> tuple[list[Plot], str]:
     plots = []
     for title, draw in PLOTS.items():
         figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-        if draw(results, figure.subplots()):
+        axes = figure.subplots()
+        if draw(results, axes):
+            axes.invert_yaxis()  # bars from top to bottom in the tables' order
             plots.append(Plot(title, _svg(figure)))
     return plots, "" if plots else NOTHING
 
