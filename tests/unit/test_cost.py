@@ -1,0 +1,172 @@
+"""The cost card: sizes against published totals, estimates against what is really kept, and their directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soco_export import cost
+from soco_export.cost import ModelShape, estimate, measure
+from soco_export.cost_card import count, size
+from soco_export.models import dense_config, shrink
+from soco_export.recipe import Recipe, list_recipes, load_recipe
+from soco_export.tiny import random_model
+from soco_train.artifacts import Spectrum, SpectrumStore
+from soco_train.layers import select_linears
+from soco_train.scored import ScoreBank, scored_model
+
+# parameter counts of the published checkpoints
+PUBLISHED = {
+    "mistral-7b": 7_241_732_096,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "opt-6.7b": 6_658_473_984,
+    "smollm2-135m": 134_515_008,
+    "tiny": 2_755_008,
+}
+
+shapes = st.builds(
+    lambda layers, linears, vocabulary, hidden, tied: ModelShape(
+        parameters=layers * sum(m * n for m, n in linears) + vocabulary * hidden * (1 if tied else 2),
+        embedding=vocabulary * hidden,
+        tied=tied,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        blocks=layers,
+        linears=tuple(linears) * layers,
+    ),
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(8, 9000), st.integers(8, 9000)), min_size=1, max_size=7),
+    st.integers(100, 200_000),
+    st.integers(8, 8192),
+    st.booleans(),
+)
+by_property = settings(max_examples=40, deadline=None)
+TINY = load_recipe("tiny")
+LARGE_BATCH = TINY.replace({"train.batch_tokens": 16384, "refine.distill.steps": 10})
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_dry_runs_with_the_published_size(name: str) -> None:
+    recipe = load_recipe(name)
+    shape = measure(recipe)
+    assert shape.parameters == PUBLISHED[name]
+    card = estimate(recipe, shape)
+    assert card.kept == int(recipe.keep_params * card.selected)
+    assert json.loads(json.dumps(card.document()))["parameters"] == PUBLISHED[name]
+    assert name in "\n".join(card.lines())
+
+
+def test_the_sizes_of_llama_7b_are_the_methods() -> None:
+    recipe = load_recipe("llama-2-7b")
+    shape = measure(recipe)
+    assert shape.components == 917_504
+    assert shape.full_factors == pytest.approx(10.2e9, rel=0.01)
+    scores = next(phase for phase in estimate(recipe, shape).phases if phase.name == "scores")
+    # 33 M tokens: about two hours on one H100
+    assert 1.5 < scores.gpu_hours < 2.5
+
+
+@by_property
+@given(shape=shapes, keep=st.floats(0.05, 0.95))
+def test_more_kept_is_larger_everywhere(shape: ModelShape, keep: float) -> None:
+    sizes = (keep, min(1.0, keep + 0.05))
+    less, more = (estimate(LARGE_BATCH.model_copy(update={"keep_params": size}), shape) for size in sizes)
+    assert less.parameters_after <= more.parameters_after
+    assert less.disk_total <= more.disk_total
+    assert less.peak_alone <= more.peak_alone
+    assert all(less.outputs[name] <= more.outputs[name] for name in less.outputs)
+
+
+@by_property
+@given(shape=shapes)
+def test_what_saves_memory_is_seen_to(shape: ModelShape) -> None:
+    def scores(**changes: object) -> int:
+        recipe = LARGE_BATCH.model_copy(update={"train": LARGE_BATCH.train.model_copy(update=changes)})
+        return next(phase.device for phase in estimate(recipe, shape).phases if phase.name == "scores")
+
+    assert scores(factor_dtype="bfloat16") < scores()
+    assert scores(batch_tokens=1024) < scores()
+    assert shape.blocks < 3 or scores(checkpoint_activations=True) < scores()
+    assert scores(scorer="singular-values") == 0
+
+
+@by_property
+@given(shape=shapes)
+def test_fewer_bits_are_fewer_bytes(shape: ModelShape) -> None:
+    outputs = estimate(TINY, shape).outputs
+    assert outputs["onnx in int4"] < outputs["onnx in int8"] < outputs["onnx in fp32"] * 1.5
+    assert outputs["onnx in fp16"] * 2 == outputs["onnx in fp32"] == outputs["onnx"]
+    export = TINY.export.model_copy(update={"weights": "int4"})
+    chosen = estimate(TINY.model_copy(update={"export": export}), shape).outputs
+    assert chosen["onnx"] == outputs["onnx in int4"]
+
+
+def test_only_what_the_format_asks_for_takes_disk() -> None:
+    shape = measure(TINY)
+    onnx, hf, dense = (set(estimate(TINY, shape, format).disk) for format in ("onnx", "hf", "dense"))
+    assert hf == {"spectrum", "scores", "factors", "hf"}
+    assert onnx - hf == {"onnx", "onnx dense"}
+    assert dense - hf == {"dense"}
+    assert "proof" not in [phase.name for phase in estimate(TINY, shape, "hf").phases]
+
+
+def test_the_spectrum_on_disk_is_as_large_as_said(tmp_path: Path) -> None:
+    linears = ((48, 64), (64, 64), (96, 32))
+    shape = ModelShape(0, 0, True, 64, 256, 1, linears)
+    store = SpectrumStore(tmp_path)
+    for number, (m, n) in enumerate(linears):
+        k = min(m, n)
+        store.put(str(number), Spectrum(torch.randn(m, k), torch.randn(k, n), torch.rand(k)))
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    said = estimate(TINY, shape).disk["spectrum"]
+    assert said <= written <= said + 1024 * len(linears)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "qwen3-8b", "opt-6.7b"])
+def test_activations_are_not_underestimated(name: str) -> None:
+    """Count the bytes autograd really keeps for the backward pass of score training."""
+    recipe = shrink(load_recipe(name))
+    shape = measure(recipe)
+    tokens = torch.randint(0, shape.vocabulary, (4, 64))
+    kept = kept_for_backward(recipe, tokens)
+    said = tokens.numel() * 4 * (shape.components + cost._saved_by_the_rest(shape))
+    assert kept <= said <= 1.6 * kept
+
+
+def kept_for_backward(recipe: Recipe, tokens: torch.Tensor) -> int:
+    model = random_model(dense_config(recipe), 0).requires_grad_(False)
+    linears = select_linears(model, recipe.layers)
+    spectra = {}
+    for name, linear in linears.items():
+        left, sigma, right = torch.linalg.svd(linear.weight, full_matrices=False)
+        spectra[name] = Spectrum(left * sigma, right, sigma)
+    with scored_model(model, linears, spectra, torch.float32) as layers:
+        bank = ScoreBank(layers, "relu", deviation=True)
+        bank.install()
+        weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept: dict[int, Any] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                # holding the tensor keeps its address from being used again
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=tokens, use_cache=False)
+    return sum(bytes for bytes, _ in kept.values())
+
+
+def test_figures_are_said_as_people_say_them() -> None:
+    assert [count(x) for x in (7.24e9, 134.5e6, 2048)] == ["7.24B", "134.5M", "2,048"]
+    assert [size(x) for x in (13.54e9, 5.4e6, 900)] == ["13.5 GB", "5 MB", "1 kB"]

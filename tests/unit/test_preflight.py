@@ -1,0 +1,112 @@
+"""Whatever stops a run stops it before a weight is loaded or a file is written, with the right exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soco_export import preflight
+from soco_export.cost_card import CostCard, Phase
+from soco_export.models import shrink
+from soco_export.preflight import Machine, bytes_in, check_everything, check_provider, check_room, look
+from soco_export.recipe import load_recipe
+from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
+
+
+def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
+    phases = (Phase("scores", device, host, 0.0), Phase("export", 0, 3, 0.0))
+    return CostCard("m", 10, 8, 4, 2, 6, phases, {"spectrum": disk - 1, "hf": 1}, {}, 0, "")
+
+
+@settings(deadline=None)
+@given(
+    memory=st.integers(0, 20), gpu=st.none() | st.integers(0, 20), disk=st.integers(0, 200), there=st.integers(0, 99)
+)
+def test_a_run_starts_exactly_where_it_fits(memory: int, gpu: int | None, disk: int, there: int) -> None:
+    fits = disk >= 100 - there and (memory >= 10 if gpu is None else gpu >= 10 and memory >= 5)
+    machine = Machine(memory, gpu, disk)
+    if fits:
+        check_room(card(), machine, already=there)
+    else:
+        with pytest.raises(MachineError):
+            check_room(card(), machine, already=there)
+
+
+def test_too_small_a_machine_is_told_what_is_missing() -> None:
+    with pytest.raises(
+        MachineError, match=r"scores needs about 10\.0 GB of GPU memory, and 8\.0 GB are free"
+    ) as caught:
+        check_room(card(device=10 * 10**9), Machine(10**12, 8 * 10**9, 10**12))
+    assert "train.batch_tokens" in caught.value.fix
+    with pytest.raises(MachineError, match=r"needs about 1000\.0 GB of disk") as caught:
+        check_room(card(disk=10**12), Machine(10**12, None, 10**9))
+    assert "most of it is spectrum" in caught.value.fix
+    assert caught.value.code == ExitCode.MACHINE
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ("export.dtype=float16", RecipeError, "export.dtype is float16"),
+        ("export.dtype=bfloat16", RecipeError, "export.dtype is bfloat16"),
+        ("validate.provider=NoSuchExecutionProvider", MachineError, "NoSuchExecutionProvider is not in"),
+        ("data.path=absent.txt", RecipeError, "cannot read absent.txt"),
+        ("evaluation.path=latin.txt", DataError, "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+        ("data.path=short.txt", DataError, "and one block needs 256"),
+        ("data.hub=wikitext", RecipeError, "cannot read the data set address"),
+        ("layers.include=[nothing]", RecipeError, "no Linear of the model matches"),
+        ("model.path=absent", RecipeError, "nowhere"),
+        ("model.architecture.model_type=lama", RecipeError, "does not know the architecture"),
+    ],
+)
+def test_bad_input_stops_a_run_before_it_starts(
+    override: str, kind: type[SocoError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("soco_export.weights.read_weights", None)
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("not enough of it")
+    recipe = load_recipe("tiny", [override, *(["model.weights=pretrained"] if override.startswith("model.") else [])])
+    with pytest.raises(kind) as caught:
+        check_everything(recipe, tmp_path / "run", "onnx")
+    assert message in caught.value.message
+    assert caught.value.code == (ExitCode.MACHINE if kind is MachineError else ExitCode.USAGE)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_good_recipe_passes_and_nothing_is_written(tiny: bool, tmp_path: Path) -> None:
+    recipe = load_recipe("tiny")
+    check_everything(shrink(recipe) if tiny else recipe, tmp_path / "run", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precision_and_provider_do_not_matter_without_onnx(tmp_path: Path) -> None:
+    check_everything(load_recipe("tiny", ["export.dtype=float16"]), tmp_path / "run", "hf")
+
+
+def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "version_of", lambda package: "1.32.0")
+    with pytest.raises(MachineError, match="both installed") as caught:
+        check_provider(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
+    assert "pip uninstall" in caught.value.fix
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(preflight, "CGROUP_LIMIT", limit)
+    free = look(tmp_path / "not" / "there").memory
+    for text, expected in (("max\n", pytest.approx(free, rel=0.2)), ("123456\n", 123456)):
+        limit.write_text(text)
+        assert look(tmp_path).memory == expected
+
+
+def test_bytes_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"12345")
+    (tmp_path / "c").write_bytes(b"12")
+    assert bytes_in(tmp_path) == 7
+    assert bytes_in(tmp_path / "absent") == 0
