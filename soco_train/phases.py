@@ -9,6 +9,7 @@ Published: the phases and their losses. Ours: the shares, the falling target, th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,11 @@ from soco_train.settings import TrainSettings
 QUIET_STEPS = 20
 STABLE_OVERLAP = 0.98
 UNDECIDED = 0.005
+
+HORIZON = 8  # steps that λ_d looks ahead: about the memory of Adam's momentum
+TREND_RATE = 0.3
+GAIN = 2.0
+MAX_CHANGE = 0.15  # of log λ_d a step
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,34 @@ class Timetable:
             temperature=hot * (cold / hot) ** annealing,
             frozen=step >= self.freeze,
         )
+
+
+@dataclass
+class PressureController:
+    """Moves λ_d so that R̂ follows its target; kept in checkpoints.
+
+    Scores move long before the gates feel it, so it steers by where R̂ will be `HORIZON` steps on, not by where it is:
+    without that λ_d winds up, and components that ought to differ die together.
+    """
+
+    log_weight: float = -1.0
+    last: float = float("nan")
+    trend: float = 0.0
+
+    @property
+    def weight(self) -> float:
+        """λ_d."""
+        return math.exp(self.log_weight)
+
+    def observe(self, soft: float, target: float) -> float:
+        """Take note of R̂ and return the relative excess over `target` that is coming; positive: push."""
+        if not math.isnan(self.last):
+            self.trend += TREND_RATE * (soft - self.last - self.trend)
+        self.last = soft
+        coming = (soft + HORIZON * self.trend) / target - 1.0
+        change = max(-MAX_CHANGE, min(MAX_CHANGE, GAIN * coming))
+        self.log_weight = max(-6.0, min(6.0, self.log_weight + change))
+        return coming
 
 
 @dataclass

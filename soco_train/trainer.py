@@ -1,9 +1,9 @@
 """The score-training loop: KL to the dense model against a falling size, through SoCo's three phases.
 
 One step: a batch → teacher logits (the same modules, dense) → KL and its gradient on θ and d → plus the gradients of
-the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the norm of the KL
-gradient before they are weighted [ours]: λ_d and λ_s mean the same for every model, and a multiplicative controller
-on λ_d keeps R̂ on the schedule. fp32 scores always. Under torch.distributed each rank takes its part of the batch and
+the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the typical entry
+of the KL gradient before being weighted [ours]: λ_d and λ_s mean the same for every model, and a controller moves λ_d
+so that R̂ follows the schedule. fp32 scores always. Under torch.distributed each rank takes its part of the batch and
 gradients are averaged, so any number of processes learns the same scores.
 """
 
@@ -26,15 +26,13 @@ from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
 from soco_train.optimiser import pack, unpack, warmup_cosine
-from soco_train.phases import Orders, StoppingRules, Timetable
+from soco_train.phases import Orders, PressureController, StoppingRules, Timetable
 from soco_train.recompute import recomputing
 from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import PlanSettings, TrainSettings
 
 CHECKPOINT = "training.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CONTROLLER_GAIN = 20.0
-CONTROLLER_STEP = 0.3
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class _Run:
         self.timetable = Timetable.preset(train)
         self.rules = StoppingRules()
         self.step = 0
-        self.pressure = 0.0  # log λ_d
+        self.controller = PressureController()
         self.restricted = False
         self.died = torch.full_like(self.bank.theta.detach(), math.inf)
         self.start_size = float(self.size(self._gates(train.temperature[0])).detach())
@@ -151,20 +149,19 @@ class _Run:
         """Add the gradients of L_dec and L_sp to θ.grad; return the soft size R̂."""
         gates = self._gates(orders.temperature)
         soft = self.size(gates)
-        excess = float(soft.detach()) / orders.target - 1.0
+        value = float(soft.detach())
+        coming = self.controller.observe(value, orders.target)
         if orders.frozen:
-            return float(soft.detach())
+            return value
         theta = self.bank.theta
         assert theta.grad is not None
-        norm = theta.grad.norm()
-        if excess > 0:
-            weight = self.task.train.size_weight * math.exp(self.pressure)
-            theta.grad += weight * _scaled(soft, theta, norm, retain=True)
+        unit = _typical(theta.grad)
+        if coming > 0:
+            weight = self.task.train.size_weight * self.controller.weight
+            theta.grad += weight * _scaled(soft, theta, unit, retain=True)
         if orders.polarise > 0:
-            theta.grad += orders.polarise * _scaled(polarisation(gates), theta, norm, retain=False)
-        self.pressure += max(-CONTROLLER_STEP, min(CONTROLLER_STEP, CONTROLLER_GAIN * excess))
-        self.pressure = max(-5.0, min(8.0, self.pressure))
-        return float(soft.detach())
+            theta.grad += orders.polarise * _scaled(polarisation(gates), theta, unit, retain=False)
+        return value
 
     def _after_step(self, orders: Orders) -> float:
         """Note deaths, apply the stopping rules; return the hard size of the current support."""
@@ -231,7 +228,7 @@ class _Run:
             "kind": "training",
             "fingerprint": self.task.fingerprint,
             "step": self.step,
-            "pressure": self.pressure,
+            "controller": vars(self.controller),
             "restricted": self.restricted,
             "timetable": vars(self.timetable),
             "rules": self.rules.state(),
@@ -247,7 +244,8 @@ class _Run:
         if header["fingerprint"] != self.task.fingerprint:
             return
         unpack(tensors, dict(self.bank.named_parameters()), self.optimiser)
-        self.died, self.step, self.pressure = tensors["died"].to(self.device), header["step"], header["pressure"]
+        self.died, self.step = tensors["died"].to(self.device), header["step"]
+        self.controller = PressureController(**header["controller"])
         self.timetable = Timetable(**header["timetable"])
         peak = tensors.get("peak")
         self.rules = StoppingRules(**header["rules"], peak=None if peak is None else peak.to(self.device))
@@ -256,10 +254,16 @@ class _Run:
             self.restricted = True
 
 
-def _scaled(term: torch.Tensor, theta: torch.Tensor, norm: torch.Tensor, retain: bool) -> torch.Tensor:
-    """Return ∂term/∂θ scaled to length `norm`."""
+def _typical(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the median magnitude of the entries that are not zero: few components carry most of the norm."""
+    moving = gradient[gradient != 0].abs()
+    return moving.median() if moving.numel() else gradient.new_zeros(())
+
+
+def _scaled(term: torch.Tensor, theta: torch.Tensor, unit: torch.Tensor, retain: bool) -> torch.Tensor:
+    """Return ∂term/∂θ scaled so that its typical entry is `unit`."""
     (gradient,) = torch.autograd.grad(term, theta, retain_graph=retain)
-    return gradient * (norm / gradient.norm().clamp(min=1e-30))
+    return gradient * (unit / _typical(gradient).clamp(min=1e-30))
 
 
 def _own_part(tokens: torch.Tensor) -> torch.Tensor:
