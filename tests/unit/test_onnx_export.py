@@ -10,9 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from onnx_models import CONFIGS, factor, save_dense, tiny_model
+from safetensors.torch import load_file, save_file
 
 from soco_export.onnx.export import export_onnx
 from soco_export.onnx.inspect import read_ports, summarise
@@ -174,17 +173,16 @@ def test_a_foreign_quantisation_and_a_truncated_file_are_refused(tmp_path: Path)
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, monkeypatch) -> None:
     peaks = []
-    for layers in (2, 10):
-        shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": layers}
+    for layers in (1, 1, 5):
+        shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": layers}
         monkeypatch.setitem(CONFIGS, "deep", ("llama", {**CONFIGS["llama"][1], **shape}))
         folder = save_dense(tiny_model("deep"), tmp_path / f"hf{layers}")
-        export_onnx(folder, tmp_path / f"warm{layers}", ExportSettings(weights="int8"))
         tracemalloc.start()
-        export_onnx(folder, tmp_path / f"onnx{layers}", ExportSettings(weights="int8"))
+        export_onnx(folder, tmp_path / "onnx", ExportSettings(weights="int8"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    layer_bytes = 4 * (4 * 128 * 128 + 3 * 128 * 512)
-    assert peaks[1] - peaks[0] < layer_bytes, "eight layers more must cost less than one layer's weights"
+    # The first export also imports; int8 of one layer is a million bytes, nodes are some kilobytes.
+    assert peaks[2] - peaks[1] < 1024 * 1024, "four layers more must cost less than the weights of one"
 
 
 GRAPHS = {
