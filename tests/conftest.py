@@ -18,6 +18,40 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
+# A run as short as a run can be that still goes through every stage.
+SHORT = (
+    "train.steps=6",
+    "train.batch_tokens=256",
+    "train.statistics_blocks=8",
+    "refine.distill.steps=2",
+    "refine.distill.batch_tokens=256",
+    "data.blocks=16",
+    "evaluation.blocks=4",
+    "validate.parity.blocks=2",
+    "validate.parity.greedy_prompts=2",
+    "validate.threads=1",
+    "bench.rounds=2",
+    "bench.prefill=[32]",
+    "bench.past=32",
+)
+
+
+@pytest.fixture(scope="session")
+def short() -> tuple[str, ...]:
+    """Settings (`key=value`) that make a run of the built-in model take seconds."""
+    return SHORT
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of one finished run of the built-in model, to ONNX; read it, never write into it."""
+    from soco_export.run.verbs import Request, train_and_export
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    outcome = train_and_export(Request(model="tiny", out=folder, set_=[*SHORT, "gates.max_ppl_ratio=null"]))
+    assert outcome.code == 0, outcome.text
+    return folder
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this environment has nothing for."""
