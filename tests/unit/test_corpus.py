@@ -57,6 +57,13 @@ def test_fingerprint_follows_tokens_and_block_size(tmp_path: Path) -> None:
     assert len({first.fingerprint, other.fingerprint, changed.fingerprint}) == 3
 
 
+def test_marks_of_other_editors_are_not_text(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\xef\xbb\xbfline one\r\nline two")
+    assert decoded(load_blocks(characters, DataSettings(path=path, block=17), "calibration").tokens) == (
+        "line one\nline two"
+    )
+
+
 def test_files_and_jsonl_documents_are_joined(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": text, "url": "-"}) for text in ("one", "twö")) + "\n"
     settings = DataSettings(path=(written(tmp_path, "start "), written(tmp_path, lines, "more.jsonl")), block=8)
