@@ -120,8 +120,8 @@ class PivotedLinear(FactoredLinear):
     """y[order] = [z ; mix z] with z = weight x: r(m + n - r) numbers. Source: PIFA (arXiv 2501.19090).
 
     `weight` holds r rows of the dense weight, `mix` expresses the other m - r rows by them, and `order` (int64 [m],
-    never cast) says which output row each entry of the concatenation is. It is a buffer: to offload such layers to disk,
-    transformers 4.57 needs `offload_buffers=True`.
+    never cast) says which output row each entry of the concatenation is. As a buffer it needs `offload_buffers=True`
+    where transformers 4.57 offloads such a layer to disk.
     """
 
     kind = "pivoted"

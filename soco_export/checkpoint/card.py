@@ -43,11 +43,16 @@ class CardSummary:
 
 
 def summarise(
-    model: nn.Module, base_model: str = "", provenance: Mapping[str, str] | None = None, dense: bool = False
+    model: nn.Module,
+    base_model: str = "",
+    provenance: Mapping[str, str] | None = None,
+    dense: bool = False,
+    params_before: int | None = None,
 ) -> CardSummary:
     """Return the summary of a pruned `model`.
 
-    base_model: hub id, or any other name; dense: the folder will hold the merged weights.
+    base_model: hub id, or any other name; dense: the folder will hold the merged weights; params_before: size of the
+    original model (None: worked out from the layers' shapes, which takes trained biases for original ones).
     """
     roles: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
     for name, module in factored_layers(model).items():
@@ -61,8 +66,9 @@ def summarise(
         for ranks, before, after in [tuple(zip(*layers, strict=True))]
     )
     after = sum(parameter.numel() for parameter in model.parameters())
-    before = after + sum(group.params_before - group.params_after for group in groups)
-    return CardSummary(before, after, groups, base_model, dense, dict(provenance or {}))
+    if params_before is None:
+        params_before = after + sum(group.params_before - group.params_after for group in groups)
+    return CardSummary(params_before, after, groups, base_model, dense, dict(provenance or {}))
 
 
 def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary) -> str:
