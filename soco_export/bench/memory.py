@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from soco_export.bench.figures import PeakMemory
+from soco_export.bench.figures import PEAK_METHOD, PeakMemory
+from soco_export.validate.settings import CPU
 from soco_train.errors import MachineError
 
 TIMEOUT_S = 1800
@@ -34,7 +35,9 @@ def measure_peak_memory(folder: Path, provider: str, threads: int, tokens: int) 
             fix="free memory, or set bench.memory: false",
             where=str(folder),
         )
-    return PeakMemory(**json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    method = PEAK_METHOD if provider == CPU else f"{PEAK_METHOD}; the host's memory only"
+    return PeakMemory(found["peak"], found["interpreter"], method)
 
 
 def high_water_mark() -> int:

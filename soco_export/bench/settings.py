@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from soco_train.settings import Section
 
@@ -17,7 +17,7 @@ class BenchSettings(Section):
     enabled: bool = True
     rounds: int = Field(default=30, ge=2)
     warmup: int = Field(default=2, ge=0, description="untimed rounds before the first")
-    prefill: tuple[int, ...] = (128, 512)
+    prefill: tuple[PositiveInt, ...] = Field(default=(128, 512), min_length=1)
     past: int = Field(default=128, ge=1)
     decode_samples: int = Field(default=4, ge=1)
     memory: bool = Field(default=True, description="peak memory, each model in a process of its own")

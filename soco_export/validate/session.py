@@ -25,9 +25,9 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from soco_export.validate.decoder import Decoder, FloatArray, IntArray
+from soco_export.validate.settings import CPU
 from soco_train.errors import DataError, MachineError, RecipeError
 
-CPU = "CPUExecutionProvider"
 MODEL_FILE = "model.onnx"
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 PACKAGES = {"CUDAExecutionProvider": "gpu", "TensorrtExecutionProvider": "gpu"}

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from soco_train.settings import Section
 
+CPU = "CPUExecutionProvider"
+
 
 class ParitySettings(Section):
     """Parity is measured on `blocks` evaluation blocks: a prefill of `prompt` tokens, then `decode_steps` cached steps.
@@ -33,7 +35,7 @@ class TaskSettings(Section):
 class ValidateSettings(Section):
     """The proof. `provider`: ONNX Runtime execution provider; `threads`: its intra-op threads."""
 
-    provider: str = "CPUExecutionProvider"
+    provider: str = CPU
     threads: int = Field(default=2, ge=1)
     parity: ParitySettings = ParitySettings()
     tasks: tuple[TaskSettings, ...] = ()

@@ -96,6 +96,17 @@ def test_export_parity_is_tiny_and_another_model_is_far(rng, tmp_path):
     assert far.greedy_agreement < 1
 
 
+def test_decode_steps_go_on_where_the_prefill_ends_with_the_blocks_own_tokens(rng):
+    decoder = TorchDecoder(ToyModel(int(rng.integers(2**31))))
+    blocks = rng.integers(0, VOCABULARY, (3, 20))
+    seen = observe(decoder, blocks, SETTINGS)
+    for index, block in enumerate(blocks):
+        whole = decoder.logits(block[None, :14])[0]
+        np.testing.assert_allclose(seen.prefill[index], whole[:10], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(seen.decode[index], whole[10:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(seen.greedy[1], decoder.generate(blocks[1:2, :10], 5)[0])
+
+
 def test_a_fault_in_the_cache_alone_shows_in_decode_alone(rng):
     class Forgetful(TorchDecoder):
         def _forward(self, ids, mask, positions, past):
