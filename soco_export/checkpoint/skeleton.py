@@ -8,7 +8,7 @@ biases on, the others must be refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,23 +37,30 @@ def check_dense_parts(model: Any) -> None:
     _refuse(model, sorted(set(dense) - plain_tensors(model, {}).keys()), fix="plan it with a lower rank")
 
 
+def bias_flags(model: Any, names: Iterable[str]) -> tuple[dict[str, bool], list[str]]:
+    """Return the config flags that make room for the tensors `names`, and those of them that still have no place.
+
+    Needs only the model's class and config, so that a run can ask before it trains: names like
+    `model.layers.0.mlp.up_proj.bias`.
+    """
+    flags: dict[str, bool] = {}
+    homeless = set(names) - plain_tensors(model, flags).keys()
+    for flag in BIAS_FLAGS:
+        if homeless and getattr(model.config, flag, None) is False:
+            left = homeless - plain_tensors(model, {**flags, flag: True}).keys()
+            if len(left) < len(homeless):
+                flags, homeless = {**flags, flag: True}, left
+    return flags, sorted(homeless)
+
+
 def fit_biases(model: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Return the config flags with which a plain model takes all of `state`, and fill in the biases they add as zeros.
 
     Raises RecipeError if no flag of the architecture makes room for a bias.
     """
-    flags: dict[str, bool] = {}
+    flags, homeless = bias_flags(model, state)
+    _refuse(model, homeless, fix="keep the pruned form (hf, onnx), or train.deviation: false")
     plain = plain_tensors(model, flags)
-    for flag in BIAS_FLAGS:
-        if state.keys() <= plain.keys():
-            break
-        if getattr(model.config, flag, None) is False:
-            trial = plain_tensors(model, {**flags, flag: True})
-            if len(state.keys() - trial.keys()) < len(state.keys() - plain.keys()):
-                flags, plain = {**flags, flag: True}, trial
-    _refuse(
-        model, sorted(state.keys() - plain.keys()), fix="keep the pruned form (hf, onnx), or train.deviation: false"
-    )
     for name in sorted(plain.keys() - state.keys()):
         state[name] = torch.zeros(plain[name].shape, dtype=model.dtype)
     return flags
