@@ -87,6 +87,15 @@ def test_the_nearer_file_wins_and_the_override_wins_over_all(tmp_path: Path) -> 
     assert (whole.train.steps, whole.train.seed, whole.keep_params, whole.name) == (4, 7, 0.5, "other")
 
 
+@pytest.mark.parametrize("method", [name for name in list_recipes(abstract=True) if name.startswith("methods/")])
+def test_a_method_lies_over_any_model(method: str) -> None:
+    plain = load_recipe("opt-6.7b")
+    recipe = load_recipe("opt-6.7b", overlay=Path(method), name="opt-6.7b")
+    assert (recipe.name, recipe.model, recipe.data) == ("opt-6.7b", plain.model, plain.data)
+    assert recipe.train.scorer in ("singular-values", "fisher")
+    assert recipe.refine.distill.steps == 0
+
+
 def test_several_parents_are_laid_over_each_other(tmp_path: Path) -> None:
     written(tmp_path, "train: {steps: 5, seed: 1}\n", "method.yaml")
     child = written(tmp_path, "extends: [tiny, method.yaml]\ntrain: {seed: 2}\n")
