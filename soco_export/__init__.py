@@ -13,11 +13,13 @@ from soco_export.autoload import install
 if TYPE_CHECKING:
     from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
     from soco_export.lowrank import apply_factors, merge_dense
+    from soco_export.onnx.export import export_onnx
 
-__all__ = ["apply_factors", "load_checkpoint", "merge_dense", "save_checkpoint", "save_dense"]
+__all__ = ["apply_factors", "export_onnx", "load_checkpoint", "merge_dense", "save_checkpoint", "save_dense"]
 
 _HOMES = {
     "apply_factors": "soco_export.lowrank",
+    "export_onnx": "soco_export.onnx.export",
     "load_checkpoint": "soco_export.checkpoint",
     "merge_dense": "soco_export.lowrank",
     "save_checkpoint": "soco_export.checkpoint",

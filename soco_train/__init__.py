@@ -2,4 +2,37 @@
 
 Text becomes token blocks, blocks become statistics, weights become spectra, training gives each component a score, a
 plan gives each layer a rank, and what leaves is the factors. Nothing here knows of ONNX or of the command line.
+Importing it is light; the names below are imported when first used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soco_train.api import cut_factors, learn_scores
+    from soco_train.budget import plan_ranks
+    from soco_train.corpus import load_blocks
+    from soco_train.settings import DataSettings, LayerSettings, PlanSettings, RefineSettings, TrainSettings
+
+__all__ = [
+    "DataSettings",
+    "LayerSettings",
+    "PlanSettings",
+    "RefineSettings",
+    "TrainSettings",
+    "cut_factors",
+    "learn_scores",
+    "load_blocks",
+    "plan_ranks",
+]
+
+_HOMES = {"cut_factors": "api", "learn_scores": "api", "load_blocks": "corpus", "plan_ranks": "budget"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'settings')}"), name)

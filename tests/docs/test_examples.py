@@ -39,6 +39,24 @@ def torch_continuation(tiny_run: Path) -> str:
     return str(tokenizer.decode(found[0], skip_special_tokens=True)).strip()
 
 
+def test_quickstart(tmp_path: Path) -> None:
+    done = run(sys.executable, EXAMPLES / "quickstart.py", "--out", tmp_path / "run", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "layers left dense" in done.stdout
+    assert "ok     max_export_kl" in done.stdout
+    assert (tmp_path / "run" / "onnx" / "model.onnx").exists()
+
+
+def test_pick_a_size(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    done = run(sys.executable, EXAMPLES / "pick_a_size.py", tmp_path / "run", "0.9", "0.6")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["0.9", "0.6"]
+    parameters = [int(row[1].replace(",", "")) for row in rows]
+    assert parameters[0] > parameters[1]
+
+
 def test_plain_onnxruntime_gives_the_tokens_of_torch(tiny_run: Path) -> None:
     assert generate("onnxruntime_generate.py", tiny_run) == torch_continuation(tiny_run)
 
