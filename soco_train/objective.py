@@ -1,6 +1,8 @@
 """The three terms SoCo balances: stay close to the dense model, become small, make up your mind.
 
-L_inc = KL(dense ‖ compressed)     L_dec = relu(R̂ - R)     L_sp = mean 4 g (1 - g)      g(s) = sigmoid((s - τ)/κ)
+    L_inc = KL(dense ‖ compressed)     L_dec = relu(R̂ - R)     L_sp = mean 4 u (1 - u)
+
+where g(s) = sigmoid((s - τ)/κ) counts a component in R̂ and u(s) = min(s, 1) is how decided it is.
 """
 
 from __future__ import annotations
@@ -97,6 +99,11 @@ def soft_gate(s: torch.Tensor, threshold: float, temperature: float) -> torch.Te
     return torch.sigmoid((s - threshold) / temperature)
 
 
-def polarisation(gates: torch.Tensor) -> torch.Tensor:
-    """Mean of 4 g (1 - g): 1 when every component is undecided, 0 when all are decided."""
-    return (4 * gates * (1 - gates)).mean()
+def polarisation(s: torch.Tensor) -> torch.Tensor:
+    """Mean of 4 u (1 - u), u = min(s, 1): 1 when every score is ½, 0 when each is 0 or at least 1.
+
+    Of the scores, not of the gates [ours]: once κ is small a gate is flat a few hundredths away from τ, and the many
+    components at, say, 0.3, which still carry signal and are about to be cut, would never be pushed to 0.
+    """
+    u = s.clamp(0, 1)
+    return (4 * u * (1 - u)).mean()

@@ -26,9 +26,10 @@ from soco_train.settings import ScoreFunction
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
-# θ → s and its inverse; the paper compares "functions" without naming them, so these three are ours.
+# θ → s and its inverse; the paper compares "functions" without naming them, so these three are ours. The clamp, unlike
+# torch.relu, has a gradient at exactly 0: with θ projected to θ ≥ 0 a component that was pruned can come back.
 SCORE_FUNCTIONS: Mapping[ScoreFunction, tuple[Function, Function]] = {
-    "relu": (torch.relu, lambda s: s),
+    "relu": (lambda theta: theta.clamp(min=0), lambda s: s),
     "softplus": (functional.softplus, lambda s: torch.log(torch.expm1(s.clamp(min=1e-6)))),
     "sigmoid2": (lambda theta: 2 * torch.sigmoid(theta), lambda s: torch.logit((s / 2).clamp(1e-6, 1 - 1e-6))),
 }
@@ -121,6 +122,12 @@ class ScoreBank(nn.Module):
     def set_scores(self, s: torch.Tensor) -> None:
         """Choose θ so that `scores()` returns s: [Σk]."""
         self.theta.copy_(self.inverse(s.to(self.theta)))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put θ back where s can reach: a score far below 0 would take as long to return as it took to go."""
+        if self.function is SCORE_FUNCTIONS["relu"][0]:
+            self.theta.clamp_(min=0)
 
     def install(self) -> torch.Tensor:
         """Hand each layer its part of s and d for the next forward pass; return s: [Σk]."""

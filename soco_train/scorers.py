@@ -41,6 +41,8 @@ class ScoringTask:
     data_fingerprint: str = ""
 
 
+SHARPNESS = 2.0
+
 Scorer = Callable[[ScoringTask], Scores]
 SCORERS: dict[str, Scorer] = {}
 
@@ -61,11 +63,14 @@ def train_scores(task: ScoringTask) -> Scores:
     Returns Scores (importance, scale, deviation by layer). Raises RecipeError for an unknown scorer and DataError for a
     loss that is not finite. Resumes from `task.workdir` where the scorer trains.
     """
-    if task.train.scorer not in SCORERS:
-        raise RecipeError(
-            f"unknown scorer {task.train.scorer!r}", fix=f"one of {', '.join(SCORERS)}", where="recipe: train.scorer"
-        )
-    return SCORERS[task.train.scorer](task)
+    return find_scorer(task.train.scorer)(task)
+
+
+def find_scorer(name: str) -> Scorer:
+    """Return a registered scorer; RecipeError for an unknown name."""
+    if name not in SCORERS:
+        raise RecipeError(f"unknown scorer {name!r}", fix=f"one of {', '.join(SCORERS)}", where="recipe: train.scorer")
+    return SCORERS[name]
 
 
 @scorer("singular-values")
@@ -122,10 +127,10 @@ def saliency(task: ScoringTask) -> dict[str, torch.Tensor]:
 
 
 def wiener_start(task: ScoringTask) -> dict[str, torch.Tensor]:
-    """Return s₀ = f / (f + c) by layer: f the saliency, c the saliency at which the budget would cut that layer.
+    """Return s₀ = f² / (f² + c²) by layer: f the saliency, c the saliency at which the budget would cut that layer.
 
-    Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½ = τ), far above it at 1, far below near
-    0, in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
+    Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½), far above near 1, far below near 0,
+    in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
     """
     importance = saliency(task)
     plan = plan_ranks(_untrained(task, importance), task.plan.model_copy(update={"allocation": "lagrangian"}))
@@ -138,7 +143,7 @@ def wiener_start(task: ScoringTask) -> dict[str, torch.Tensor]:
         ordered = values.sort(descending=True).values
         around = ordered[max(0, layer.rank - 1) : layer.rank + 1].clamp(min=1e-38)
         cut = around.log().mean().exp()
-        start[name] = (values / (values + cut)).clamp(min=0.02)
+        start[name] = 1 / (1 + (cut / values.clamp(min=1e-38)) ** SHARPNESS)
     return start
 
 

@@ -81,8 +81,10 @@ class TrainSettings(Section):
     clip: float = Field(default=1.0, gt=0)
     score_function: ScoreFunction = "relu"
     deviation: bool = True
-    threshold: float = Field(default=0.5, gt=0, description="τ of the soft size")
-    temperature: tuple[float, float] = (0.1, 0.01)
+    threshold: float = Field(default=0.5, gt=0, lt=1, description="τ of the soft size")
+    temperature: tuple[float, float] = Field(
+        default=(0.1, 0.02), description="κ of the soft size: at first, at the end"
+    )
     size_weight: float = Field(default=1.0, gt=0, description="λ_d before it is scaled to the schedule")
     polarise_weight: float = Field(default=1.0, ge=0)
     schedule: PhaseSettings = PhaseSettings()

@@ -115,12 +115,20 @@ class _Run:
         soft = self._add_pressures(orders)
         torch.nn.utils.clip_grad_norm_(self.bank.parameters(), train.clip)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * warmup_cosine(self.step, self.timetable.steps, train.warmup)
+            group["lr"] = group["peak"] * self._learning_rate()
         self.optimiser.step()
+        self.bank.project()
         self.optimiser.zero_grad(set_to_none=True)
         ratio = self._after_step(orders)
         self.step += 1
         self._report(orders, kl, soft, ratio)
+
+    def _learning_rate(self) -> float:
+        """Return the factor of this step: warm-up, then 1 while there is something to decide, then down to 0.1."""
+        train, finish = self.task.train, self.timetable.freeze
+        if self.step < finish:
+            return min(1.0, (self.step + 1) / max(1.0, self.timetable.steps * train.warmup))
+        return warmup_cosine(self.step - finish, self.timetable.steps - finish, 0.0)
 
     def _backward_divergence(self) -> float:
         """Leave the gradient of L_inc on θ and d, averaged over processes; return the KL in nats per token."""
@@ -160,7 +168,7 @@ class _Run:
             weight = self.task.train.size_weight * self.controller.weight
             theta.grad += weight * _scaled(soft, theta, unit, retain=True)
         if orders.polarise > 0:
-            theta.grad += orders.polarise * _scaled(polarisation(gates), theta, unit, retain=False)
+            theta.grad += orders.polarise * _scaled(polarisation(self.bank.scores()), theta, unit, retain=False)
         return value
 
     def _after_step(self, orders: Orders) -> float:

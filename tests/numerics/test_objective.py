@@ -48,6 +48,6 @@ def test_full_gates_cost_no_more_than_dense_and_still_feel_pressure() -> None:
 
 
 def test_polarisation_is_zero_only_when_decided() -> None:
-    assert float(polarisation(torch.tensor([0.0, 1.0]))) == 0.0
+    assert float(polarisation(torch.tensor([0.0, 1.0, 1.4]))) == 0.0
     assert float(polarisation(torch.tensor([0.5]))) == 1.0
     assert float(soft_gate(torch.tensor(0.5), 0.5, 0.1)) == 0.5
