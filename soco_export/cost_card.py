@@ -106,6 +106,8 @@ def count(number: float) -> str:
 
 def size(number: float) -> str:
     """Return bytes in decimal units, as disks and GPUs are sold."""
+    if not number:
+        return "–"
     if number >= 1e9:
         return f"{number / 1e9:.1f} GB"
     return f"{number / 1e6:.0f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"

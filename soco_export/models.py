@@ -278,7 +278,7 @@ def shrink(recipe: Recipe) -> Recipe:
             "export.dtype": "float32",
             "validate.provider": "CPUExecutionProvider",
             "validate.parity.prompt": BLOCK,
-            "bench.rounds": min(recipe.bench.rounds, 5),
+            "bench.rounds": min(recipe.bench.rounds, 3),
             "gates": {key: getattr(recipe.gates, key) for key in EXPORT_GATES},
         },
         where="--tiny",

@@ -169,4 +169,4 @@ def kept_for_backward(recipe: Recipe, tokens: torch.Tensor) -> int:
 
 def test_figures_are_said_as_people_say_them() -> None:
     assert [count(x) for x in (7.24e9, 134.5e6, 2048)] == ["7.24B", "134.5M", "2,048"]
-    assert [size(x) for x in (13.54e9, 5.4e6, 900)] == ["13.5 GB", "5 MB", "1 kB"]
+    assert [size(x) for x in (13.54e9, 5.4e6, 900, 0)] == ["13.5 GB", "5 MB", "1 kB", "–"]
