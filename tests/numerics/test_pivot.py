@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from soco_train.artifacts import PivotedFactors, StackedFactors
-from soco_train.pivot import LARGEST, largest_coefficient, pivot_factors, unpivot
+from soco_train.pivot import LARGEST, _swap_until_small, largest_coefficient, pivot_factors, unpivot
 
 SHAPES = [(40, 24, 10), (24, 40, 10), (32, 32, 31), (32, 32, 32), (9, 30, 9), (30, 9, 9), (20, 20, 1), (1, 5, 1)]
 
@@ -102,6 +102,16 @@ def test_adversarial_growth_is_swapped_away():
     up = torch.cat([torch.eye(r) - torch.ones(r, r).tril(-1), -torch.ones(4, r)])
     pivoted = check(StackedFactors(up, torch.randn(r, 30), None))
     assert largest_coefficient(pivoted) <= LARGEST * (1 + 1e-6)
+
+
+def test_swaps_keep_the_coefficients_exact():
+    """The rank-one update of a swap against solving for the coefficients anew."""
+    up = torch.randn(60, 15, dtype=torch.float64)
+    mix = up[15:] @ torch.linalg.inv(up[:15])
+    order = _swap_until_small(torch.arange(60), mix)
+    rows, rest = up[order[:15]], up[order[15:]]
+    assert order[:15].tolist() != list(range(15))
+    torch.testing.assert_close(mix @ rows, rest)
 
 
 def test_the_published_size_and_quality_on_a_real_shape():

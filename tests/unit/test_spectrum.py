@@ -106,6 +106,7 @@ def test_outlier_channels_and_ill_conditioned_weights_stay_exact_in_the_metric(m
     _, right = metric_matrices("whitened", LayerStatistics(input_covariance=inputs), m, n)
     error = (spectrum.P.double() @ spectrum.B.double() - weight) @ right
     assert error.norm() < 1e-6 * (weight.double() @ right).norm()
+    torch.testing.assert_close(spectrum.P.norm(dim=0), spectrum.sigma, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", BASES)

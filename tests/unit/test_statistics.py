@@ -119,6 +119,24 @@ def test_layers_that_read_one_tensor_share_one_object():
         assert covariances[mlp + "gate_proj"] == covariances[mlp + "up_proj"]
 
 
+def test_a_tensor_changed_in_place_between_two_readers_is_not_shared():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            x = input_ids[..., None] * torch.ones(4)
+            first = self.first(x)
+            return first + self.second(x.mul_(2))
+
+    model = InPlace()
+    found = collect_statistics(
+        model, dict(model.named_children()), torch.randint(1, 9, (3, 5)), frozenset({"input_covariance"})
+    )
+    torch.testing.assert_close(found["second"].input_covariance, 4 * found["first"].input_covariance)
+
+
 def test_only_what_is_needed_is_there():
     found = run(tiny_llama(), torch.randint(64, (2, 16)), frozenset({"input_covariance"}))
     for statistics in found.values():
