@@ -127,10 +127,10 @@ class StoppingRules:
     ratios: list[float] = field(default_factory=list)
     peak: torch.Tensor | None = None
 
-    def done(self, orders: Orders, ratio: float, keep_params: float, s: torch.Tensor, threshold: float) -> bool:
-        """Return whether the phase may end after this step; `ratio`: the hard size, s: [Σk]."""
+    def done(self, orders: Orders, ratio: float, limit: float, s: torch.Tensor, threshold: float) -> bool:
+        """Return whether the phase may end after this step; `ratio`: the hard size, `limit`: R (1 + ε), s: [Σk]."""
         if orders.phase == 1:
-            self.quiet = self.quiet + 1 if ratio <= keep_params else 0
+            self.quiet = self.quiet + 1 if ratio <= limit else 0
             return self.quiet >= QUIET_STEPS
         if orders.phase == 2:
             return self._settled(ratio, s > threshold)

@@ -178,8 +178,9 @@ class _Run:
         alive = s > threshold
         self.died = torch.where(alive, math.inf, torch.where(self.died.isinf(), float(self.step), self.died))
         ratio = self._hard_size(alive)
-        may_stop = self.task.train.schedule.stop_early and not orders.frozen
-        if may_stop and self.rules.done(orders, ratio, self.task.plan.keep_params, s, threshold):
+        schedule = self.task.train.schedule
+        limit = self.task.plan.keep_params * (1 + schedule.overshoot)
+        if schedule.stop_early and not orders.frozen and self.rules.done(orders, ratio, limit, s, threshold):
             self.timetable.end_phase(self.step)
         return ratio
 

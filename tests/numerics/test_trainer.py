@@ -127,7 +127,9 @@ def test_saliency_is_the_mean_square_of_the_score_gradient(model, tokens, tmp_pa
 
 def test_phases_and_early_stopping(model, tokens, tmp_path: Path) -> None:
     schedule = PhaseSettings(phases=(1, 3), stop_early=True, reach=0.3)
-    work, events = task(model, tokens, tmp_path, TRAIN.model_copy(update={"schedule": schedule, "steps": 100}))
+    work, events = task(
+        model, tokens, tmp_path, TRAIN.model_copy(update={"schedule": schedule, "steps": 100, "start": "fisher"})
+    )
     train_scores(work)
     trained = [event for event in events if event.stage == "train"]
     assert {event.values["phase"] for event in trained} == {1, 3}
