@@ -2,11 +2,9 @@
 VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
-# Two threads of one core each fight for it, and so do the tests' many small models.
-export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-compat clean setup setup-optimum
+.PHONY: help demo tour test check test-compat clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -14,6 +12,9 @@ help: ## this list
 demo: setup ## compress the built-in model, export it to ONNX, prove it; the report is runs/demo/report.md
 	@echo "== $(VENV)/bin/soco-export train-and-export --model tiny --format onnx --out $(DEMO)"
 	@$(VENV)/bin/soco-export train-and-export --model tiny --format onnx --out $(DEMO)
+
+tour: demo ## put the demo's output into README.md
+	@$(VENV)/bin/python tools/tour.py $(DEMO) README.md
 
 test: setup ## run the tests
 	@echo "== running the tests"
