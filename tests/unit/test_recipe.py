@@ -92,8 +92,7 @@ def test_a_method_lies_over_any_model(method: str) -> None:
     plain = load_recipe("opt-6.7b")
     recipe = load_recipe("opt-6.7b", overlay=Path(method), name="opt-6.7b")
     assert (recipe.name, recipe.model, recipe.data) == ("opt-6.7b", plain.model, plain.data)
-    assert recipe.train.scorer in ("singular-values", "fisher")
-    assert recipe.refine.distill.steps == 0
+    assert recipe.description != plain.description
 
 
 def test_several_parents_are_laid_over_each_other(tmp_path: Path) -> None:

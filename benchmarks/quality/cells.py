@@ -1,0 +1,156 @@
+"""What a cell is: one method at one size with one seed. The grid of cells, and the file that each becomes.
+
+A cell's file is named by a hash over everything that its figures depend on: settings, weights, texts. It is written in
+one move when the cell is whole, so that a killed cell leaves nothing and a finished one is never done twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from soco_export.recipe import Recipe, load_recipe
+from soco_export.run.manifest import stage_key, write_atomic
+
+CONTROL = "svd-llm"  # every excess is measured against its, at the same size
+DENSE = "dense"
+TRAINED_KEYS = ("train.steps", "refine.distill.steps")
+# All that decides what a cell's model is; what is exported, timed or gated does not.
+SETTINGS = ("model", "data", "layers", "train", "refine", "keep_params", "storage", "allocation", "multiple")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one size with one seed, as the recipe that says all of it."""
+
+    method: str
+    keep: float
+    seed: int
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """How progress and files call it."""
+        return f"{self.method}-{self.keep:g}-seed{self.seed}"
+
+    def key(self, inputs: Mapping[str, str]) -> str:
+        """Hash the cell's settings and `inputs`, the hashes by name of weights and texts."""
+        values = self.recipe.model_dump(mode="json", include=set(SETTINGS))
+        return stage_key(values, inputs)
+
+    def path(self, folder: Path, inputs: Mapping[str, str]) -> Path:
+        """Return the file of the finished cell."""
+        return folder / f"{self.title}.{self.key(inputs)[:8]}.json"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """On one text: exp of the mean loss in nats over `tokens` scored tokens."""
+
+    value: float
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell measured.
+
+    `stored` and `of`: parameters of the participating layers, pruned and dense; `model_parameters`: of the whole pruned
+    model. `training_tokens`: those that scores and distillation saw together; `saliency_tokens`: those behind a
+    closed-form score. `code`: hash over the training code that made it.
+    """
+
+    method: str
+    description: str
+    keep: float
+    seed: int
+    key: str
+    storage: str
+    stored: int
+    of: int
+    model_parameters: int
+    training_tokens: int
+    saliency_tokens: int
+    perplexity: Mapping[str, Perplexity]
+    seconds: Mapping[str, float]
+    code: str
+
+    def save(self, path: Path) -> None:
+        """Write the cell's file in one move."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> CellResult:
+        """Read a cell's file."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        texts = {name: Perplexity(**figures) for name, figures in found.pop("perplexity").items()}
+        return CellResult(**found, perplexity=texts)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What was asked for. `effort` multiplies the steps of every method; `overrides` (key=value) go over all cells."""
+
+    model: str
+    methods: Sequence[str]
+    keeps: Sequence[float]
+    seeds: Sequence[int]
+    effort: float = 1.0
+    overrides: Sequence[str] = ()
+
+    def cells(self) -> list[Cell]:
+        """Return the cells, a whole seed before the next: stopped early, the table has fewer seeds and no holes.
+
+        The control is always among them. A method that has nothing random in it gets the first seed alone.
+        """
+        methods = list(dict.fromkeys([CONTROL, *self.methods]))
+        return [
+            cell
+            for seed in self.seeds
+            for keep in self.keeps
+            for cell in (self.cell(method, keep, seed) for method in methods)
+            if seed == self.seeds[0] or is_random(cell.recipe)
+        ]
+
+    def cell(self, method: str, keep: float, seed: int) -> Cell:
+        """Return one cell: the method laid over the model; RecipeError if either is unknown."""
+        own = (*self.overrides, f"keep_params={keep}", f"train.seed={seed}")
+        recipe = load_recipe(self.model, own, overlay=method_file(method))
+        steps = {key: max(1, round(value * self.effort)) for key, value in _steps(recipe) if value}
+        return Cell(method, keep, seed, recipe.replace(steps, where="--effort"))
+
+
+def method_file(method: str) -> Path:
+    """Return what `load_recipe` takes as overlay: a shipped method by name, or a file."""
+    return Path(method) if method.endswith(".yaml") else Path("methods") / method
+
+
+def is_random(recipe: Recipe) -> bool:
+    """Tell whether the seed changes anything: a spectrum cut as it is, is the same every time."""
+    return recipe.train.scorer != "singular-values" or recipe.refine.distill.steps > 0
+
+
+def training_tokens(recipe: Recipe) -> int:
+    """Return how many tokens the scores and the distillation see together."""
+    train, distill, block = recipe.train, recipe.refine.distill, recipe.data.block
+    scored = train.steps * _batch(train.batch_tokens, block) if train.scorer == "soco" else 0
+    return scored + distill.steps * _batch(distill.batch_tokens, block)
+
+
+def saliency_tokens(recipe: Recipe) -> int:
+    """Return how many tokens a closed-form score or start is measured on."""
+    train = recipe.train
+    needed = train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher")
+    return train.fisher_blocks * recipe.data.block if needed else 0
+
+
+def _batch(tokens: int, block: int) -> int:
+    return max(1, tokens // block) * block
+
+
+def _steps(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    yield from zip(TRAINED_KEYS, (recipe.train.steps, recipe.refine.distill.steps), strict=True)

@@ -1,0 +1,216 @@
+"""One cell's work: spectrum → scores → plan → factors → perplexity, by the very calls that a run makes.
+
+What cells have in common is made once and kept in `work`, by hash: the spectrum of a basis, and the scores of a
+training (which the cut with and without distillation share). Deleting `work` costs time, nothing else.
+
+The seed orders the batches, of scores and of distillation, and says where the calibration text begins: a closed-form
+score is measured on the first few blocks, and which ones those are is chance too. Seed 0 is what a run does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import soco_train
+from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, saliency_tokens, training_tokens
+from soco_export.lowrank import apply_factors, count_parameters, record_layers
+from soco_export.models import load_model
+from soco_export.recipe import Recipe
+from soco_export.run.manifest import stage_key
+from soco_export.validate.decoder import TorchDecoder
+from soco_export.validate.perplexity import measure_perplexity
+from soco_train.artifacts import Factors, Scores, SpectrumStore
+from soco_train.budget import RankPlan, plan_ranks
+from soco_train.corpus import Blocks, fingerprint, load_blocks
+from soco_train.events import Notify, silent
+from soco_train.layers import replace_module, select_linears
+from soco_train.refine import DistillTask, distill, make_factors, store_as
+from soco_train.scorers import ScoringTask, train_scores
+from soco_train.settings import DataSettings
+from soco_train.spectrum import decompose_layers, find_basis
+from soco_train.statistics import collect_statistics
+
+
+@dataclass
+class Laboratory:
+    """A dense model with its texts, and what its cells share. `texts`: the evaluation blocks by name."""
+
+    model: Any
+    calibration: Blocks
+    texts: Mapping[str, Blocks]
+    work: Path
+    notify: Notify = field(default=silent)
+
+    @staticmethod
+    def open(recipe: Recipe, texts: Mapping[str, DataSettings], work: Path, notify: Notify = silent) -> Laboratory:
+        """Load the model and the texts of `recipe`; `texts` are more of them to measure on, by name."""
+        model, tokenizer = load_model(recipe)
+        wanted = {"evaluation": recipe.evaluation, **texts}
+        evaluation = {name: load_blocks(tokenizer, text, "evaluation") for name, text in wanted.items()}
+        calibration = load_blocks(tokenizer, recipe.data, "calibration")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Laboratory(model.to(device).requires_grad_(False), calibration, evaluation, work, notify)
+
+    def __post_init__(self) -> None:
+        self._weights = weights_hash(self.model)
+        self._code = code_hash()  # now: files may change under a long benchmark, what it has imported does not
+
+    def inputs(self) -> dict[str, str]:
+        """Return the hashes of what a cell depends on beside its settings."""
+        evaluation = {f"text {name}": blocks.fingerprint for name, blocks in self.texts.items()}
+        return {"weights": self._weights, "calibration": self.calibration.fingerprint, **evaluation}
+
+    def dense(self) -> dict[str, Perplexity]:
+        """Return the dense model's perplexities."""
+        return self._perplexities(DENSE)
+
+    def measure(self, cell: Cell) -> CellResult:
+        """Do the whole cell; raises what the calls below raise."""
+        recipe, clock = cell.recipe, _Clock()
+        linears = select_linears(self.model, recipe.layers)
+        tokens = rotated(self.calibration.tokens, recipe.train.seed, recipe.train.fisher_blocks)
+        with clock("spectrum"):
+            spectra = self._spectra(recipe, linears)
+        with clock("scores"):
+            scores = self._scores(recipe, linears, spectra, tokens)
+        plan = plan_ranks(scores, recipe.plan)
+        with clock("factors"):
+            factors = self._factors(recipe, linears, make_factors(spectra, scores, plan, linears), tokens)
+        with clock("evaluation"), pruned(self.model, linears, factors):
+            size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
+        return self._result(cell, plan, size, perplexity, clock.seconds)
+
+    def _result(
+        self, cell: Cell, plan: RankPlan, size: int, found: Mapping[str, Perplexity], seconds: Mapping[str, float]
+    ) -> CellResult:
+        return CellResult(
+            method=cell.method,
+            description=cell.recipe.description,
+            keep=cell.keep,
+            seed=cell.seed,
+            key=cell.key(self.inputs()),
+            storage=plan.storage,
+            stored=plan.params_after,
+            of=plan.params_before,
+            model_parameters=size,
+            training_tokens=training_tokens(cell.recipe),
+            saliency_tokens=saliency_tokens(cell.recipe),
+            perplexity=found,
+            seconds=seconds,
+            code=self._code,
+        )
+
+    def _spectra(self, recipe: Recipe, linears: Mapping[str, Any]) -> SpectrumStore:
+        train = recipe.train
+        key = [recipe.layers.model_dump(mode="json"), train.basis, train.ridge, train.statistics_blocks]
+        store = SpectrumStore(self.work / f"spectrum-{train.basis}-{self._key(key)}")
+        missing = {name: linear for name, linear in linears.items() if name not in store}
+        if missing:
+            tokens = self.calibration.tokens[: train.statistics_blocks]
+            needs = find_basis(train.basis).needs
+            statistics = collect_statistics(self.model, missing, tokens, needs, self.notify)
+            decompose_layers(missing, statistics, train.basis, train.ridge, store, self.notify)
+        return store
+
+    def _scores(
+        self, recipe: Recipe, linears: Mapping[str, Any], spectra: SpectrumStore, tokens: torch.Tensor
+    ) -> Scores:
+        key = self._key([recipe.model_dump(mode="json", include={"train", "layers"}), recipe.plan.model_dump()])
+        path = self.work / f"scores-{key}.safetensors"
+        if not path.exists():
+            workspace = self.work / f"training-{key}"
+            task = ScoringTask(
+                model=self.model,
+                linears=linears,
+                spectra=spectra,
+                tokens=tokens,
+                train=recipe.train,
+                plan=recipe.plan,
+                workdir=workspace,
+                notify=self.notify,
+                data_fingerprint=f"{fingerprint(tokens)} {self._weights}",
+            )
+            train_scores(task).save(path)
+            shutil.rmtree(workspace, ignore_errors=True)
+        return Scores.load(path)
+
+    def _factors(
+        self, recipe: Recipe, linears: Mapping[str, Any], cut: Mapping[str, Any], tokens: torch.Tensor
+    ) -> Factors:
+        key = self._key(recipe.model_dump(mode="json", include={"train", "refine", "layers"}), recipe.plan.model_dump())
+        workspace = self.work / f"distillation-{key}"
+        task = DistillTask(
+            model=self.model,
+            linears=linears,
+            tokens=tokens,
+            settings=recipe.refine.distill,
+            workdir=workspace,
+            notify=self.notify,
+            seed=recipe.train.seed,
+            fingerprint=key,
+        )
+        factors = store_as(distill(task, cut), recipe.storage, {})
+        shutil.rmtree(workspace, ignore_errors=True)
+        return factors
+
+    def _perplexities(self, name: str) -> dict[str, Perplexity]:
+        decoder = TorchDecoder(self.model, name)
+        found = {text: measure_perplexity(decoder, blocks.tokens, self.notify) for text, blocks in self.texts.items()}
+        return {text: Perplexity(**asdict(figures)) for text, figures in found.items()}
+
+    def _key(self, *settings: Any) -> str:
+        return stage_key(settings, {"weights": self._weights, "calibration": self.calibration.fingerprint})[:16]
+
+
+@contextmanager
+def pruned(model: Any, linears: Mapping[str, Any], factors: Factors) -> Iterator[None]:
+    """Within this context `model` is the pruned one; afterwards it is as it was."""
+    apply_factors(model, factors)
+    try:
+        yield
+    finally:
+        for name in factors.layers:
+            replace_module(model, name, linears[name])
+        record_layers(model)
+
+
+def rotated(tokens: torch.Tensor, seed: int, by: int) -> torch.Tensor:
+    """Return the blocks [n, t] in the same order, begun `seed` × `by` blocks later."""
+    return tokens.roll(-seed * by, dims=0)
+
+
+def weights_hash(model: Any) -> str:
+    """Return the sha256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def code_hash() -> str:
+    """Return a short hash over the code of soco_train."""
+    files: Sequence[Path] = sorted(Path(str(soco_train.__file__)).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+class _Clock:
+    """Seconds by name, of the blocks that ran under each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 2)

@@ -1,0 +1,175 @@
+"""The benchmark's command line.
+
+    python -m benchmarks.quality --model tiny --keep 0.8,0.6,0.4 --seeds 0,1,2 --out benchmarks/quality/results/tiny
+
+Every cell is a file in OUT/cells as soon as it is done; the same command skips those and goes on. After every cell
+OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from what is there, so that a benchmark
+stopped at any moment has a table. More texts: --evaluate wikitext2=wiki.test.raw:2048.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.quality.cells import CellResult, Grid, Perplexity
+from benchmarks.quality.laboratory import Laboratory
+from benchmarks.quality.plot import draw
+from benchmarks.quality.table import markdown, rows
+from soco_export.doctor import versions
+from soco_export.recipe import load_recipe
+from soco_export.run.manifest import write_atomic
+from soco_train.errors import RecipeError, SocoError
+from soco_train.settings import DataSettings
+
+METHODS = {
+    "main": (
+        *("svd", "fwsvd", "asvd", "svd-llm", "fisher", "soco-scores"),
+        *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted"),
+    ),
+    "attribution": (
+        *("fisher", "soco-scores", "soco-rescale-only", "soco-no-reallocation", "soco-no-deviation"),
+        *("soco-phase-1", "soco-phases-1-2", "soco-phases-1-3", "soco-start-ones", "soco-softplus", "soco-sigmoid2"),
+    ),
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the results say of themselves."""
+
+    command: str
+    model: str
+    machine: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, run, and end with the exit code that soco-export would give."""
+    try:
+        run(parse(argv), print)
+    except SocoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(int(error.code))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="tiny", help="a recipe by name or path")
+    parser.add_argument(
+        "--methods", default="main", help=f"{', '.join(METHODS)}, or names in recipes/methods and files"
+    )
+    parser.add_argument("--keep", type=_numbers(float), default="0.8,0.6,0.4", help="sizes (keep_params)")
+    parser.add_argument("--seeds", type=_numbers(int), default="0,1,2")
+    parser.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of every method")
+    parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=PATH:BLOCK", help="one more text")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key, in all cells")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=None, help="shared spectra and scores; default runs/quality/MODEL")
+    return parser.parse_args(argv)
+
+
+def _numbers(kind: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    return lambda text: tuple(kind(part) for part in text.split(","))
+
+
+def run(options: argparse.Namespace, say: Say) -> list[CellResult]:
+    """Bring every cell up to date, in order, and return them; raises SocoError for what a user can mend."""
+    names = [name for part in options.methods.split(",") for name in METHODS.get(part, (part,))]
+    grid = Grid(options.model, names, options.keep, options.seeds, options.effort, options.set)
+    cells = grid.cells()
+    base = load_recipe(options.model, options.set)
+    work = options.work or Path("runs") / "quality" / base.name
+    texts = dict(_text(given) for given in options.evaluate)
+    laboratory = Laboratory.open(base, texts, work)
+    work.mkdir(parents=True, exist_ok=True)
+    header = Header(_command(), base.name, machine())
+    dense, done = laboratory.dense(), []
+    for number, cell in enumerate(cells, start=1):
+        path = cell.path(options.out / "cells", laboratory.inputs())
+        skipped, started = path.exists(), time.monotonic()
+        if not skipped:
+            laboratory.measure(cell).save(path)
+        done.append(CellResult.load(path))
+        shown = " ".join(f"{text} {figures.value:.4g}" for text, figures in done[-1].perplexity.items())
+        took = "there" if skipped else f"{time.monotonic() - started:.0f} s"
+        say(f"[{number}/{len(cells)}] {cell.title}: {shown} ({took})")
+        if not skipped or number == len(cells):
+            write_results(options.out, header, laboratory, dense, done)
+    return done
+
+
+def write_results(
+    out: Path, header: Header, laboratory: Laboratory, dense: Mapping[str, Perplexity], cells: Sequence[CellResult]
+) -> None:
+    """Write results.json, results.md and the plots of the cells done so far."""
+    table = rows(cells, dense)
+    texts = {name: {"source": b.source, "shape": list(b.tokens.shape)} for name, b in laboratory.texts.items()}
+    document = {
+        "schema_version": 1,
+        **asdict(header),
+        "versions": versions(),
+        "calibration": {"source": laboratory.calibration.source, "shape": list(laboratory.calibration.tokens.shape)},
+        "texts": texts,
+        "dense": {text: asdict(figures) for text, figures in dense.items()},
+        "rows": [asdict(row) for row in table],
+        "cells": [asdict(cell) for cell in cells],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / "results.md", "\n".join([*_preface(header, laboratory, cells), markdown(table, dense)]))
+    for text, figures in dense.items():
+        plot = draw(table, text, figures)
+        if plot is not None:
+            write_atomic(out / f"perplexity-{text}.svg", plot)
+
+
+def _preface(header: Header, laboratory: Laboratory, cells: Sequence[CellResult]) -> list[str]:
+    seeds = sorted({cell.seed for cell in cells})
+    lines = [
+        f"# Quality: {header.model}\n",
+        f"    {header.command}\n",
+        f"On {header.machine}. Calibration: {laboratory.calibration.source}. Seeds {', '.join(map(str, seeds))};",
+        "methods with nothing random in them have one. ± is the standard deviation over seeds. Tokens: those that",
+        "scores and distillation see together. E = ln(perplexity / dense), E_c that of svd-llm at the same size.\n",
+    ]
+    codes = {cell.code for cell in cells}
+    if len(codes) > 1:
+        lines.append(f"**These cells were made by {len(codes)} states of the training code** (`code` in each cell).\n")
+    for name, blocks in laboratory.texts.items():
+        count, block = blocks.tokens.shape
+        lines.append(f"- {name}: {blocks.source}, {count} blocks of {block}")
+    return [*lines, ""]
+
+
+def _text(given: str) -> tuple[str, DataSettings]:
+    """Read NAME=PATH:BLOCK."""
+    name, equals, rest = given.partition("=")
+    path, colon, block = rest.rpartition(":")
+    if not (name and equals and path and colon and block.isdigit()):
+        raise RecipeError(f"cannot read the text {given!r}", fix="write NAME=PATH:BLOCK", where="--evaluate")
+    return name, DataSettings(path=Path(path), block=int(block))
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
+
+
+def machine() -> str:
+    """Name the processor, the number of cores and of threads, and the GPU if one is used."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").split("\n") if info.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()} ({cpu})" if torch.cuda.is_available() else cpu

@@ -1,0 +1,178 @@
+"""The quality benchmark: the grid, the table's arithmetic, and a run of two cells that stops, resumes and skips."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.quality import run as command
+from benchmarks.quality.cells import CONTROL, CellResult, Grid, Perplexity, is_random, saliency_tokens, training_tokens
+from benchmarks.quality.laboratory import Laboratory, rotated
+from benchmarks.quality.table import markdown, rows
+from soco_export.recipe import list_recipes, load_recipe
+from soco_train.errors import RecipeError
+from soco_train.phases import Timetable
+
+METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]
+SHORT = ("data.blocks=8", "evaluation.blocks=2", "train.statistics_blocks=2", "train.fisher_blocks=2")
+
+
+def result(method: str, value: float, keep: float = 0.6, seed: int = 0) -> CellResult:
+    perplexity = {"evaluation": Perplexity(value, math.log(value), 100)}
+    return CellResult(method, "", keep, seed, "", "stacked", 60, 100, 200, 0, 0, perplexity, {}, "code")
+
+
+DENSE = {"evaluation": Perplexity(10.0, math.log(10.0), 100)}
+
+
+@given(st.lists(st.floats(10.5, 1e4), min_size=1, max_size=4), st.floats(11, 1e6))
+def test_excess_is_relative_to_the_control_at_the_same_size(values: list[float], control: float) -> None:
+    cells = [result(CONTROL, control), *(result("soco", value, seed=seed) for seed, value in enumerate(values))]
+    found = {row.method: row.texts["evaluation"] for row in rows([*cells, result(CONTROL, 99.0, keep=0.4)], DENSE)[:2]}
+    logs = [math.log(value / 10) for value in values]
+    assert found["soco"].excess == pytest.approx(sum(logs) / len(logs))
+    assert found["soco"].ratio == pytest.approx(sum(logs) / len(logs) / math.log(control / 10))
+    assert found["soco"].mean == pytest.approx(sum(values) / len(values))
+    assert found["soco"].spread == (pytest.approx(stdev(values)) if len(values) > 1 else None)
+    assert found[CONTROL].ratio == pytest.approx(1.0)
+
+
+def test_without_the_control_there_is_no_ratio() -> None:
+    table = rows([result("soco", 20.0)], DENSE)
+    assert table[0].texts["evaluation"].ratio is None
+    assert "| soco | 0 | 20 |  |" in markdown(table, DENSE)
+
+
+def test_the_table_has_a_row_per_method_and_a_gap_where_nothing_was_measured() -> None:
+    cells = [result(CONTROL, 40.0), result("soco", 20.0), result("soco", 22.0, seed=1), result("soco", 12.0, keep=0.8)]
+    lines = markdown(rows(cells, DENSE), DENSE).split("\n")
+    assert lines[0] == "### evaluation: dense 10"
+    assert lines[2] == "| method | tokens | keep 0.8 | E/E_c | keep 0.6 | E/E_c |"
+    assert lines[4] == f"| {CONTROL} | 0 |  |  | 40 | 1.000 |"
+    assert lines[5] == "| soco | 0 | 12 |  | 21 ± 1.4 | 0.534 |"
+
+
+def test_a_grid_goes_seed_by_seed_and_repeats_nothing_that_is_certain() -> None:
+    cells = Grid("tiny", ["svd", "fisher"], [0.6, 0.4], [0, 1]).cells()
+    first = [(method, keep, 0) for keep in (0.6, 0.4) for method in (CONTROL, "svd", "fisher")]
+    assert [(cell.method, cell.keep, cell.seed) for cell in cells] == [*first, ("fisher", 0.6, 1), ("fisher", 0.4, 1)]
+    assert all(cell.recipe.train.seed == cell.seed and cell.recipe.keep_params == cell.keep for cell in cells)
+
+
+def test_effort_multiplies_the_steps_of_all_methods() -> None:
+    plain, half = (Grid("tiny", [], [0.6], [0], effort).cell("soco", 0.6, 0).recipe for effort in (1.0, 0.5))
+    assert half.train.steps * 2 == plain.train.steps
+    assert half.refine.distill.steps * 2 == plain.refine.distill.steps
+    assert Grid("tiny", [], [0.6], [0], 0.5).cell("svd", 0.6, 0).recipe.refine.distill.steps == 0
+
+
+def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
+    cell = Grid("tiny", [], [0.6], [0]).cell("soco", 0.6, 0)
+    inputs = {"weights": "a"}
+    same = [replace(cell, recipe=cell.recipe.replace({key: 1.5})) for key in ("gates.max_ppl_ratio",)]
+    other = [replace(cell, recipe=cell.recipe.replace({key: 0.125})) for key in ("train.lr", "keep_params")]
+    assert {found.key(inputs) for found in same} == {cell.key(inputs)}
+    assert len({found.key(inputs) for found in [cell, *other]} | {cell.key({"weights": "b"})}) == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
+    recipe = load_recipe("smollm2-135m", overlay=Path("methods") / method)
+    whole = training_tokens(load_recipe("smollm2-135m", overlay=Path("methods/soco")))
+    untrained = ("svd", "fwsvd", "asvd", CONTROL, "fisher")
+    scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
+    assert training_tokens(recipe) == (0 if method in untrained else whole / 2 if scores_alone else whole)
+    assert (saliency_tokens(recipe) > 0) == (
+        recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
+    )
+    assert is_random(recipe) == (method not in ("svd", "fwsvd", "asvd", CONTROL))
+    assert recipe.description != load_recipe("smollm2-135m").description
+
+
+def test_the_attribution_recipes_switch_what_they_say() -> None:
+    def timetable(method: str) -> Timetable:
+        return Timetable.preset(load_recipe("tiny", overlay=Path("methods") / method).train)
+
+    assert timetable("soco-rescale-only").freeze == 0
+    assert timetable("soco-phase-1").phases == [1]
+    assert timetable("soco-phases-1-2").phases == [1, 2]
+    assert timetable("soco-phases-1-3").phases == [1, 3]
+    assert not load_recipe("tiny", overlay=Path("methods/soco-no-deviation")).train.deviation
+
+
+def test_every_method_of_the_named_tables_is_shipped() -> None:
+    assert {method for methods in command.METHODS.values() for method in methods} <= set(METHODS)
+
+
+@given(st.integers(1, 9), st.integers(0, 5), st.integers(1, 4))
+def test_a_seed_begins_the_calibration_text_elsewhere_and_loses_nothing(blocks: int, seed: int, by: int) -> None:
+    tokens = torch.arange(blocks)[:, None]
+    found = rotated(tokens, seed, by)
+    assert torch.equal(rotated(tokens, 0, by), tokens)
+    assert sorted(found[:, 0].tolist()) == list(range(blocks))
+    assert found[0, 0] == seed * by % blocks
+
+
+def bench(out: Path, work: Path, *more: str) -> tuple[list[CellResult], list[str]]:
+    said: list[str] = []
+    settings = [part for setting in SHORT for part in ("--set", setting)]
+    arguments = ["--methods", "soco", "--keep", "0.6", "--seeds", "0", "--effort", "0.04", *settings, *more]
+    options = command.parse([*arguments, "--out", str(out), "--work", str(work)])
+    return command.run(options, said.append), said
+
+
+def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "results", tmp_path / "work"
+    whole, measured = Laboratory.measure, []
+
+    def killed(laboratory: Laboratory, cell: object) -> CellResult:
+        measured.append(cell)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return whole(laboratory, cell)
+
+    monkeypatch.setattr(Laboratory, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench(out, work)
+    assert cell_files(out) == [f"{CONTROL}-0.6-seed0"]
+    assert len(json.loads((out / "results.json").read_text())["cells"]) == 1
+
+    cells, said = bench(out, work)
+    assert (len(measured), cell_files(out)) == (3, ["soco-0.6-seed0", f"{CONTROL}-0.6-seed0"])
+    assert said[0].endswith("(there)")
+    assert all(cell.stored <= 0.6 * cell.of for cell in cells)
+    assert all(math.isfinite(cell.perplexity["evaluation"].value) for cell in cells)
+
+    again, said = bench(out, work)
+    assert again == cells
+    assert len(measured) == 3
+    assert all(line.endswith("(there)") for line in said)
+    assert "| soco | " in (out / "results.md").read_text(encoding="utf-8")
+
+    # The scores of soco are those of soco-scores, the model is as it was, and another text is another cell.
+    text = tmp_path / "more.txt"
+    text.write_text("We hold these truths to be self-evident. " * 40, encoding="utf-8")
+    more, said = bench(out, work, "--methods", "soco-scores", "--evaluate", f"more={text}:16")
+    assert len(list(work.glob("scores-*"))) == 2
+    assert more[0].perplexity["evaluation"] == cells[0].perplexity["evaluation"]
+    assert set(more[1].perplexity) == {"evaluation", "more"}
+    assert not [line for line in said if line.endswith("(there)")]
+
+
+def cell_files(out: Path) -> Sequence[str]:
+    return sorted(path.name.rsplit(".", 2)[0] for path in (out / "cells").iterdir())
+
+
+@pytest.mark.parametrize("text", ["wiki", "wiki=a.raw", "wiki=a.raw:x", "=a.raw:8", "wiki=:8"])
+def test_a_text_that_cannot_be_read_is_a_usage_error(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the text"):
+        bench(tmp_path, tmp_path, "--evaluate", text)
