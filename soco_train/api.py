@@ -23,8 +23,7 @@ from soco_train.layers import select_linears
 from soco_train.refine import DistillTask, distill, make_factors, store_as
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
-from soco_train.spectrum import decompose_layers, find_basis
-from soco_train.statistics import collect_statistics
+from soco_train.spectrum import decompose_model
 
 
 def learn_scores(
@@ -45,10 +44,7 @@ def learn_scores(
     train, plan = train or TrainSettings(), plan or PlanSettings()
     linears = select_linears(model, layers or LayerSettings())
     store = _spectra(workdir)
-    statistics = collect_statistics(
-        model, linears, tokens[: train.statistics_blocks], find_basis(train.basis).needs, notify
-    )
-    decompose_layers(linears, statistics, train.basis, train.ridge, store, notify)
+    decompose_model(model, linears, tokens, train, store, notify)
     return train_scores(
         ScoringTask(
             model=model,

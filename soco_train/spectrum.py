@@ -7,8 +7,8 @@ the smallest σ is the best cut in the norm ‖Rᵀ ΔW C‖. To add a basis, wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from torch import nn
 from soco_train.artifacts import Spectrum, SpectrumStore
 from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event, Notify, silent
-from soco_train.statistics import LayerStatistics
+from soco_train.settings import TrainSettings
+from soco_train.statistics import LayerStatistics, collect_statistics, groups
 
 _REMEMBERED = 4  # q/k/v follow one another, so do gate/up: a few factors at a time save nearly all of the work
 
@@ -199,6 +200,48 @@ def _undo_left(P: torch.Tensor, left: Transform) -> torch.Tensor:
     if left is None:
         return P
     return P / left[:, None] if left.ndim == 1 else torch.linalg.solve_triangular(left.T, P, upper=True)
+
+
+def decompose_model(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    tokens: torch.Tensor,
+    train: TrainSettings,
+    store: SpectrumStore,
+    notify: Notify = silent,
+) -> None:
+    """Collect the statistics that the basis of `train` needs and decompose every layer into `store`.
+
+    A group of layers at a time, so that the sums of a 7B model need no memory that training does not need later; what
+    is in `store` when this is interrupted is whole. tokens: calibration blocks [n, t]. Errors as `collect_statistics`
+    and `decompose_layers`.
+    """
+    needs = find_basis(train.basis).needs
+    parts = groups(linears, needs)
+    for number, part in enumerate(parts):
+        tell = _as_part(notify, number, parts)
+        # no name for the statistics: they are gone before the next group's are collected
+        decompose_layers(
+            part,
+            collect_statistics(model, part, tokens[: train.statistics_blocks], needs, tell),
+            train.basis,
+            train.ridge,
+            store,
+            tell,
+        )
+
+
+def _as_part(notify: Notify, number: int, parts: Sequence[Mapping[str, nn.Linear]]) -> Notify:
+    """Let the events of one part count as steps of the whole: each part takes all batches, and its own layers."""
+    done, layers = sum(map(len, parts[:number])), sum(map(len, parts))
+
+    def tell(event: Event) -> None:
+        if event.stage == "spectrum":
+            notify(replace(event, step=done + event.step, total=layers))
+        else:
+            notify(replace(event, step=number * event.total + event.step, total=len(parts) * event.total))
+
+    return tell
 
 
 def decompose_layers(

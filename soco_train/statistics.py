@@ -2,7 +2,8 @@
 
 A basis names the statistics it needs (soco_train.spectrum); one pass over the calibration blocks collects them. Only
 sums are kept, in float64, never activations. Layers that read the same tensor (q/k/v, gate/up) share one sum, and the
-result holds the same tensor object for each of them, so that whoever factorises it can do so once.
+result holds the same tensor object for each of them, so that whoever factorises it can do so once. A large model's sums
+do not fit at one time: `groups` cuts its layers into groups whose sums do, each of which takes a pass of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from soco_train.events import Event, Notify, silent
 
 _OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher"})
 _TOKENS_AT_ONCE = 2048
+_DOUBLE_BYTES = 8
+SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,32 @@ class LayerStatistics:
     output_curvature: torch.Tensor | None = None
     row_fisher: torch.Tensor | None = None
     tokens: int = 0
+
+
+def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
+    """Return the bytes of the sums behind `needs` of a layer with weight [m, n] that shares none of them."""
+    m, n = shape
+    sizes = {"input_covariance": n * n, "output_curvature": m * m, "row_fisher": m}
+    return _DOUBLE_BYTES * (n + sum(size for name, size in sizes.items() if name in needs))
+
+
+def groups(
+    linears: Mapping[str, nn.Linear], needs: frozenset[str], budget: int = SUMS_AT_ONCE
+) -> list[dict[str, nn.Linear]]:
+    """Cut the layers into groups of consecutive ones whose sums take at most `budget` bytes (a larger layer: alone).
+
+    Which layers read the same tensor shows only when the model runs, so each counts as if it shared nothing.
+    """
+    found: list[dict[str, nn.Linear]] = []
+    used = 0
+    for name, linear in linears.items():
+        size = sums_bytes((linear.out_features, linear.in_features), needs)
+        if not found or used + size > budget:
+            found.append({})
+            used = 0
+        found[-1][name] = linear
+        used += size
+    return found
 
 
 def collect_statistics(

@@ -24,18 +24,12 @@ BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
 
 def make_spectrum(context: RunContext, out: Path) -> None:
     """Collect calibration statistics and decompose every participating weight; layers already done are kept."""
-    from soco_train.spectrum import decompose_layers, find_basis
-    from soco_train.statistics import collect_statistics
+    from soco_train.spectrum import decompose_model
 
-    train = context.recipe.train
     store = SpectrumStore(out / "spectrum")
     linears = {name: linear for name, linear in context.linears().items() if name not in store}
-    if not linears:
-        return
-    tokens = context.blocks("calibration").tokens[: train.statistics_blocks]
-    needs = find_basis(train.basis).needs
-    statistics = collect_statistics(context.model(), linears, tokens, needs, notify=context.notify)
-    decompose_layers(linears, statistics, train.basis, train.ridge, store, context.notify)
+    tokens = context.blocks("calibration").tokens
+    decompose_model(context.model(), linears, tokens, context.recipe.train, store, context.notify)
 
 
 def learn_scores(context: RunContext, out: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.artifacts import SpectrumStore
 from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event
-from soco_train.spectrum import Metric, Roots, basis, decompose, decompose_layers, find_basis
-from soco_train.statistics import LayerStatistics
+from soco_train.layers import select_linears
+from soco_train.settings import LayerSettings, TrainSettings
+from soco_train.spectrum import Metric, Roots, basis, decompose, decompose_layers, decompose_model, find_basis
+from soco_train.statistics import LayerStatistics, collect_statistics, groups
 
 BASES = ["plain", "fisher", "activation", "whitened", "two-sided"]
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
@@ -202,6 +207,37 @@ def test_layers_are_stored_under_their_names(tmp_path):
     for name, linear in linears.items():
         expected = decompose(linear.weight, found[name], "two-sided", RIDGE)
         assert all(torch.equal(part, vars(expected)[key]) for key, part in vars(store[name]).items())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_groups_of_layers_give_what_all_at_once_give(name, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    linears = select_linears(model, LayerSettings())
+    tokens, train = torch.randint(64, (6, 512)), TrainSettings(basis=name, statistics_blocks=5)
+    whole, parts = SpectrumStore(tmp_path / "whole"), SpectrumStore(tmp_path / "parts")
+    decompose_model(model, linears, tokens, train, whole)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def collect(*arguments):
+        assert not any(sums() is not None for sums in alive)
+        found = collect_statistics(*arguments)
+        values = [value for statistics in found.values() for value in vars(statistics).values()]
+        alive.extend(weakref.ref(value) for value in values if isinstance(value, torch.Tensor))
+        return found
+
+    monkeypatch.setattr("soco_train.spectrum.collect_statistics", collect)
+    monkeypatch.setattr("soco_train.spectrum.groups", lambda linears, needs: groups(linears, needs, budget=8000))
+    events: list[Event] = []
+    decompose_model(model, linears, tokens, train, parts, events.append)
+    assert list(parts) == list(whole) == sorted(linears)
+    for layer in linears:
+        assert all(torch.equal(part, vars(whole[layer])[key]) for key, part in vars(parts[layer]).items())
+    for stage in {event.stage for event in events}:
+        steps = [event for event in events if event.stage == stage]
+        assert [event.step for event in steps] == list(range(1, len(steps) + 1))
+        assert {event.total for event in steps} == {len(steps)}
+    assert [event.values["layer"] for event in events if event.stage == "spectrum"] == list(linears)
 
 
 def test_a_broken_weight_is_named(tmp_path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -13,7 +16,7 @@ from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.layers import select_linears
 from soco_train.settings import LayerSettings
-from soco_train.statistics import LayerStatistics, collect_statistics
+from soco_train.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
 
 ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher"})
 
@@ -209,3 +212,27 @@ def test_reports_progress():
     linears = select_linears(model, LayerSettings())
     collect_statistics(model, linears, torch.randint(64, (5, 1024)), frozenset({"input_covariance"}), events.append)
     assert [(event.stage, event.step, event.total) for event in events] == [("statistics", s, 3) for s in (1, 2, 3)]
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=12),
+    needs=st.frozensets(st.sampled_from(sorted(ALL))),
+    budget=st.integers(1, 60_000),
+)
+def test_groups_are_as_few_as_the_budget_allows_and_keep_the_order(shapes, needs, budget):
+    linears = {str(i): nn.Linear(n, m, device="meta") for i, (m, n) in enumerate(shapes)}
+    found = groups(linears, needs, budget)
+    assert [name for group in found for name in group] == list(linears)
+    sizes = [[sums_bytes((layer.out_features, layer.in_features), needs) for layer in g.values()] for g in found]
+    assert all(sum(group) <= budget or len(group) == 1 for group in sizes)
+    assert all(sum(one) + two[0] > budget for one, two in pairwise(sizes))
+
+
+def test_the_sums_of_one_layer_take_the_bytes_that_are_counted():
+    model, fields = tiny_llama(), sorted(ALL)
+    name, linear = "model.layers.1.mlp.down_proj", model.model.layers[1].mlp.down_proj
+    for count in range(len(fields) + 1):
+        needs = frozenset({"input_magnitude", *fields[:count]})
+        found = collect_statistics(model, {name: linear}, torch.randint(64, (1, 16)), needs)[name]
+        kept = [part for part in vars(found).values() if isinstance(part, torch.Tensor)]
+        assert sum(part.nbytes for part in kept) == sums_bytes((16, 24), needs)
