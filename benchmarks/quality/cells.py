@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from soco_export.recipe import Recipe, load_recipe
@@ -28,7 +28,7 @@ class Cell:
     method: str
     keep: float
     seed: int
-    recipe: Recipe
+    recipe: Recipe = field(compare=False)  # said by the others
 
     @property
     def title(self) -> str:

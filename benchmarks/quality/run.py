@@ -3,8 +3,9 @@
     python -m benchmarks.quality --model tiny --keep 0.8,0.6,0.4 --seeds 0,1,2 --out benchmarks/quality/results/tiny
 
 Every cell is a file in OUT/cells as soon as it is done; the same command skips those and goes on. After every cell
-OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from what is there, so that a benchmark
-stopped at any moment has a table. More texts: --evaluate wikitext2=wiki.test.raw:2048.
+OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from the cells that are there, so that a
+benchmark stopped at any moment has a table; --report writes them and measures nothing.
+More texts: --evaluate wikitext2=wiki.test.raw:2048.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.quality.cells import CellResult, Grid, Perplexity
+from benchmarks.quality.cells import Cell, CellResult, Grid, Perplexity
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plot import draw
 from benchmarks.quality.table import markdown, rows
@@ -73,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of every method")
     parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=PATH:BLOCK", help="one more text")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key, in all cells")
+    parser.add_argument("--report", action="store_true", help="tables of the cells that are there; measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=None, help="shared spectra and scores; default runs/quality/MODEL")
     return parser.parse_args(argv)
@@ -86,32 +88,39 @@ def run(options: argparse.Namespace, say: Say) -> list[CellResult]:
     """Bring every cell up to date, in order, and return them; raises SocoError for what a user can mend."""
     names = [name for part in options.methods.split(",") for name in METHODS.get(part, (part,))]
     grid = Grid(options.model, names, options.keep, options.seeds, options.effort, options.set)
-    cells = grid.cells()
     base = load_recipe(options.model, options.set)
     work = options.work or Path("runs") / "quality" / base.name
     texts = dict(_text(given) for given in options.evaluate)
     laboratory = Laboratory.open(base, texts, work)
     work.mkdir(parents=True, exist_ok=True)
     header = Header(_command(), base.name, machine())
-    dense, done = laboratory.dense(), []
-    for number, cell in enumerate(cells, start=1):
-        path = cell.path(options.out / "cells", laboratory.inputs())
-        skipped, started = path.exists(), time.monotonic()
-        if not skipped:
+    files = {cell: cell.path(options.out / "cells", laboratory.inputs()) for cell in grid.cells()}
+    dense = laboratory.dense()
+    for number, (cell, path) in enumerate(files.items(), start=1):
+        started, there = time.monotonic(), path.exists()
+        if not there and not options.report:
             laboratory.measure(cell).save(path)
-        done.append(CellResult.load(path))
-        shown = " ".join(f"{text} {figures.value:.4g}" for text, figures in done[-1].perplexity.items())
-        took = "there" if skipped else f"{time.monotonic() - started:.0f} s"
-        say(f"[{number}/{len(cells)}] {cell.title}: {shown} ({took})")
-        if not skipped or number == len(cells):
-            write_results(options.out, header, laboratory, dense, done)
-    return done
+            write_results(options.out, header, laboratory, dense, files)
+        took = "there" if there else "missing" if options.report else f"{time.monotonic() - started:.0f} s"
+        say(f"[{number}/{len(files)}] {cell.title}{_shown(path)} ({took})")
+    return write_results(options.out, header, laboratory, dense, files)
+
+
+def _shown(path: Path) -> str:
+    """Return the perplexities of a finished cell."""
+    found = CellResult.load(path).perplexity if path.exists() else {}
+    return "".join(f" · {text} {figures.value:.4g}" for text, figures in found.items())
 
 
 def write_results(
-    out: Path, header: Header, laboratory: Laboratory, dense: Mapping[str, Perplexity], cells: Sequence[CellResult]
-) -> None:
-    """Write results.json, results.md and the plots of the cells done so far."""
+    out: Path,
+    header: Header,
+    laboratory: Laboratory,
+    dense: Mapping[str, Perplexity],
+    files: Mapping[Cell, Path],
+) -> list[CellResult]:
+    """Write results.json, results.md and the plots of the cells that are there, and return those."""
+    cells = [CellResult.load(path) for path in files.values() if path.exists()]
     table = rows(cells, dense)
     texts = {name: {"source": b.source, "shape": list(b.tokens.shape)} for name, b in laboratory.texts.items()}
     document = {
@@ -126,22 +135,26 @@ def write_results(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / "results.md", "\n".join([*_preface(header, laboratory, cells), markdown(table, dense)]))
+    write_atomic(
+        out / "results.md", "\n".join([*_preface(header, laboratory, cells, len(files)), markdown(table, dense)])
+    )
     for text, figures in dense.items():
         plot = draw(table, text, figures)
         if plot is not None:
             write_atomic(out / f"perplexity-{text}.svg", plot)
+    return cells
 
 
-def _preface(header: Header, laboratory: Laboratory, cells: Sequence[CellResult]) -> list[str]:
-    seeds = sorted({cell.seed for cell in cells})
+def _preface(header: Header, laboratory: Laboratory, cells: Sequence[CellResult], asked: int) -> list[str]:
     lines = [
         f"# Quality: {header.model}\n",
         f"    {header.command}\n",
-        f"On {header.machine}. Calibration: {laboratory.calibration.source}. Seeds {', '.join(map(str, seeds))};",
-        "methods with nothing random in them have one. ± is the standard deviation over seeds. Tokens: those that",
-        "scores and distillation see together. E = ln(perplexity / dense), E_c that of svd-llm at the same size.\n",
+        f"On {header.machine}. Calibration: {laboratory.calibration.source}.",
+        "Mean ± standard deviation (seeds); a method with nothing random in it has one seed. Tokens: those that the",
+        "scores and the distillation see together. E = ln(perplexity / dense), E_c that of svd-llm at the same size.\n",
     ]
+    if len(cells) < asked:
+        lines.append(f"**{len(cells)} of {asked} cells are done**; the same command goes on with the others.\n")
     codes = {cell.code for cell in cells}
     if len(codes) > 1:
         lines.append(f"**These cells were made by {len(codes)} states of the training code** (`code` in each cell).\n")
@@ -161,7 +174,7 @@ def _text(given: str) -> tuple[str, DataSettings]:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "benchmarks.quality", *(word for word in sys.argv[1:] if word != "--report")])
 
 
 def machine() -> str:

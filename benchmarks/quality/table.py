@@ -101,5 +101,5 @@ def _shown(row: Row | None, text: str) -> tuple[str, str]:
     if row is None:
         return "", ""
     figures = row.texts[text]
-    spread = "" if figures.spread is None else f" ± {figures.spread:.2g}"
+    spread = "" if figures.spread is None else f" ± {figures.spread:.2g} ({len(figures.values)})"
     return f"{figures.mean:.4g}{spread}", "" if figures.ratio is None else f"{figures.ratio:.3f}"

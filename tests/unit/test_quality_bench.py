@@ -58,7 +58,7 @@ def test_the_table_has_a_row_per_method_and_a_gap_where_nothing_was_measured() -
     assert lines[0] == "### evaluation: dense 10"
     assert lines[2] == "| method | tokens | keep 0.8 | E/E_c | keep 0.6 | E/E_c |"
     assert lines[4] == f"| {CONTROL} | 0 |  |  | 40 | 1.000 |"
-    assert lines[5] == "| soco | 0 | 12 |  | 21 ± 1.4 | 0.534 |"
+    assert lines[5] == "| soco | 0 | 12 |  | 21 ± 1.4 (2) | 0.534 |"
 
 
 def test_a_grid_goes_seed_by_seed_and_repeats_nothing_that_is_certain() -> None:
@@ -145,6 +145,11 @@ def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest
         bench(out, work)
     assert cell_files(out) == [f"{CONTROL}-0.6-seed0"]
     assert len(json.loads((out / "results.json").read_text())["cells"]) == 1
+
+    cells, said = bench(out, work, "--report")
+    assert (len(measured), len(cells)) == (2, 1)
+    assert said[1].endswith("(missing)")
+    assert "**1 of 2 cells are done**" in (out / "results.md").read_text(encoding="utf-8")
 
     cells, said = bench(out, work)
     assert (len(measured), cell_files(out)) == (3, ["soco-0.6-seed0", f"{CONTROL}-0.6-seed0"])
