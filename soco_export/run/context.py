@@ -21,6 +21,7 @@ class RunContext:
     def __init__(
         self, folder: RunFolder, format: Format, notify: Notify, homes: Mapping[str, RunFolder] | None = None
     ) -> None:
+        quiet_transformers()
         self.folder = folder
         self.format = format
         self.notify = notify
@@ -102,3 +103,10 @@ class RunContext:
             known[str(path)] = record_file(path, known.get(str(path)))
             found[path.name] = known[str(path)].sha256
         return found
+
+
+def quiet_transformers() -> None:
+    """Keep its own progress bars off the terminal: a stage says what it does through `notify`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

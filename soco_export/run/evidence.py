@@ -28,7 +28,7 @@ def prove_run(context: RunContext, out: Path) -> None:
     work.mkdir(exist_ok=True)
     questions = Questions(context.recipe, context.blocks("evaluation"), context.tokenizer(), work, context.notify)
     proof = prove(_openers(context), questions)
-    write_evidence(out / PROOF_FILE, json.dumps(proof, indent=2, sort_keys=True) + "\n")
+    write_evidence(out / PROOF_FILE, json.dumps(proof, indent=2) + "\n")
 
 
 def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
@@ -60,7 +60,7 @@ def bench_run(context: RunContext, out: Path) -> None:
         found["latency"] = asdict(measure_latency(*folders, settings, *where, context.notify))
         if settings.memory:
             found["memory"] = asdict(measure_memory(*folders, *where, settings.prefill[0]))
-    write_evidence(out / BENCH_FILE, json.dumps(found, indent=2, sort_keys=True) + "\n")
+    write_evidence(out / BENCH_FILE, json.dumps(found, indent=2) + "\n")
 
 
 def report_run(context: RunContext, out: Path) -> None:

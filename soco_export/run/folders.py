@@ -12,6 +12,7 @@ from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import render_percentile
 from soco_export.gate import GATES, GateSettings, Verdict, judge
 from soco_export.recipe import Recipe, load_recipe
+from soco_export.run.context import quiet_transformers
 from soco_export.run.decoders import is_onnx, open_decoder
 from soco_export.run.folder import flatten, remove
 from soco_export.run.request import Outcome, Request, table
@@ -21,6 +22,7 @@ from soco_train.events import Notify
 
 def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
+    quiet_transformers()
     recipe = load_recipe(request.recipe or "base", request.overrides)
     out = request.out or folder.with_name(f"{folder.resolve().name}-{request.format}")
     if request.format == "hf" or not (folder / "config.json").is_file():
@@ -29,8 +31,7 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
             fix="give a run folder, or a Hugging Face folder with --format onnx or dense",
             where=str(folder),
         )
-    if request.fresh and (out / "config.json").is_file():
-        remove(out)
+    _make_room(out, request.fresh)
     if request.format == "dense":
         _write_dense(recipe, folder, out)
         return Outcome({"folder": str(out)}, str(out))
@@ -40,6 +41,19 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     proof = prove_folders(recipe, folder, out, notify)
     document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, **proof.document}
     return Outcome(document, f"{out}\n{proof.text}", proof.code)
+
+
+def _make_room(out: Path, fresh: bool) -> None:
+    """Empty `out` of an earlier export if that is asked for; RecipeError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (fresh and (out / "config.json").is_file()):
+        raise RecipeError(
+            f"{out} holds something already",
+            fix="give another --out, or --fresh to write over a model there",
+            where="--out",
+        )
+    remove(out)
 
 
 def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
@@ -59,16 +73,14 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     from soco_export.run.proof import DENSE, LOW_RANK, SHIPPED, Questions, prove
     from soco_train.corpus import load_blocks
 
+    quiet_transformers()
     step, forms = ("export", (LOW_RANK, SHIPPED)) if is_onnx(candidate) else ("compression", (DENSE, LOW_RANK))
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
         questions = Questions(recipe, blocks, tokenizer, Path(work), notify)
         folders = dict(zip(forms, (reference, candidate), strict=True))
-        openers = {
-            form: lambda form=form: open_decoder(folders[form], recipe.validation, form)
-            for form in forms
-        }
+        openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
         proof = prove(openers, questions)
     ratio = proof["perplexity"][forms[1]]["value"] / proof["perplexity"][forms[0]]["value"]
     perplexity = {

@@ -31,6 +31,7 @@ from soco_train.events import Notify
 
 def training(request: Request, notify: Notify) -> Outcome:
     """Bring a run up to its scores."""
+    request = replace(request, format="hf")  # nothing of ONNX is needed yet
     recipe = request.resolve()
     if request.dry_run:
         return cost_card(recipe, request)
@@ -96,7 +97,14 @@ def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
 
 def check(request: Request, recipe: Recipe, root: Path) -> None:
     """Find everything that can be wrong before a weight is loaded or a file is written."""
+    from soco_export.preflight import check_everything
+    from soco_train.scorers import find_scorer
+    from soco_train.spectrum import find_basis
+
+    find_scorer(recipe.train.scorer)
+    find_basis(recipe.train.basis)
     check_folder(root, recipe, request.fresh)
+    check_everything(recipe, root, request.format)
 
 
 def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
