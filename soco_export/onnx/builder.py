@@ -98,12 +98,15 @@ class DecoderBuilder:
 
     # gated:  h ─┬─ gate ── activation ─┬─ Mul ── down        plain:  h ── in ── activation ── out
     #            └─ up ─────────────────┘
+    # Between in and out everything is elementwise: a pivoted layer's order is undone in the columns of `out`.
     def _mlp(self, hidden: ir.Value, prefix: str) -> ir.Value:
-        first, *gated = self.linears.many(hidden, [f"{prefix}.{name}" for name in self.names.mlp_in])
+        names = [f"{prefix}.{name}" for name in self.names.mlp_in]
+        order = self.linears.native_order(names)
+        first, *gated = self.linears.many(hidden, names, rows=order)
         inner = self._activated(first)
         if gated:
             inner = self.graph.op("Mul", inner, gated[0])
-        return self.linears(inner, f"{prefix}.{self.names.mlp_out}")
+        return self.linears(inner, f"{prefix}.{self.names.mlp_out}", columns=order)
 
     # silu: x ─┬─ Sigmoid ─┬─ Mul
     #          └───────────┘
@@ -146,7 +149,7 @@ class DecoderBuilder:
         table = f"{self.names.embed}.weight"
         if self.settings.weights != "same":
             # A quantised head needs its own initialiser: Gather reads the float table.
-            return self.linears.matmul(hidden, f"{self.names.head}.weight", self.source.read(table))
+            return self.linears.matmul(hidden, f"{self.names.head}.weight", self.source.read(table), [self.names.head])
         graph = self.graph
         rows = graph.op("Reshape", hidden, graph.constant([-1, self.architecture.hidden]))
         product = graph.op("Gemm", rows, self._stored(table), transB=1)

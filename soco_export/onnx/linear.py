@@ -18,7 +18,8 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import CheckpointWeights
 
 BITS = {"int8": 8, "int4": 4}
-Finish = Callable[["Linears", ir.Value, str], ir.Value]
+Order = Array | None
+Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
 FINISH: dict[str, Finish] = {}
 
 
@@ -33,55 +34,75 @@ def finish(kind: str) -> Callable[[Finish], Finish]:
 
 
 class Linears:
-    """Emits the Linears of one checkpoint into one graph and remembers which tensors were used."""
+    """Emits the Linears of one checkpoint into one graph.
+
+    `rows` asks for outputs in another order, `columns` says in which order the inputs come: entry i is what the
+    checkpoint has at rows[i] or columns[i]. From one layer to the next an order thus costs nothing at run time.
+    """
 
     def __init__(self, graph: Graph, source: CheckpointWeights, settings: ExportSettings) -> None:
         self.graph = graph
         self.source = source
         self.settings = settings
 
-    def __call__(self, x: ir.Value, name: str) -> ir.Value:
+    def __call__(self, x: ir.Value, name: str, columns: Order = None) -> ir.Value:
         """Return the output of the Linear `name` for the input `x`."""
-        return self.many(x, [name])[0]
+        return self.many(x, [name], columns=columns)[0]
 
-    def many(self, x: ir.Value, names: Sequence[str]) -> list[ir.Value]:
+    def many(self, x: ir.Value, names: Sequence[str], rows: Order = None, columns: Order = None) -> list[ir.Value]:
         """Return the outputs of several Linears that all read `x`."""
-        firsts = [self._product(x, names)] if len(names) == 1 else self._products(x, names)
-        return [self._finished(first, name) for first, name in zip(firsts, names, strict=True)]
+        if self.settings.pack and len(names) > 1:
+            firsts = self._packed(x, names, rows, columns)
+        else:
+            firsts = [self._product(x, [name], rows, columns) for name in names]
+        return [self._finished(first, name, rows) for first, name in zip(firsts, names, strict=True)]
+
+    def native_order(self, names: Sequence[str]) -> Order:
+        """Return the order in which the first pivoted layer among `names` gives its outputs without a Gather."""
+        pivoted = [name for name in names if self.source.form(name).kind == "pivoted"]
+        return self.source.read(f"{pivoted[0]}.order") if pivoted else None
 
     # unpacked            packed
     #   x                   x
     #   ├─ MatMul W0        │
     #   ├─ MatMul W1      MatMul [W0 W1 W2]
     #   └─ MatMul W2        └─ Split
-    def _products(self, x: ir.Value, names: Sequence[str]) -> list[ir.Value]:
-        if not self.settings.pack:
-            return [self._product(x, [name]) for name in names]
+    def _packed(self, x: ir.Value, names: Sequence[str], rows: Order, columns: Order) -> list[ir.Value]:
         sizes = [self.source.shapes[f"{name}.weight"][0] for name in names]
-        packed = self._product(x, names)
-        split = self.graph.ops("Split", packed, self.graph.constant(sizes), outputs=len(names), axis=-1)
-        return list(split)
+        packed = self._product(x, names, rows, columns)
+        return list(self.graph.ops("Split", packed, self.graph.constant(sizes), outputs=len(names), axis=-1))
 
-    def _product(self, x: ir.Value, names: Sequence[str]) -> ir.Value:
-        label = names[0] if len(names) == 1 else "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
-        arrays = [self.source.read(f"{name}.weight") for name in names]
+    def _product(self, x: ir.Value, names: Sequence[str], rows: Order, columns: Order) -> ir.Value:
+        """Return x times the first matrices of all `names`."""
+        label = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+        arrays = []
+        for name in names:
+            # The first matrix of a dense layer is all of it: its rows are the outputs.
+            array = self.read(f"{name}.weight", rows if self.source.form(name).kind == "dense" else None)
+            arrays.append(array if columns is None else array[:, columns])
+        weight = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         with self.graph.scope(label):
-            return self.matmul(x, f"{label}.weight", arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+            return self.matmul(x, f"{label}.weight", weight, names)
 
-    def _finished(self, first: ir.Value, name: str) -> ir.Value:
+    def _finished(self, first: ir.Value, name: str, rows: Order) -> ir.Value:
         with self.graph.scope(name):
-            return FINISH[self.source.form(name).kind](self, first, name)
+            return FINISH[self.source.form(name).kind](self, first, name, rows)
 
-    def bias(self, y: ir.Value, name: str) -> ir.Value:
+    def read(self, name: str, rows: Order) -> Array:
+        """Return a tensor with its first axis in the order `rows`."""
+        array = self.source.read(name)
+        return array if rows is None else array[rows]
+
+    def bias(self, y: ir.Value, name: str, rows: Order) -> ir.Value:
         """Add the bias stored as `name`, if there is one."""
         if name not in self.source:
             return y
-        return self.graph.op("Add", y, self.graph.weight(name, self.source.read(name)))
+        return self.graph.op("Add", y, self.graph.weight(name, self.read(name, rows)))
 
-    def matmul(self, x: ir.Value, name: str, weight: Array) -> ir.Value:
-        """Return x · weightᵀ for a `weight` [m, n], stored as export.weights says."""
-        kept = any(fnmatchcase(name.removesuffix(".weight"), glob) for glob in self.settings.quantize.keep)
-        if self.settings.weights == "same" or kept:
+    def matmul(self, x: ir.Value, name: str, weight: Array, layers: Sequence[str]) -> ir.Value:
+        """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as export.weights says."""
+        keep = self.settings.quantize.keep
+        if self.settings.weights == "same" or any(fnmatchcase(layer, glob) for layer in layers for glob in keep):
             # Stored transposed: MatMul then needs no Transpose at run time.
             return self.graph.op("MatMul", x, self.graph.weight(name, weight.T))
         return self._quantized(x, name, weight, BITS[self.settings.weights])
@@ -106,26 +127,27 @@ class Linears:
 
 # x ── MatMul W ──(Add bias)── y
 @finish("dense")
-def _dense(linears: Linears, first: ir.Value, name: str) -> ir.Value:
-    return linears.bias(first, f"{name}.bias")
+def _dense(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
+    return linears.bias(first, f"{name}.bias", rows)
 
 
 # x ── MatMul down [n,r] ── MatMul up [r,m] ──(Add bias)── y
 @finish("stacked")
-def _stacked(linears: Linears, first: ir.Value, name: str) -> ir.Value:
-    y = linears.matmul(first, f"{name}.up.weight", linears.source.read(f"{name}.up.weight"))
-    return linears.bias(y, f"{name}.up.bias")
+def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
+    y = linears.matmul(first, f"{name}.up.weight", linears.read(f"{name}.up.weight", rows), [name])
+    return linears.bias(y, f"{name}.up.bias", rows)
 
 
 # x ── MatMul pivot [n,r] ─┬───────────────────────┐
-#                          └─ MatMul mix [r,m-r] ──┴─ Concat ── Gather ──(Add bias)── y
+#                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(Gather)──(Add bias)── y
 @finish("pivoted")
-def _pivoted(linears: Linears, first: ir.Value, name: str) -> ir.Value:
-    graph, source = linears.graph, linears.source
-    rest = linears.matmul(first, f"{name}.mix.weight", source.read(f"{name}.mix.weight"))
-    rows = graph.op("Concat", first, rest, axis=-1)
-    # `order` says where each row goes; Gather wants where each row comes from.
-    place = np.argsort(source.read(f"{name}.order"), kind="stable")
+def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
+    graph = linears.graph
+    rest = linears.matmul(first, f"{name}.mix.weight", linears.read(f"{name}.mix.weight", None), [name])
+    y = graph.op("Concat", first, rest, axis=-1)
+    # `order` says where each entry goes; Gather wants where each output comes from.
+    place = np.argsort(linears.read(f"{name}.order", None), kind="stable")
+    place = place if rows is None else place[rows]
     if not np.array_equal(place, np.arange(len(place))):
-        rows = graph.op("Gather", rows, graph.stored(f"{name}.order", place.astype(np.int64)), axis=-1)
-    return linears.bias(rows, f"{name}.bias")
+        y = graph.op("Gather", y, graph.stored(f"{name}.order", place.astype(np.int64)), axis=-1)
+    return linears.bias(y, f"{name}.bias", rows)

@@ -43,6 +43,27 @@ def test_prefill_and_decode_agree_with_transformers(name, flavour, tmp_path: Pat
     check(Decoder(tmp_path / "onnx"), model, tokens, np.ones_like(tokens), prefill=10)
 
 
+@pytest.mark.parametrize("kinds", ["ppp", "psd", "dps", "sdp"])
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", ["llama-biased", "opt"])
+def test_orders_are_folded_through_the_mlp_whatever_its_forms(name, pack, kinds, tmp_path: Path, rng) -> None:
+    model = tiny_model(name)
+    forms = {"p": ("pivoted", 24), "s": ("stacked", 17)}
+    layers = [("gate_proj", "fc1"), ("up_proj",), ("down_proj", "fc2")]
+    chosen = {
+        suffix: forms[kind]
+        for kind, suffixes in zip(kinds, layers, strict=True)
+        for suffix in suffixes
+        if kind in forms
+    }
+    summary = export_onnx(factor(model, tmp_path / "hf", chosen), tmp_path / "onnx", ExportSettings(pack=pack))
+    tokens = rng.integers(3, 96, (1, 9))
+    check(Decoder(tmp_path / "onnx"), model, tokens, np.ones_like(tokens), prefill=9)
+    gathers = {"ppp": 2, "psd": 0, "dps": 0, "sdp": 1} if name != "opt" else {"ppp": 1, "psd": 0, "dps": 0, "sdp": 1}
+    embeddings = 2 if name == "opt" else 1
+    assert summary.graph.ops["Gather"] == embeddings + 2 * gathers[kinds]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_standard_takes_left_padded_batches(name, tmp_path: Path, rng) -> None:
     model = tiny_model(name)
