@@ -22,6 +22,7 @@ from soco_train.events import Event, Notify, silent
 
 _OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher"})
 _TOKENS_AT_ONCE = 2048
+_STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
 SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 
@@ -114,14 +115,14 @@ class _InputSums:
         self.tokens += len(x)
         self.magnitude += x.abs().sum(dim=0, dtype=torch.float64)
         if self.covariance is not None:
-            self.covariance += x.T @ x
+            _add_outer(self.covariance, x)
 
     def average(self) -> None:
         """Turn the sums into means in place, so that every reader holds the same tensor objects."""
         if not self._averaged:
-            for total in (self.magnitude, self.covariance):
-                if total is not None:
-                    total /= self.tokens
+            self.magnitude /= self.tokens
+            if self.covariance is not None:
+                _average_outer(self.covariance, self.tokens)
             self._averaged = True
 
 
@@ -151,7 +152,7 @@ class _Listener:
 
     def _add_gradient(self, delta: torch.Tensor, energy: torch.Tensor) -> None:
         if self.curvature is not None:
-            self.curvature += delta.T @ delta
+            _add_outer(self.curvature, delta)
         if self.fisher is not None:
             self.fisher += (delta.square() * energy[:, None]).sum(dim=0, dtype=torch.float64)
 
@@ -160,10 +161,12 @@ class _Listener:
             raise DataError("no calibration token reaches this layer", fix="add it to layers.exclude", where=name)
         self.inputs.average()
         tokens = self.inputs.tokens
+        if self.curvature is not None:
+            _average_outer(self.curvature, tokens)
         return LayerStatistics(
             input_covariance=self.inputs.covariance,
             input_magnitude=self.inputs.magnitude if "input_magnitude" in self.needs else None,
-            output_curvature=None if self.curvature is None else self.curvature / tokens,
+            output_curvature=self.curvature,
             row_fisher=None if self.fisher is None else self.fisher / tokens,
             tokens=tokens,
         )
@@ -192,6 +195,18 @@ def _listeners(linears: Mapping[str, nn.Linear], needs: frozenset[str]) -> dict[
 
 def _zeros(linear: nn.Linear, *shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.float64, device=linear.weight.device)
+
+
+def _add_outer(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rowsᵀ rows to the lower triangle of `total`, strip by strip: nearly half the work of the whole product."""
+    for start in range(0, len(total), _STRIP):
+        strip = slice(start, start + _STRIP)
+        total[start:, strip] += rows[:, start:].T @ rows[:, strip]
+
+
+def _average_outer(total: torch.Tensor, tokens: int) -> None:
+    """Divide by the tokens and mirror the lower triangle, in place."""
+    total.copy_(total.tril() + total.tril(-1).T).div_(tokens)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,18 @@ def test_matches_sums_over_stored_activations(make):
             )
 
 
+def test_outer_products_wider_than_a_strip():
+    """Sums of any width are whole and symmetric."""
+    linear, x = nn.Linear(700, 3), torch.randn(4, 50, 700)
+    model = nn.Module()
+    model.linear = linear
+    model.forward = lambda input_ids, use_cache: linear(x[: len(input_ids)])
+    found = collect_statistics(model, {"linear": linear}, torch.zeros(4, 50), frozenset({"input_covariance"}))
+    rows = x.flatten(0, 1).double()
+    torch.testing.assert_close(found["linear"].input_covariance, rows.T @ rows / 200, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["linear"].input_covariance, found["linear"].input_covariance.T)
+
+
 def test_many_batches_add_up():
     model, tokens = tiny_llama(), torch.randint(64, (5, 1100))
     whole = run(model, tokens)
