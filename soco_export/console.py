@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +57,15 @@ class Console:
 
     def result(self, document: Mapping[str, Any], text: str) -> None:
         """Print what the command was run for."""
-        self._print(json.dumps(document, indent=2, default=str) if self.as_json else text)
+        self._print(json.dumps(_plain(document), indent=2, allow_nan=False) if self.as_json else text)
 
     def error(self, error: SocoError) -> None:
         """Print what happened, how to fix it and where; no traceback (-v shows it)."""
         if self.as_json:
             details = {"kind": type(error).__name__, "message": error.message, "fix": error.fix, "where": error.where}
             self._print(json.dumps({"error": details, "exit_code": int(error.code)}, indent=2))
+        if self.verbosity >= VERBOSE:
+            traceback.print_exception(error, file=sys.stderr)
         print(render_error(error), file=sys.stderr)
 
     def warn(self, message: str) -> None:
@@ -78,6 +82,17 @@ def render_error(error: SocoError) -> str:
     if error.where:
         lines.append(f"  where: {error.where}")
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON has it: NaN and infinities, which JSON does not know, as strings; paths too."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def render_values(values: Mapping[str, float | int | str]) -> str:

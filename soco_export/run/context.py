@@ -41,19 +41,34 @@ class RunContext:
         return self.homes.get(stage, self.folder).root / name
 
     def model(self) -> Any:
-        """Return the dense model in fp32 on the device that trains; stages give it back as they got it."""
+        """Return the dense model where it trains: in fp32 on the CPU, in train.factor_dtype on a GPU.
+
+        Stages give it back as they got it. bfloat16 halves what stands beside the factors of a 7B model, and takes
+        nothing from models that were published in it.
+        """
         if self._model is None:
             import torch
 
-            from soco_export.models import load_model
+            from soco_export.models import put_on
 
-            model, self._tokenizer = load_model(self.recipe)
-            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model = self._read_model()
+            if torch.cuda.is_available():
+                model = put_on(model, "cuda", getattr(torch, self.recipe.train.factor_dtype))
+            self._model = model
         return self._model
 
     def take_model(self) -> Any:
-        """Return the dense model for good: the caller may change it, the next `model()` reads it anew."""
-        model, self._model = self.model(), None
+        """Return the dense model in fp32 on the CPU, exactly as its files have it, for good: the caller may change it."""
+        model, self._model = self._model, None
+        if model is None or model.device.type != "cpu":
+            del model  # frees the GPU; its weights may have been rounded there
+            model = self._read_model()
+        return model
+
+    def _read_model(self) -> Any:
+        from soco_export.models import load_model
+
+        model, self._tokenizer = load_model(self.recipe)
         return model
 
     def tokenizer(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from soco_export.validate.decoder import Decoder, TorchDecoder
 from soco_export.validate.settings import ValidateSettings
@@ -28,5 +29,11 @@ def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder
 
     from soco_export.checkpoint import load_checkpoint
 
-    model = load_checkpoint(folder, dtype=torch.float32)
+    return torch_decoder(load_checkpoint(folder, dtype=torch.float32), name)
+
+
+def torch_decoder(model: Any, name: str) -> TorchDecoder:
+    """Open a PyTorch model under `name`, on the GPU where there is one."""
+    import torch
+
     return TorchDecoder(model.to("cuda" if torch.cuda.is_available() else "cpu"), name)

@@ -33,13 +33,12 @@ def prove_run(context: RunContext, out: Path) -> None:
 
 def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
     """Return how to open each form; the dense model is let go of as soon as it has answered."""
-    from soco_export.run.decoders import open_decoder
+    from soco_export.run.decoders import open_decoder, torch_decoder
     from soco_export.run.proof import DENSE, LOW_RANK, SHIPPED
-    from soco_export.validate.decoder import TorchDecoder
 
     settings = context.recipe.validation
     openers: dict[str, Callable[[], Any]] = {
-        DENSE: lambda: TorchDecoder(context.take_model(), DENSE),
+        DENSE: lambda: torch_decoder(context.take_model(), DENSE),
         LOW_RANK: lambda: open_decoder(context.path("checkpoint", "hf"), settings, LOW_RANK),
     }
     if context.format != "hf":

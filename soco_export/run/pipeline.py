@@ -8,15 +8,20 @@ settings and inputs, so a killed stage finds its own checkpoints there and never
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from safetensors import SafetensorError
+
 from soco_export.run.folder import RunFolder, remove
 from soco_export.run.manifest import StageRecord, record_outputs, stage_key, why_stale
+from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
 
 Context = TypeVar("Context")
@@ -93,7 +98,8 @@ class Pipeline(Generic[Context]):
         self.notify(Event(stage.name, 0, 1, {"": reason}))
         workspace = self._workspace(stage, key)
         started = time.monotonic()
-        stage.work(self.context, workspace)
+        with machine_limits(stage.name, home.root):
+            stage.work(self.context, workspace)
         seconds = time.monotonic() - started
         for name in stage.writes:
             install(workspace / name, home.root / name)
@@ -117,6 +123,23 @@ class Pipeline(Generic[Context]):
             remove(own / name)
         own.mkdir(parents=True, exist_ok=True)
         return own
+
+
+@contextmanager
+def machine_limits(stage: str, root: Path) -> Iterator[None]:
+    """Turn "no space left" and "out of memory", from whichever library, into MachineError; what is done stays done."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        fix = "free some, then give the same command again: it goes on where it stopped"
+        raise MachineError(f"the disk is full ({stage})", fix=fix, where=str(root)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "alloc" not in str(error):
+            raise
+        fix = "lower train.batch_tokens or data.block, or use a larger machine; --dry-run shows what each phase needs"
+        raise MachineError(f"out of memory ({stage}): {str(error)[:200]}", fix=fix, where=str(root)) from error
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:

@@ -71,7 +71,7 @@ def _sizes(context: RunContext) -> SizeFigures:
     plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
     total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
     wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
-    sizes = {name: _bytes(context.path(FOLDERS[name], name)) for name in wanted}
+    sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
     return SizeFigures(
         params_before=total,
         params_after=total - plan.params_before + plan.params_after,
@@ -86,7 +86,8 @@ def _sizes(context: RunContext) -> SizeFigures:
     )
 
 
-def _bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files under a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -109,6 +109,8 @@ def check(request: Request, recipe: Recipe, root: Path) -> None:
 
 def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     """Repeat one measuring stage of an existing run (`proof` or `bench`), and report."""
+    if request.recipe is not None:
+        raise RecipeError("a run has its recipe already", fix="change single keys with --set", where="--recipe")
     recipe = read_lock(run).override(request.overrides)
     there = replace(request, format=run_format(run))
     check(there, recipe, run)

@@ -104,7 +104,7 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
 
     model = context.take_model()
     apply_factors(model, Factors.load(context.path("factors", "factors.safetensors")))
-    model.to(device="cpu", dtype=getattr(torch, context.recipe.model.dtype))
+    model.to(dtype=getattr(torch, context.recipe.model.dtype))
     summary = summary_json(context.recipe, model)
     save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, summary))
     write_evidence(out / CARD_FILE, summary)
@@ -133,7 +133,7 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
 
     if context.recipe.model.weights == "random":
         source = out / "model"
-        save_dense(context.model(), context.tokenizer(), source)
+        save_dense(context.take_model(), context.tokenizer(), source)
     else:
         source = fetch_folder(context.recipe)
     export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.request import Outcome
+from soco_export.run.results import folder_bytes
 from soco_train.budget import RankPlan
 from soco_train.errors import ExitCode
 
@@ -28,6 +29,9 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
     yield from (f"note: {note}" for note in results.notes)
     for verdict in results.verdicts:
         yield f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}"
+    if (root / "spectrum").is_dir():
+        spare = folder_bytes(root / "spectrum") / 1e6
+        yield f"other sizes, no training: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
     yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
 
 

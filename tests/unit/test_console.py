@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,18 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "phase 1" in terminal.getvalue()
     assert capsys.readouterr().out == "done\n"
     assert sys.stderr is terminal
+
+
+def test_verbose_shows_where_an_error_arose(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbosity in (0, VERBOSE):
+        try:
+            raise ERROR
+        except RecipeError as error:
+            Console(verbosity=verbosity).error(error)
+        assert ("Traceback" in capsys.readouterr().err) == (verbosity == VERBOSE)
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=True).result({"kl": float("nan"), "sizes": (1, 2.5, None, True), "folder": Path("a")}, "")
+    document = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert document == {"kl": "nan", "sizes": [1, 2.5, None, True], "folder": "a"}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from soco_export.recipe import Recipe
 from soco_export.run.folder import CONTENT, HELD, LOCK, UNFINISHED, RunFolder, check_folder, differences, open_folder
 from soco_export.run.manifest import MANIFEST, Manifest
 from soco_export.run.pipeline import Pipeline, Stage
-from soco_train.errors import RecipeError
+from soco_train.errors import MachineError, RecipeError
 from soco_train.events import Event
 
 Log = list[str]
@@ -144,6 +146,39 @@ class TestPipeline:
             with open_folder(tmp_path, a_recipe()) as folder:
                 Pipeline(folder, (PLAN,), [], {"scores": lambda: "s"}, notify=events.append).run()
         assert [str(event.values[""]).split(" in ")[0] for event in events] == ["not run yet", "done", "up to date"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), "out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_said(tmp_path: Path, error: Exception, words: str) -> None:
+    def fail(log: Log, out: Path) -> None:
+        raise error
+
+    with pytest.raises(MachineError, match=words):
+        run(tmp_path, a_recipe(), (Stage[Log]("scores", ("model",), (), ("scores",), fail),))
+    assert run(tmp_path, a_recipe()) == [stage.name for stage in STAGES]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "bad disk"), RuntimeError("shapes differ"), SafetensorError("header")]
+)
+def test_other_errors_are_ours(tmp_path: Path, error: Exception) -> None:
+    def fail(log: Log, out: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run(tmp_path, a_recipe(), (Stage[Log]("scores", ("model",), (), ("scores",), fail),))
 
 
 class TestFolder:
