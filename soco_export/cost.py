@@ -1,17 +1,21 @@
 """The cost card of a dry run: what a recipe needs before anything is downloaded or started.
 
 `measure` reads the sizes off the architecture (built on torch's meta device: no weights, no network); `estimate` is
-arithmetic on those sizes and the recipe. The figures follow what the code holds at one time: a dense model in fp32, all
-components P and B in `train.factor_dtype`, covariances in float64, activations that autograd saves, logits in chunks.
+arithmetic on those sizes and the recipe. The figures follow what the code holds at one time: a dense model (fp32 on the
+CPU, `train.factor_dtype` on a GPU), all components P and B in `train.factor_dtype`, the covariances of one group of
+layers in float64, activations that autograd saves, logits in chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from soco_export.cost_card import CostCard, Phase
 from soco_export.recipe import Recipe
+from soco_train.spectrum import find_basis
+from soco_train.statistics import SUMS_AT_ONCE, sums_bytes
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DENSE_BYTES = 4
@@ -104,39 +108,67 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
 
 
 def _training_phases(recipe: Recipe, shape: ModelShape, kept: int) -> list[Phase]:
-    dense = DENSE_BYTES * shape.parameters
-    host = BASE_HOST + dense
-    covariances = _statistics_bytes(recipe, shape)
-    # a layer's covariance with its factor and inverse, and the weight in three forms, all float64
-    working = max(DOUBLE_BYTES * (4 * n * n + 4 * m * n) for m, n in shape.linears)
-    batch = STATISTICS_TOKENS_AT_ONCE
+    """Peak memory where it trains depends on the bytes of a weight there: fp32 on the CPU, train.factor_dtype on a GPU.
+
+    The host reads the model in fp32 either way.
+    """
+    host = BASE_HOST + DENSE_BYTES * shape.parameters
+    width = BYTES[recipe.train.factor_dtype]
+
+    def phase(name: str, memory: Callable[[Recipe, ModelShape, int], int], hours: float, beside: int = 0) -> Phase:
+        return Phase(name, memory(recipe, shape, width), host + beside, hours, memory(recipe, shape, DENSE_BYTES))
+
     phases = [
-        Phase(
-            "statistics",
-            BASE_DEVICE + dense + covariances + batch * DENSE_BYTES * 4 * max(max(pair) for pair in shape.linears),
-            host,
-            _hours(_statistics_flops(recipe, shape), "float32"),
-        ),
-        Phase("spectrum", BASE_DEVICE + dense + covariances + working, host, _hours(_spectrum_flops(shape), "float64")),
-        _scores_phase(recipe, shape, dense, host),
+        phase("statistics", _statistics_memory, _statistics_hours(recipe, shape)),
+        phase("spectrum", _spectrum_memory, _hours(_spectrum_flops(shape), "float64")),
+        Phase("scores", 0, BASE_HOST, 0.0)
+        if recipe.train.scorer == "singular-values"
+        else phase("scores", _scores_memory, _hours(_scores_flops(recipe, shape), recipe.train.factor_dtype)),
     ]
     if recipe.refine.distill.steps:
-        phases.append(_distillation_phase(recipe, shape, kept, dense, host))
+        hours = _hours(_distillation_flops(recipe, shape, kept), recipe.train.factor_dtype)
+        phases.append(phase("distillation", _distillation_memory, hours, beside=DENSE_BYTES * kept))
     return phases
 
 
-def _statistics_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    """Covariances of all layers at one time, each with its own; layers that read the same input need less."""
-    inputs = sum(n * n for _, n in shape.linears) if recipe.train.basis in ("whitened", "two-sided") else 0
-    outputs = sum(m * m for m, _ in shape.linears) if recipe.train.basis == "two-sided" else 0
-    return DOUBLE_BYTES * (inputs + outputs)
+def _statistics_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
+    tokens = STATISTICS_TOKENS_AT_ONCE
+    widest = max(max(pair) for pair in shape.linears)
+    # inputs in fp32, and a sum's next term
+    memory = tokens * DENSE_BYTES * 4 * widest + DENSE_BYTES * widest * widest
+    if _backward(recipe):
+        memory += tokens * _saved_by_the_rest(shape, width) + _logits(tokens, shape, tokens, width)
+    return BASE_DEVICE + width * shape.parameters + _sums(recipe, shape) + memory
 
 
-def _statistics_flops(recipe: Recipe, shape: ModelShape) -> float:
-    if recipe.train.basis == "plain":
-        return 0.0
-    blocks = recipe.train.statistics_blocks or recipe.data.blocks or 128
-    return blocks * recipe.data.block * (2.0 * shape.parameters + 2 * sum(n * n for _, n in shape.linears))
+def _spectrum_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
+    # a layer's covariance with its factor and inverse, and the weight in three forms, all float64
+    working = max(DOUBLE_BYTES * (4 * n * n + 4 * m * n) for m, n in shape.linears)
+    return BASE_DEVICE + width * shape.parameters + _sums(recipe, shape) + working
+
+
+def _sums(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of the statistics of one group of layers."""
+    sizes = _sums_of_layers(recipe, shape)
+    return min(sum(sizes), max(SUMS_AT_ONCE, *sizes))
+
+
+def _sums_of_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
+    needs = find_basis(recipe.train.basis).needs
+    return [sums_bytes(pair, needs) if needs else 0 for pair in shape.linears]
+
+
+def _backward(recipe: Recipe) -> bool:
+    return not find_basis(recipe.train.basis).needs <= {"input_covariance", "input_magnitude"}
+
+
+def _statistics_hours(recipe: Recipe, shape: ModelShape) -> float:
+    """A pass of the model for each group of layers, and the sums in fp32."""
+    total = sum(_sums_of_layers(recipe, shape))
+    tokens = (recipe.train.statistics_blocks or recipe.data.blocks or 128) * recipe.data.block
+    passes = math.ceil(total / SUMS_AT_ONCE) * (3 if _backward(recipe) else 1)
+    model = _hours(2.0 * tokens * passes * shape.parameters, recipe.train.factor_dtype)
+    return model + _hours(2.0 * tokens * total / DOUBLE_BYTES, "float32")
 
 
 def _spectrum_flops(shape: ModelShape) -> float:
@@ -144,53 +176,62 @@ def _spectrum_flops(shape: ModelShape) -> float:
     return sum(9.0 * min(m, n) ** 3 + n**3 / 3 + 6.0 * m * n * min(m, n) for m, n in shape.linears)
 
 
-def _scores_phase(recipe: Recipe, shape: ModelShape, dense: int, host: int) -> Phase:
+def _scores_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
+    train = recipe.train
+    factors, tokens = BYTES[train.factor_dtype], _tokens_a_step(recipe)
+    saved = factors * shape.components + _saved_by_the_rest(shape, width)
+    memory = BASE_DEVICE + width * shape.parameters + factors * shape.full_factors
+    memory += tokens * _activations(saved, shape, width, train.checkpoint_activations)
+    memory += _logits(tokens, shape, train.logit_chunk, width)
+    # θ and d: value, gradient and AdamW's two moments
+    return memory + 16 * (shape.components + sum(m for m, _ in shape.linears))
+
+
+def _scores_flops(recipe: Recipe, shape: ModelShape) -> float:
     train = recipe.train
     trained = train.scorer == "soco"
-    width = BYTES[train.factor_dtype]
-    tokens = train.batch_tokens if trained else recipe.data.block
-    if train.scorer == "singular-values":
-        return Phase("scores", 0, BASE_HOST, 0.0)
-    saved = width * shape.components + DENSE_BYTES * _saved_by_the_rest(shape)
-    memory = BASE_DEVICE + dense + width * shape.full_factors
-    memory += tokens * _activations(saved, shape, train.checkpoint_activations)
-    memory += _logits(tokens, shape, train.logit_chunk)
-    # θ and d: value, gradient and AdamW's two moments
-    memory += 16 * (shape.components + sum(m for m, _ in shape.linears))
     passes = 3 if train.checkpoint_activations else 2
     student = shape.full_factors + shape.parameters - shape.selected
     steps = train.steps if trained else train.fisher_blocks
-    flops = 2.0 * steps * tokens * (shape.parameters * trained + passes * student)
-    return Phase("scores", memory, host, _hours(flops, train.factor_dtype))
+    return 2.0 * steps * _tokens_a_step(recipe) * (shape.parameters * trained + passes * student)
 
 
-def _distillation_phase(recipe: Recipe, shape: ModelShape, kept: int, dense: int, host: int) -> Phase:
+def _tokens_a_step(recipe: Recipe) -> int:
+    return recipe.train.batch_tokens if recipe.train.scorer == "soco" else recipe.data.block
+
+
+def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     settings = recipe.refine.distill
-    tokens = settings.batch_tokens
-    saved = DENSE_BYTES * (sum(n for _, n in shape.linears) + shape.components + _saved_by_the_rest(shape))
-    # fp32 factors: value, gradient and AdamW's two moments
-    memory = BASE_DEVICE + dense + 16 * kept + _logits(tokens, shape, recipe.train.logit_chunk)
-    memory += tokens * _activations(saved, shape, checkpointed=False)
+    tokens, kept = settings.batch_tokens, int(recipe.keep_params * shape.selected)
+    saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
+    # fp32 factors: value, gradient and AdamW's two moments; and a copy of them in the model's dtype
+    factors = (16 + (width if width < DENSE_BYTES else 0)) * kept
+    memory = BASE_DEVICE + width * shape.parameters + factors + _logits(tokens, shape, recipe.train.logit_chunk, width)
+    return memory + tokens * _activations(saved, shape, width, checkpointed=False)
+
+
+def _distillation_flops(recipe: Recipe, shape: ModelShape, kept: int) -> float:
+    settings = recipe.refine.distill
     student = kept + shape.parameters - shape.selected
-    flops = 2.0 * settings.steps * tokens * (shape.parameters + 3 * student)
-    return Phase("distillation", memory, host + DENSE_BYTES * kept, _hours(flops, "float32"))
+    return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + 3 * student)
 
 
-def _saved_by_the_rest(shape: ModelShape) -> int:
-    """Numbers a token leaves for the backward pass outside the Linears: norms, rotations, attention, activation."""
-    return sum(m for m, _ in shape.linears) + 8 * shape.hidden * shape.blocks
+def _saved_by_the_rest(shape: ModelShape, width: int) -> int:
+    """Bytes a token leaves for the backward pass, Linears apart: norms in fp32, rotations, attention, activation."""
+    norms = 2 * shape.hidden * shape.blocks
+    return DENSE_BYTES * norms + width * (sum(m for m, _ in shape.linears) + 3 * norms)
 
 
-def _activations(saved: int, shape: ModelShape, checkpointed: bool) -> int:
+def _activations(saved: int, shape: ModelShape, width: int, checkpointed: bool) -> int:
     """Bytes a token holds; checkpointed: the input of each block, and one block whole."""
     if not checkpointed:
         return saved
-    return DENSE_BYTES * shape.hidden * shape.blocks + saved // shape.blocks
+    return width * shape.hidden * shape.blocks + saved // shape.blocks
 
 
-def _logits(tokens: int, shape: ModelShape, chunk: int) -> int:
+def _logits(tokens: int, shape: ModelShape, chunk: int, width: int) -> int:
     """Student, teacher and gradient for all tokens, five fp32 tables for a chunk of them."""
-    return DENSE_BYTES * shape.vocabulary * (3 * tokens + 5 * min(tokens, chunk))
+    return shape.vocabulary * (3 * width * tokens + 5 * DENSE_BYTES * min(tokens, chunk))
 
 
 def _export_phases(
@@ -203,7 +244,9 @@ def _export_phases(
         largest = max(shape.embedding, *(m * n for m, n in shape.linears))
         export = BASE_HOST + 3 * DENSE_BYTES * largest
         proof = BASE_HOST + outputs["onnx"] + DENSE_BYTES * max(shape.parameters, after) + outputs["onnx dense"]
-        phases += [Phase("export", 0, export, 0.0), Phase("proof", 0, proof, 0.0)]
+        # PyTorch answers on the GPU, in fp32
+        device = BASE_DEVICE + DENSE_BYTES * max(shape.parameters, after)
+        phases += [Phase("export", 0, export, 0.0), Phase("proof", device, proof, 0.0)]
     return phases
 
 

@@ -9,17 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Phase:
-    """Peak memory of one phase in bytes, where there is a GPU: on it, and on the host."""
+    """Peak memory of one phase in bytes, where there is a GPU: on it, and on the host; and of the work on the CPU."""
 
     name: str
     device: int
     host: int
     gpu_hours: float
+    on_cpu: int = 0
 
     @property
     def alone(self) -> int:
         """Host memory of the phase where there is no GPU."""
-        return max(self.device, self.host)
+        return max(self.device, self.host, self.on_cpu)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,17 @@ def load_model(recipe: Recipe) -> tuple[Any, Any]:
     return read_weights(fetch_folder(recipe), config, recipe.model.trust_remote_code), tokenizer
 
 
+def put_on(model: Any, device: str, dtype: Any) -> Any:
+    """Return `model`, changed in place, on `device` with its parameters in `dtype`; ties stay ties.
+
+    Buffers keep their dtype: `model.to(dtype)` would round the rotary frequencies as well, which puts late positions
+    wrong by whole turns.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)
+
+
 def shrink(recipe: Recipe) -> Recipe:
     """Return the tiny variant (`--tiny`): 2 layers, random weights, built-in tokenizer and texts, few steps."""
     from soco_export.tiny import BLOCK, shrink_architecture

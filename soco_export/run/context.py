@@ -58,7 +58,7 @@ class RunContext:
         return self._model
 
     def take_model(self) -> Any:
-        """Return the dense model in fp32 on the CPU, exactly as its files have it, for good: the caller may change it."""
+        """Return the dense model in fp32 on the CPU, as its files have it, for good: the caller may change it."""
         model, self._model = self._model, None
         if model is None or model.device.type != "cpu":
             del model  # frees the GPU; its weights may have been rounded there

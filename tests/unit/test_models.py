@@ -19,6 +19,7 @@ from soco_export.models import (
     fetch_folder,
     find_folder,
     load_model,
+    put_on,
     read_architecture,
     recipe_for,
     shrink,
@@ -207,6 +208,15 @@ def test_half_precision_is_read_as_float32(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model, _ = load_model(recipe_for(str(folder)))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_model_placed_in_bfloat16_keeps_its_rotary_frequencies(folder: Path) -> None:
+    model, _ = load_model(recipe_for(str(folder)))
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    put_on(model, "cpu", torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("keep", [0, 7, 400, -1])

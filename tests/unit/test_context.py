@@ -1,0 +1,56 @@
+"""Where the dense model is and in which precision: fp32 on the CPU, the factors' dtype on a GPU, exact when taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from soco_export import models
+from soco_export.recipe import load_recipe
+from soco_export.run.context import RunContext
+from soco_export.run.folder import RunFolder
+from soco_train.events import silent
+
+
+def a_context(root: Path, **settings: object) -> RunContext:
+    recipe = load_recipe("tiny", [f"{key}={value}" for key, value in settings.items()])
+    return RunContext(RunFolder(root, recipe, manifest=None), "onnx", silent)  # type: ignore[arg-type]
+
+
+def dtypes(model: Any) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
+
+
+def as_published(model: Any) -> bool:
+    weights = load_file(models.BUILTIN_MODEL / "model.safetensors")
+    state = model.state_dict()
+    return all(torch.equal(weight.float(), state[name]) for name, weight in weights.items())
+
+
+def test_on_the_cpu_the_model_is_read_once_and_given_away_once(tmp_path: Path) -> None:
+    context = a_context(tmp_path, **{"train.factor_dtype": "bfloat16"})
+    model = context.model()
+    assert dtypes(model) == {torch.float32}
+    assert context.model() is model
+    assert context.take_model() is model
+    assert context.model() is not model
+    assert as_published(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_holds_it_as_the_factors_are_and_gives_it_away_exact(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on = models.put_on
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(models, "put_on", lambda model, device, dtype: put_on(model, {"cuda": "meta"}[device], dtype))
+    context = a_context(tmp_path, **{"train.factor_dtype": str(dtype).removeprefix("torch.")})
+    assert dtypes(context.model()) == {dtype}
+    assert context.model().device.type == "meta"
+    taken = context.take_model()
+    assert taken.device.type == "cpu"
+    assert as_published(taken)
