@@ -36,6 +36,8 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     if format == "onnx":
         check_precision(recipe)
         check_provider(recipe)
+    if format == "dense":
+        check_biases(recipe)
     # room first: checking a model of the hub downloads it
     check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
@@ -50,6 +52,22 @@ def check_precision(recipe: Recipe) -> None:
             fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
             where="recipe: export.dtype",
         )
+
+
+def check_biases(recipe: Recipe) -> None:
+    """Raise RecipeError if training would give layers a bias that the merged dense form has no place for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from soco_export.checkpoint.skeleton import check_bias_places
+    from soco_export.models import dense_config
+    from soco_train.layers import select_linears
+
+    if not recipe.train.deviation or recipe.train.scorer != "soco":  # the other scorers learn no deviation
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense_config(recipe))
+    check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
 
 
 def check_provider(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from soco_export.lowrank import factored_layers
 from soco_train.errors import RecipeError
 
 BIAS_FLAGS = ("attention_bias", "mlp_bias")
+KEEP_PRUNED = "keep the pruned form (hf, onnx), or train without it: train.deviation: false"
 
 
 def plain_tensors(model: Any, flags: Mapping[str, bool]) -> dict[str, torch.Tensor]:
@@ -53,13 +54,18 @@ def bias_flags(model: Any, names: Iterable[str]) -> tuple[dict[str, bool], list[
     return flags, sorted(homeless)
 
 
+def check_bias_places(model: Any, names: Iterable[str]) -> None:
+    """Raise RecipeError unless some flags of the architecture make room for the tensors `names`."""
+    _refuse(model, bias_flags(model, names)[1], fix=KEEP_PRUNED)
+
+
 def fit_biases(model: Any, state: dict[str, torch.Tensor]) -> dict[str, bool]:
     """Return the config flags with which a plain model takes all of `state`, and fill in the biases they add as zeros.
 
     Raises RecipeError if no flag of the architecture makes room for a bias.
     """
     flags, homeless = bias_flags(model, state)
-    _refuse(model, homeless, fix="keep the pruned form (hf, onnx), or train.deviation: false")
+    _refuse(model, homeless, fix=KEEP_PRUNED)
     plain = plain_tensors(model, flags)
     for name in sorted(plain.keys() - state.keys()):
         state[name] = torch.zeros(plain[name].shape, dtype=model.dtype)
@@ -70,7 +76,7 @@ def _refuse(model: Any, homeless: list[str], fix: str) -> None:
     if homeless:
         raise RecipeError(
             f"a plain {model.config.model_type} model has no place for {homeless[0]} ({len(homeless)} such tensors): "
-            "training gave these layers a bias that the architecture lacks",
+            "the deviation that training gives these layers is a bias that the architecture lacks",
             fix=fix,
             where="train.deviation",
         )

@@ -88,6 +88,31 @@ def test_precision_and_provider_do_not_matter_without_onnx(tmp_path: Path) -> No
     check_everything(load_recipe("tiny", ["export.dtype=float16"]), tmp_path / "run", "hf")
 
 
+@pytest.mark.parametrize(
+    ("model", "settings", "fits"),
+    [
+        ("mistral-7b", [], False),
+        ("qwen2.5-7b", [], False),  # it has some biases of its own, and no switch for the others
+        ("mistral-7b", ["train.deviation=false"], True),
+        ("mistral-7b", ["train.scorer=fisher"], True),
+        ("llama-3.1-8b", [], True),
+        ("opt-6.7b", [], True),
+    ],
+)
+def test_a_bias_without_a_place_in_the_dense_form_is_refused_before_training(
+    model: str, settings: list[str], fits: bool, tmp_path: Path
+) -> None:
+    recipe = shrink(load_recipe(model)).override(settings)
+    if fits:
+        check_everything(recipe, tmp_path / "run", "dense")
+        return
+    check_everything(recipe, tmp_path / "run", "hf")
+    with pytest.raises(RecipeError, match=r"has no place for model\.layers\.0\..*bias") as caught:
+        check_everything(recipe, tmp_path / "run", "dense")
+    assert "train.deviation: false" in caught.value.fix
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "version_of", lambda package: "1.32.0")
     with pytest.raises(MachineError, match="both installed") as caught:
