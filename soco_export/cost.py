@@ -134,8 +134,8 @@ def _training_phases(recipe: Recipe, shape: ModelShape, kept: int) -> list[Phase
 def _statistics_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     tokens = STATISTICS_TOKENS_AT_ONCE
     widest = max(max(pair) for pair in shape.linears)
-    # inputs in fp32, and a sum's next term
-    memory = tokens * DENSE_BYTES * 4 * widest + DENSE_BYTES * widest * widest
+    # inputs in fp32, and half of a sum while it is mirrored
+    memory = tokens * DENSE_BYTES * 4 * widest + DOUBLE_BYTES * widest * widest
     if _backward(recipe):
         memory += tokens * _saved_by_the_rest(shape, width) + _logits(tokens, shape, tokens, width)
     return BASE_DEVICE + width * shape.parameters + _sums(recipe, shape) + memory

@@ -206,7 +206,7 @@ def _add_outer(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 def _average_outer(total: torch.Tensor, tokens: int) -> None:
     """Divide by the tokens and mirror the lower triangle, in place."""
-    total.copy_(total.tril() + total.tril(-1).T).div_(tokens)
+    total.tril_().add_(total.tril(-1).T).div_(tokens)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
