@@ -176,7 +176,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     partial = path.with_name(path.name + ".partial")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, str(partial), metadata={"header": json.dumps(header, sort_keys=True)})
+    give_usual_mode(partial)
     os.replace(partial, path)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Give a file that safetensors wrote, which is private to the user, the mode that the umask gives new files."""
+    sample = path.with_name(path.name + ".mode")
+    sample.touch()
+    path.chmod(sample.stat().st_mode)
+    sample.unlink()
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

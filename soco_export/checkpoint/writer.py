@@ -22,6 +22,7 @@ from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
 from soco_export.lowrank import factored_layers, record_layers
+from soco_train.artifacts import give_usual_mode
 from soco_train.errors import DataError, RecipeError
 
 SHARD = "5GB"
@@ -118,9 +119,8 @@ def _finish(
         settings = folder / "tokenizer_config.json"
         if (folder / "tokenizer.json").exists():
             _write_json(settings, tokenizer_in_both_forms(json.loads(settings.read_text(encoding="utf-8"))))
-    # safetensors makes its files private to the user; the others follow the umask.
     for shard in shard_files(folder):
-        shard.chmod((folder / "config.json").stat().st_mode)
+        give_usual_mode(shard)
     text = render_card("", None, summarise(model, dense=dense)) if card is None else card
     (folder / "README.md").write_text(text, encoding="utf-8")
 
