@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from soco_export.onnx.architecture import Architecture
 from soco_export.onnx.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs
+from soco_export.onnx.embedding import TokenTable
 from soco_export.onnx.graph import Graph
 from soco_export.onnx.linear import Linears
 from soco_export.onnx.settings import ExportSettings
@@ -30,6 +31,7 @@ class DecoderBuilder:
         self.settings = settings
         self.graph = graph
         self.linears = Linears(graph, source, settings)
+        self.table = TokenTable(graph, architecture, self.linears)
         self.flavour = FLAVOURS[settings.flavour](graph, architecture)
 
     def build(self, notify: Notify) -> ir.Model:
@@ -69,11 +71,11 @@ class DecoderBuilder:
     def _cache_shape(self, time: str) -> list[int | str]:
         return ["batch", self.architecture.kv_heads, time, self.architecture.head_dim]
 
-    # input_ids ── Gather table ──(Add ── Gather learned positions ── Add offset ── position_ids)── x
+    # input_ids ── rows of the table ──(Add ── Gather learned positions ── Add offset ── position_ids)── x
     def _embedded(self, inputs: Inputs) -> ir.Value:
         graph = self.graph
         with graph.scope("embed"):
-            x = graph.op("Gather", self._stored(f"{self.names.embed}.weight"), inputs.tokens)
+            x = self.table.rows(inputs.tokens)
             if self.names.positions is None:
                 return x
             rows = graph.op("Add", inputs.positions, graph.constant(self.architecture.position_offset))
@@ -130,32 +132,17 @@ class DecoderBuilder:
         bias = self._stored(f"{name}.bias") if self.architecture.norm.kind == "layer" else None
         return self.flavour.add_norm(x, update, self._stored(f"{name}.weight"), bias)
 
-    # hidden ──(Gather last)─┬─ untied, quantised: MatMul ──────────────────┬──(Cast)── logits
-    #                        └─ tied: Reshape ── Gemm tableᵀ ── Reshape ────┘
+    # hidden ──(Gather last)── head ──(Cast)── logits
     def _logits(self, hidden: ir.Value) -> None:
         graph = self.graph
         with graph.scope("head"):
             if self.settings.last_token_logits:
                 hidden = graph.op("Gather", hidden, graph.constant([-1]), axis=1)
-            logits = self._head(hidden)
+            logits = self.table.product(hidden) if self.architecture.tied else self.linears(hidden, self.names.head)
             if graph.dtype != FLOAT:
                 logits = graph.op("Cast", logits, to=FLOAT)
         time = 1 if self.settings.last_token_logits else "sequence"
         graph.output(logits, "logits", FLOAT, ["batch", time, self.architecture.vocab])
 
-    def _head(self, hidden: ir.Value) -> ir.Value:
-        if not self.architecture.tied:
-            return self.linears(hidden, self.names.head)
-        table = f"{self.names.embed}.weight"
-        if self.settings.weights != "same":
-            # A quantised head needs its own initialiser: Gather reads the float table.
-            return self.linears.matmul(hidden, f"{self.names.head}.weight", self.source.read(table), [self.names.head])
-        graph = self.graph
-        rows = graph.op("Reshape", hidden, graph.constant([-1, self.architecture.hidden]))
-        product = graph.op("Gemm", rows, self._stored(table), transB=1)
-        sizes = graph.op("Shape", hidden, start=0, end=2)
-        shape = graph.op("Concat", sizes, graph.constant([self.architecture.vocab]), axis=0)
-        return graph.op("Reshape", product, shape)
-
     def _stored(self, name: str) -> ir.Value:
-        return self.graph.lookup(name) or self.graph.weight(name, self.source.read(name))
+        return self.graph.weight(name, self.source.read(name))

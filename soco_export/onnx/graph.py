@@ -120,10 +120,6 @@ class Graph:
         """Store an array in the type that it has."""
         return self._initializer(name, self._data.write(name, array, ir.DataType.from_numpy(array.dtype)))
 
-    def lookup(self, name: str) -> ir.Value | None:
-        """Return the weight stored as `name`, None if there is none yet."""
-        return self._initializers.get(name)
-
     def model(self, producer: str) -> ir.Model:
         """Return the finished model; its weights lie in the data file."""
         domains = {node.domain for node in self._nodes}

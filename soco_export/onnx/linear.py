@@ -7,13 +7,14 @@ that read the same input can therefore share one MatMul (`pack`) whatever their 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 
 from soco_export.onnx.graph import CONTRIB, Array, Graph
-from soco_export.onnx.quantize import quantize
+from soco_export.onnx.quantize import QuantizedWeight, quantize
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import CheckpointWeights
 
@@ -31,6 +32,20 @@ def finish(kind: str) -> Callable[[Finish], Finish]:
         return function
 
     return register
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A weight (m, n) that is in the graph: levels, then scales and perhaps zeros."""
+
+    packed: ir.Value
+    parameters: tuple[ir.Value, ...]
+    bits: int
+    shape: tuple[int, int]
+
+    def with_packed(self, packed: ir.Value) -> StoredBlocks:
+        """Return the same weight with its levels in another shape."""
+        return replace(self, packed=packed)
 
 
 class Linears:
@@ -99,27 +114,39 @@ class Linears:
             return y
         return self.graph.op("Add", y, self.graph.weight(name, self.read(name, rows)))
 
+    def quantizes(self, layers: Sequence[str]) -> bool:
+        """Whether a matrix of `layers` is stored in blocks."""
+        globs = self.settings.quantize.keep
+        return self.settings.weights != "same" and not any(fnmatchcase(name, glob) for name in layers for glob in globs)
+
     def matmul(self, x: ir.Value, name: str, weight: Array, layers: Sequence[str]) -> ir.Value:
         """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as export.weights says."""
-        keep = self.settings.quantize.keep
-        if self.settings.weights == "same" or any(fnmatchcase(layer, glob) for layer in layers for glob in keep):
+        if not self.quantizes(layers):
             # Stored transposed: MatMul then needs no Transpose at run time.
             return self.graph.op("MatMul", x, self.graph.weight(name, weight.T))
-        return self._quantized(x, name, weight, BITS[self.settings.weights])
-
-    def _quantized(self, x: ir.Value, name: str, weight: Array, bits: int) -> ir.Value:
-        how = self.settings.quantize
+        bits, how = BITS[self.settings.weights], self.settings.quantize
         stored = quantize(weight, bits, how.block, how.symmetric)
-        zeros = None if stored.zeros is None else self.graph.stored(f"{name}_zeros", stored.zeros)
+        packed = self.graph.stored(f"{name}_q{bits}", stored.packed)
+        return self.block_product(x, self.store_beside(name, packed, stored))
+
+    def store_beside(self, name: str, packed: ir.Value, weight: QuantizedWeight) -> StoredBlocks:
+        """Store scales and zeros of a weight whose levels are stored already."""
+        parameters = [self.graph.weight(f"{name}_scales", weight.scales)]
+        if weight.zeros is not None:
+            parameters.append(self.graph.stored(f"{name}_zeros", weight.zeros))
+        return StoredBlocks(packed, tuple(parameters), weight.bits, weight.shape)
+
+    def block_product(self, x: ir.Value, weight: StoredBlocks) -> ir.Value:
+        """Return x · weightᵀ for a weight stored in blocks."""
+        how, (m, n) = self.settings.quantize, weight.shape
         return self.graph.op(
             f"{CONTRIB}::MatMulNBits",
             x,
-            self.graph.stored(f"{name}_q{bits}", stored.packed),
-            self.graph.weight(f"{name}_scales", stored.scales),
-            *([] if zeros is None else [zeros]),
-            K=weight.shape[1],
-            N=weight.shape[0],
-            bits=bits,
+            weight.packed,
+            *weight.parameters,
+            K=n,
+            N=m,
+            bits=weight.bits,
             block_size=how.block,
             accuracy_level=how.accuracy_level,
         )

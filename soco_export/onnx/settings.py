@@ -16,12 +16,14 @@ WeightType = Literal["same", "int8", "int4"]
 class QuantizeSettings(Section):
     """How `export.weights: int8|int4` are made: one scale per `block` weights along a row's input.
 
+    `embedding` is the type of the token table beside them; a tied head shares it where the types agree.
     `accuracy_level` is MatMulNBits' own: 4 lets the CPU round activations to int8 per block (fast), 1 keeps them fp32.
-    `keep` are globs of layer names that stay unquantised (`lm_head`, `*.down_proj`).
+    `keep` are globs of layers that stay unquantised (`lm_head`, `*.down_proj`, `*embed_tokens`).
     """
 
     block: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
+    embedding: WeightType = "int8"
     accuracy_level: int = Field(default=4, ge=0, le=4)
     keep: tuple[str, ...] = ()
 
@@ -32,8 +34,8 @@ class ExportSettings(Section):
     `flavour`: `standard` uses ONNX's own operators and takes left-padded batches; `contrib` uses ONNX Runtime's
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
     cache and unquantised weights; logits are always float32. `weights`: int8 or int4 blocks for every MatMul.
-    `last_token_logits`: logits of the last position only. `pack`: layers that read the same input share one MatMul.
-    `layouts`: what to write beside the model, by name (soco_export/onnx/layouts.py).
+    `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
+    input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/onnx/layouts.py).
     """
 
     flavour: Flavour = "standard"

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_models import Decoder, factor, tiny_model, torch_logits
+from onnx_models import Decoder, factor, save_dense, tiny_model, torch_logits
 from safetensors.torch import load_file
 
 from soco_export.onnx.export import export_onnx
+from soco_export.onnx.linear import BITS
 from soco_export.onnx.quantize import dequantize, quantize
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 
@@ -33,14 +34,19 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
         elif f"{name}.mix.weight" in stored:
             rows = torch.cat([first, rounded(stored[f"{name}.mix.weight"], bits, how) @ first])
             first = torch.empty_like(rows).index_copy(0, stored[f"{name}.order"], rows)
-        # The table behind a tied head stays as it is: only the head's own copy is rounded.
+        # A tied head has its own rounding unless its type is the table's.
         linear.weight = torch.nn.Parameter(first)
+    if how.embedding != "same":
+        table = model.get_input_embeddings()
+        table.weight = torch.nn.Parameter(rounded(table.weight, BITS[how.embedding], how))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64)])
-@pytest.mark.parametrize("name", ["qwen2", "smollm2"])
-def test_graph_multiplies_with_the_rounded_factors(name, bits, symmetric, block, tmp_path: Path) -> None:
-    how = QuantizeSettings(block=block, symmetric=symmetric, accuracy_level=1)
+@pytest.mark.parametrize(
+    ("name", "embedding"), [("qwen2", "int8"), ("smollm2", "int8"), ("qwen3", "int4"), ("opt", "same")]
+)
+def test_graph_multiplies_with_the_rounded_factors(name, embedding, bits, symmetric, block, tmp_path: Path) -> None:
+    how = QuantizeSettings(block=block, symmetric=symmetric, accuracy_level=1, embedding=embedding)
     model = tiny_model(name)
     folder = factor(model, tmp_path / "hf", FORMS)
     export_onnx(folder, tmp_path / "onnx", ExportSettings(weights=f"int{bits}", quantize=how))
@@ -61,6 +67,17 @@ def test_kept_layers_are_not_rounded(tmp_path: Path) -> None:
     summary = export_onnx(folder, tmp_path / "onnx", ExportSettings(weights="int4", quantize=how))
     assert summary.graph.ops["MatMulNBits"] == 2 * 4
     assert summary.graph.ops["MatMul"] == 2 * (2 + 3) + 1
+
+
+def test_a_tied_head_of_the_tables_type_is_stored_once(tmp_path: Path) -> None:
+    folder = save_dense(tiny_model("qwen3"), tmp_path / "hf")
+    sizes = {}
+    for embedding in ("int8", "int4"):
+        how = QuantizeSettings(embedding=embedding)
+        summary = export_onnx(folder, tmp_path / embedding, ExportSettings(weights="int8", quantize=how))
+        sizes[embedding] = summary.graph.initializer_bytes
+    table, scales = 96 * 64, 96 * 2 * 4
+    assert sizes["int4"] - sizes["int8"] == pytest.approx(table // 2 + scales, abs=64)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,0 +1,82 @@
+"""The token table: read by rows at the start and, in a model with tied embeddings, multiplied with at the end.
+
+It is stored once, in floats or in blocks, unless the two uses want different types.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from soco_export.onnx.architecture import Architecture
+from soco_export.onnx.graph import CONTRIB, Graph
+from soco_export.onnx.linear import BITS, Linears, StoredBlocks
+from soco_export.onnx.quantize import quantize
+
+
+class TokenTable:
+    """Emits lookups in, and products with, one table [vocab, hidden]."""
+
+    def __init__(self, graph: Graph, architecture: Architecture, linears: Linears) -> None:
+        self.graph = graph
+        self.architecture = architecture
+        self.linears = linears
+        self.name = f"{architecture.names.embed}.weight"
+        self._floats: ir.Value | None = None
+        self._blocks: StoredBlocks | None = None
+
+    # float:   tokens ── Gather table ── rows
+    # blocks:  tokens ── GatherBlockQuantized table ── rows
+    def rows(self, tokens: ir.Value) -> ir.Value:
+        """Return the rows of `tokens` [batch, sequence], [batch, sequence, hidden]."""
+        settings = self.linears.settings
+        kept = any(fnmatchcase(self.architecture.names.embed, glob) for glob in settings.quantize.keep)
+        if settings.weights == "same" or settings.quantize.embedding == "same" or kept:
+            self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
+            return self.graph.op("Gather", self._floats, tokens)
+        how, bits = settings.quantize, BITS[settings.quantize.embedding]
+        stored = quantize(self.linears.read(self.name, None), bits, how.block, how.symmetric)
+        # Gather wants the table as wide as the model: no padding behind the last block.
+        width = self.architecture.hidden * bits // 8
+        table = self.graph.stored(f"{self.name}_q{bits}", stored.packed.reshape(self.architecture.vocab, -1)[:, :width])
+        self._blocks = self.linears.store_beside(self.name, table, stored)
+        return self.graph.op(
+            f"{CONTRIB}::GatherBlockQuantized",
+            table,
+            tokens,
+            *self._blocks.parameters,
+            bits=bits,
+            block_size=how.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    # float:   hidden ── Reshape [b·s,n] ── Gemm tableᵀ ── Reshape [b,s,vocab]
+    # blocks:  hidden ── MatMulNBits (table ── Reshape [vocab,blocks,bytes])
+    # neither: hidden ── the head's own MatMul
+    def product(self, hidden: ir.Value) -> ir.Value:
+        """Return hidden · tableᵀ: the logits of a tied head."""
+        head, settings = self.architecture.names.head, self.linears.settings
+        quantized = self.linears.quantizes([head])
+        whole_blocks = self.architecture.hidden % settings.quantize.block == 0
+        alike = settings.quantize.embedding == settings.weights and whole_blocks
+        if quantized and alike and self._blocks is not None:
+            return self._block_product(hidden, self._blocks)
+        if quantized or self._floats is None:
+            return self.linears.matmul(hidden, f"{head}.weight", self.linears.read(self.name, None), [head])
+        return self._float_product(hidden, self._floats)
+
+    def _block_product(self, hidden: ir.Value, blocks: StoredBlocks) -> ir.Value:
+        graph, how = self.graph, self.linears.settings.quantize
+        size = how.block * blocks.bits // 8
+        table = graph.op("Reshape", blocks.packed, graph.constant([self.architecture.vocab, -1, size]))
+        return self.linears.block_product(hidden, blocks.with_packed(table))
+
+    def _float_product(self, hidden: ir.Value, table: ir.Value) -> ir.Value:
+        graph = self.graph
+        flat = graph.op("Reshape", hidden, graph.constant([-1, self.architecture.hidden]))
+        product = graph.op("Gemm", flat, table, transB=1)
+        sizes = graph.op("Shape", hidden, start=0, end=2)
+        shape = graph.op("Concat", sizes, graph.constant([self.architecture.vocab]), axis=0)
+        return graph.op("Reshape", product, shape)
