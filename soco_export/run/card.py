@@ -13,9 +13,13 @@ from soco_export.report.schema import Results
 DENSE, LOW_RANK, ONNX = "dense", "low rank", "ONNX"
 
 
-def summary_json(recipe: Recipe, model: Any) -> str:
-    """Return what the card says of `model`, pruned by `recipe`, as JSON, so that later stages need no model."""
-    return json.dumps(asdict(summarise(model, recipe.model.id or recipe.name)), indent=2) + "\n"
+def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
+    """Return what the card says of `model`, pruned by `recipe`, as JSON, so that later stages need no model.
+
+    params_before: of the dense model; what training added to it (biases) is none of that.
+    """
+    summary = summarise(model, recipe.model.id or recipe.name, params_before=params_before)
+    return json.dumps(asdict(summary), indent=2) + "\n"
 
 
 def model_card(recipe: Recipe, summary: str, results: Results | None = None) -> str:

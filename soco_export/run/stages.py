@@ -99,13 +99,14 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     import torch
 
     from soco_export.checkpoint import save_checkpoint
-    from soco_export.lowrank import apply_factors
+    from soco_export.lowrank import apply_factors, count_parameters
     from soco_export.run.card import model_card, summary_json
 
     model = context.take_model()
+    before = count_parameters(model)
     apply_factors(model, Factors.load(context.path("factors", "factors.safetensors")))
     model.to(dtype=getattr(torch, context.recipe.model.dtype))
-    summary = summary_json(context.recipe, model)
+    summary = summary_json(context.recipe, model, before)
     save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, summary))
     write_evidence(out / CARD_FILE, summary)
 

@@ -55,6 +55,11 @@ class TestFinishedRun:
         assert {stage["status"] for stage in manifest["stages"].values()} == {"done"}
         assert {Path(name).name for name in manifest["inputs"]} == {"config.json", "model.safetensors"}
 
+    def test_card_and_results_count_the_same(self, tiny_run: Path) -> None:
+        card, results = (json.loads((tiny_run / name).read_text()) for name in ("evidence/card.json", "results.json"))
+        assert card["params_before"] == results["sizes"]["params_before"] == 2_755_008
+        assert card["params_after"] == results["sizes"]["params_after"]
+
     def test_goes_on_without_doing_anything(self, run: Path, quick: list[str]) -> None:
         before = contents(run)
         ran = soco("train-and-export", *quick, "--out", run)

@@ -11,6 +11,8 @@ from torch import nn
 
 from soco_export.checkpoint.card import CardSummary, format_cell, render_card, summarise
 from soco_export.lowrank import apply_factors, count_parameters
+from soco_export.recipe import load_recipe
+from soco_export.run.card import model_card, summary_json
 from soco_train.artifacts import Factors, PivotedFactors, StackedFactors
 
 RECIPE = "model:\n  name: tiny  # with ``` in a comment\nkeep_params: 0.8\n"
@@ -58,6 +60,17 @@ def test_a_dense_card_asks_for_nothing_to_be_installed(summary: CardSummary) -> 
     card = render_card("", None, dataclasses.replace(summary, dense=True))
     assert "pip install soco-export" not in card
     assert "Recipe" not in card
+
+
+def test_the_biases_of_a_run_are_no_part_of_what_was_before() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(60, 80, bias=False)})
+    before = count_parameters(model)
+    apply_factors(model, Factors({"fc": StackedFactors(torch.randn(80, 20), torch.randn(20, 60), torch.randn(80))}))
+    recipe = load_recipe("tiny")
+    card = model_card(recipe, summary_json(recipe, model, before))
+    assert "4,800" in card
+    assert "2,880" in card
+    assert "4,880" not in card
 
 
 def test_an_unpruned_model_says_so() -> None:
