@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def measure_latency(
     notify: Notify = silent,
 ) -> LatencyFigures:
     """Time two ONNX folders against each other; see OnnxDecoder for what it raises."""
-    config = json.loads((compressed / "config.json").read_text(encoding="utf-8"))
+    config = _config(compressed)
     workloads, skipped = plan_workloads(settings, config.get("max_position_embeddings"))
     decoders = [OnnxDecoder(folder, provider, threads, folder.name) for folder in (dense, compressed)]
     figures: dict[str, WorkloadFigures] = {}
@@ -72,11 +73,27 @@ def measure_latency(
     return LatencyFigures(provider, threads, settings.rounds, figures, skipped, ceiling)
 
 
-def measure_memory(dense: Path, compressed: Path, provider: str, threads: int, tokens: int) -> MemoryFigures:
-    """Measure the peak memory of both folders, one after the other, for a prefill of `tokens` tokens and a step."""
+def measure_memory(
+    dense: Path, compressed: Path, settings: BenchSettings, provider: str, threads: int
+) -> MemoryFigures:
+    """Measure the peak memory of both folders, one after the other, for the first prefill that fits and a step."""
+    tokens = memory_prompt(settings, _config(compressed).get("max_position_embeddings"))
     first = measure_peak_memory(dense, provider, threads, tokens)
     second = measure_peak_memory(compressed, provider, threads, tokens)
     return MemoryFigures(first, second, second.peak / first.peak)
+
+
+def memory_prompt(settings: BenchSettings, context: int | None) -> int:
+    """Return the first prefill length that leaves room for a decode step in `context`, or all but that one token."""
+    if context is None:
+        return settings.prefill[0]
+    workloads, _ = plan_workloads(settings, context - 1)
+    return next((work.tokens for work in workloads if not work.past), context - 1)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _prompt(tokens: int, vocabulary: int) -> IntArray:

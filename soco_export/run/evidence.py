@@ -58,7 +58,7 @@ def bench_run(context: RunContext, out: Path) -> None:
         where = (validation.provider, validation.threads)
         found["latency"] = asdict(measure_latency(*folders, settings, *where, context.notify))
         if settings.memory:
-            found["memory"] = asdict(measure_memory(*folders, *where, settings.prefill[0]))
+            found["memory"] = asdict(measure_memory(*folders, settings, *where))
     write_evidence(out / BENCH_FILE, json.dumps(found, indent=2) + "\n")
 
 

@@ -11,7 +11,14 @@ from toy_graph import CONTEXT, HEADS, VOCABULARY, WIDTH, ToyModel, save_toy
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.memory import high_water_mark, measure_peak_memory
 from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
-from soco_export.bench.runner import Workload, interleave, measure_latency, plan_workloads
+from soco_export.bench.runner import (
+    Workload,
+    interleave,
+    measure_latency,
+    measure_memory,
+    memory_prompt,
+    plan_workloads,
+)
 from soco_export.bench.settings import BenchSettings
 from soco_train.errors import MachineError
 
@@ -95,6 +102,17 @@ def test_peak_memory_is_of_the_model_and_not_of_the_parent(tmp_path):
     assert high_water_mark() > ballast.nbytes
     assert 20 * 2**20 < found.interpreter <= found.peak < 600 * 2**20
     assert "alone" in found.method
+
+
+def test_peak_memory_is_measured_on_what_fits_the_context(tmp_path):
+    settings = BenchSettings(prefill=(512, CONTEXT, 16), past=1)
+    assert memory_prompt(settings, None) == 512
+    assert memory_prompt(settings, CONTEXT + 1) == CONTEXT
+    assert memory_prompt(settings, CONTEXT) == 16  # a decode step follows
+    assert memory_prompt(settings, 12) == 11
+    folders = [folder_with_config(tmp_path, name, seed) for seed, name in enumerate(("dense", "low-rank"))]
+    found = measure_memory(*folders, settings, "CPUExecutionProvider", 1)
+    assert found.ratio == found.compressed.peak / found.dense.peak
 
 
 def test_a_measuring_process_that_fails_is_an_error(tmp_path, monkeypatch):
