@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from soco_export import models
 from soco_export.recipe import load_recipe
@@ -29,6 +30,12 @@ def as_published(model: Any) -> bool:
     weights = load_file(models.BUILTIN_MODEL / "model.safetensors")
     state = model.state_dict()
     return all(torch.equal(weight.float(), state[name]) for name, weight in weights.items())
+
+
+def test_a_run_keeps_the_bars_of_transformers_off_the_terminal(tmp_path: Path) -> None:
+    logging.enable_progress_bar()
+    a_context(tmp_path)
+    assert not logging.is_progress_bar_enabled()
 
 
 def test_on_the_cpu_the_model_is_read_once_and_given_away_once(tmp_path: Path) -> None:
