@@ -36,7 +36,8 @@ class TokenTable:
             self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
             return self.graph.op("Gather", self._floats, tokens)
         how, bits = settings.quantize, BITS[settings.quantize.embedding]
-        stored = quantize(self.linears.read(self.name, None), bits, how.block, how.symmetric)
+        # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
+        stored = quantize(self.linears.read(self.name, None), bits, how.block, symmetric=True)
         # Gather wants the table as wide as the model: no padding behind the last block.
         width = self.architecture.hidden * bits // 8
         table = self.graph.stored(f"{self.name}_q{bits}", stored.packed.reshape(self.architecture.vocab, -1)[:, :width])
@@ -60,8 +61,8 @@ class TokenTable:
         head, settings = self.architecture.names.head, self.linears.settings
         quantized = self.linears.quantizes([head])
         whole_blocks = self.architecture.hidden % settings.quantize.block == 0
-        alike = settings.quantize.embedding == settings.weights and whole_blocks
-        if quantized and alike and self._blocks is not None:
+        alike = settings.quantize.embedding == settings.weights and settings.quantize.symmetric
+        if quantized and alike and whole_blocks and self._blocks is not None:
             return self._block_product(hidden, self._blocks)
         if quantized or self._floats is None:
             return self.linears.matmul(hidden, f"{head}.weight", self.linears.read(self.name, None), [head])

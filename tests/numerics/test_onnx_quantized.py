@@ -38,7 +38,8 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
         linear.weight = torch.nn.Parameter(first)
     if how.embedding != "same":
         table = model.get_input_embeddings()
-        table.weight = torch.nn.Parameter(rounded(table.weight, BITS[how.embedding], how))
+        symmetric = how.model_copy(update={"symmetric": True})
+        table.weight = torch.nn.Parameter(rounded(table.weight, BITS[how.embedding], symmetric))
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64)])
