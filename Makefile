@@ -39,4 +39,4 @@ setup:
 	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,report,dev
 
 setup-optimum:
-	@ACCELERATOR=cpu tools/make-venv $(VENV_OPTIMUM) tools/constraints-transformers-4.txt optimum,dev
+	@ACCELERATOR=cpu tools/make-venv $(VENV_OPTIMUM) tools/constraints-transformers-4.txt optimum,report,dev

@@ -224,7 +224,7 @@ class TestFolders:
 
 SMALL = (
     *("--model", "smollm2-135m", "--tiny", "--set", "data.blocks=4", "--set", "train.statistics_blocks=2"),
-    *("--set", "train.start=ones", "--set", "train.steps=30", "--set", "train.checkpoint_every=1"),
+    *("--set", "train.start=ones", "--set", "train.steps=150", "--set", "train.checkpoint_every=1"),
 )
 RUN = Path("runs", "smollm2-135m-tiny")
 
