@@ -184,5 +184,5 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").split("\n") if info.is_file() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    cpu = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
     return f"{torch.cuda.get_device_name()} ({cpu})" if torch.cuda.is_available() else cpu
