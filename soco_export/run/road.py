@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from soco_export.recipe import Recipe
-from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.report.schema import Results
 from soco_export.run.context import Format, RunContext
 from soco_export.run.evidence import EVIDENCE, REPORT_FILES
 from soco_export.run.folder import (
@@ -142,9 +142,7 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
 
 
 def run_format(run: Path) -> Format:
-    """Return in which form the run in `run` ships: what it reported last, else what lies there."""
-    if (run / RESULTS_FILE).is_file():
-        return Results.load(run).format
+    """Return the form in which the run in `run` is measured: the one closest to deployment that lies there."""
     return "onnx" if (run / "onnx").is_dir() else "dense" if (run / "dense").is_dir() else "hf"
 
 
