@@ -165,7 +165,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        resolved = AutoConfig.from_pretrained(folder)
+        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path.name}: {error}", fix="give an HF model folder", where=str(path)) from error
     # Either generation of transformers drops the other's way of writing rope: what is written wins.

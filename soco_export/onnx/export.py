@@ -57,7 +57,7 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
         check_tensors(architecture, source)
     with replacing_folder(out) as partial:
         if architecture is None:
-            export_traced(folder, partial, settings)
+            export_traced(folder, partial, settings, notify)
         else:
             _build(architecture, source, settings, partial, notify)
         write_layouts(Layout(folder, partial, config, settings))

@@ -21,6 +21,7 @@ from soco_export.onnx.architecture import Config
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import MachineError, RecipeError
+from soco_train.events import Event, Notify
 
 OPSET = 20
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -77,8 +78,9 @@ def check_fallback(config: Config, settings: ExportSettings) -> None:
         )
 
 
-def export_traced(folder: Path, out: Path, settings: ExportSettings) -> None:
+def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Notify) -> None:
     """Write `out`/model.onnx by tracing; RecipeError where torch cannot trace the model."""
+    notify(Event("export", 0, 1))
     model = load_checkpoint(folder, dtype=getattr(torch, settings.dtype)).eval()
     model.config._attn_implementation = "eager"
     for parameter in model.parameters():
@@ -109,6 +111,7 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings) -> None:
         raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
     _forget_origin(program.model)
     ir.save(program.model, out / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    notify(Event("export", 1, 1))
 
 
 def _example_cache(model: Any) -> list[Pair]:

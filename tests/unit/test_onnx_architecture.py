@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from soco_export.onnx.architecture import Architecture, describe, read_config
+from soco_export.recipe import list_recipes, load_recipe
 from soco_train.errors import DataError, RecipeError
 
 LLAMA: dict[str, Any] = {
@@ -132,3 +133,17 @@ def test_a_broken_config_is_the_files_fault(tmp_path: Path) -> None:
         read_config(tmp_path)
     with pytest.raises(DataError):
         read_config(tmp_path / "nowhere")
+
+
+RECIPES = sorted(list_recipes())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_models_of_the_recipes_are_described(name, tmp_path: Path) -> None:
+    published = load_recipe(name).model.architecture
+    if not published:
+        pytest.skip("the recipe names no architecture")
+    found = read(tmp_path, published)
+    assert found is not None
+    assert found.layers == published["num_hidden_layers"]
+    assert found.hidden == found.heads * found.head_dim
