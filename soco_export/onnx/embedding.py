@@ -1,6 +1,7 @@
 """The token table: read by rows at the start and, in a model with tied embeddings, multiplied with at the end.
 
-It is stored once, in floats or in blocks, unless the two uses want different types.
+It is stored once, in floats or in blocks; float rows beside a quantised head need two copies, and so do blocks that do
+not divide the width.
 """
 
 from __future__ import annotations
@@ -58,11 +59,10 @@ class TokenTable:
     # neither: hidden ── the head's own MatMul
     def product(self, hidden: ir.Value) -> ir.Value:
         """Return hidden · tableᵀ: the logits of a tied head."""
-        head, settings = self.architecture.names.head, self.linears.settings
+        head = self.architecture.names.head
         quantized = self.linears.quantizes([head])
-        whole_blocks = self.architecture.hidden % settings.quantize.block == 0
-        alike = settings.quantize.embedding == settings.weights and settings.quantize.symmetric
-        if quantized and alike and whole_blocks and self._blocks is not None:
+        whole_blocks = self.architecture.hidden % self.linears.settings.quantize.block == 0
+        if quantized and whole_blocks and self._blocks is not None:
             return self._block_product(hidden, self._blocks)
         if quantized or self._floats is None:
             return self.linears.matmul(hidden, f"{head}.weight", self.linears.read(self.name, None), [head])

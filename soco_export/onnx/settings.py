@@ -16,7 +16,8 @@ WeightType = Literal["same", "int8", "int4"]
 class QuantizeSettings(Section):
     """How `export.weights: int8|int4` are made: one scale per `block` weights along a row's input.
 
-    `embedding` is the type of the token table beside them, always symmetric; a tied head of the same type shares it.
+    `embedding` is the type of the token table, always symmetric; a tied head shares it (int8 beside int4 weights: fewer
+    bytes and a better model than an int4 copy).
     `accuracy_level` is MatMulNBits' own: 4 lets the CPU round activations to int8 per block (fast), 1 keeps them fp32.
     `keep` are globs of layers that stay unquantised (`lm_head`, `*.down_proj`, `*embed_tokens`).
     """
