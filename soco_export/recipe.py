@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from soco_export.bench.settings import BenchSettings
 from soco_export.gate import GateSettings
 from soco_export.onnx.settings import ExportSettings
-from soco_export.recipe_yaml import Origins, read_yaml, read_yaml_value
+from soco_export.recipe_yaml import Origins, read_yaml, read_yaml_value, write_yaml
 from soco_export.validate.settings import ValidateSettings
 from soco_train.errors import RecipeError
 from soco_train.settings import DataSettings, LayerSettings, PlanSettings, RefineSettings, Section, TrainSettings
@@ -136,7 +135,7 @@ def lock(recipe: Recipe) -> str:
     """Return the recipe as YAML with everything resolved; `load_recipe` of it gives the equal recipe."""
     values = recipe.model_dump(mode="json", by_alias=True)
     ordered = {"name": values.pop("name"), **values}
-    return LOCK_HEADER + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
+    return LOCK_HEADER + write_yaml(ordered)
 
 
 def schema() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from soco_export.recipe import Recipe, find_recipe, keys, list_recipes, load_recipe, lock, schema
@@ -61,6 +61,7 @@ def test_the_promised_recipes_are_there() -> None:
     shares=st.tuples(*[st.floats(0, 1)] * 3),
     text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
 )
+@example(keep=1.0, rate=1.0, shares=(0.0, 0.0, 0.0), text="0E0")  # text that YAML would read as a number
 def test_any_value_survives_the_lock(
     tmp_path_factory: pytest.TempPathFactory, keep: float, rate: float, shares: tuple[float, float, float], text: str
 ) -> None:
