@@ -41,6 +41,14 @@ def layer_cost(rank: Rank, m: int, n: int, storage: Storage) -> Rank:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """From `rank` on a layer stays dense although it would be smaller, because of `reason`."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """The size of one layer: rank (min(m, n) when dense), its parameters, and why it stays dense (else empty)."""
 
@@ -116,13 +124,15 @@ def _millions(count: int) -> str:
 class _Ladder:
     """The sizes one layer can have, cheapest first; the last rung is the dense layer.
 
-    rung_of[c] is the rung taken when c components survive, c = 0 … k (nobody goes below the first rung).
+    rung_of[c] is the rung taken when c components survive, c = 0 … k (nobody goes below the first rung). `limit` is
+    what ends the ladder, None where the parameters do.
     """
 
     shape: tuple[int, int]
     ranks: Integers
     costs: Integers
     rung_of: Integers
+    limit: Limit | None
 
     @property
     def components(self) -> int:
@@ -132,31 +142,39 @@ class _Ladder:
         return int(self.costs[self.rung_of[survivors]])
 
 
-def _ladder(shape: tuple[int, int], storage: Storage, multiple: int, extra: int) -> _Ladder:
+def _ladder(shape: tuple[int, int], settings: PlanSettings, extra: int, limit: Limit | None) -> _Ladder:
     m, n = shape
-    k = min(m, n)
+    k, multiple = min(m, n), settings.multiple
     ranks = np.arange(multiple, k, multiple, dtype=np.int64)
-    costs = layer_cost(ranks, m, n, storage) + extra
-    cheaper = costs < m * n
-    ranks, costs = np.append(ranks[cheaper], k), np.append(costs[cheaper], m * n)
+    costs = layer_cost(ranks, m, n, settings.storage) + extra
+    pays = costs < m * n
+    if limit is not None:
+        ends = bool((pays & (ranks >= limit.rank)).any())
+        pays, limit = pays & (ranks < limit.rank), limit if ends else None
+    ranks, costs = np.append(ranks[pays], k), np.append(costs[pays], m * n)
     rung_of = np.clip(np.arange(k + 1, dtype=np.int64) // multiple - 1, 0, len(ranks) - 1)
     rung_of[k] = len(ranks) - 1
-    return _Ladder(shape, ranks, costs, rung_of)
+    return _Ladder(shape, ranks, costs, rung_of, limit)
 
 
-def plan_ranks(scores: Scores, settings: PlanSettings, extra_cost: Mapping[str, int] | None = None) -> RankPlan:
+def plan_ranks(
+    scores: Scores,
+    settings: PlanSettings,
+    extra_cost: Mapping[str, int] | None = None,
+    limits: Mapping[str, Limit] | None = None,
+) -> RankPlan:
     """Choose every layer's rank so that the parameters sum to at most keep_params · Σ m·n.
 
     `extra_cost` is what a layer pays on top once it is pruned; by default m for a layer with a deviation (pass 0 where
-    the deviation merges into an existing bias). Ties go by (importance descending, layer order, index). Raises
-    DataError for importances that are not finite or not one per component, RecipeError if rank 1 everywhere (or
-    `multiple`) is already too much.
+    the deviation merges into an existing bias). `limits` keep layers dense from a rank on, whatever they would save.
+    Ties go by (importance descending, layer order, index). Raises DataError for importances that are not finite or not
+    one per component, RecipeError if rank 1 everywhere (or `multiple`) is already too much.
     """
     extra = _deviation_cost(scores) if extra_cost is None else extra_cost
     importances = [_checked(name, layer) for name, layer in scores.layers.items()]
+    ends = limits or {}
     ladders = [
-        _ladder(layer.shape, settings.storage, settings.multiple, extra.get(name, 0))
-        for name, layer in scores.layers.items()
+        _ladder(layer.shape, settings, extra.get(name, 0), ends.get(name)) for name, layer in scores.layers.items()
     ]
     keep = Fraction(str(settings.keep_params))  # the decimal the user wrote, so that no parameter is lost to rounding
     if settings.allocation == "uniform":
@@ -201,9 +219,11 @@ def _layer_plan(ladder: _Ladder, survivors: int) -> LayerPlan:
 def _reason(ladder: _Ladder) -> str:
     """Say why a layer that reached the last rung is dense: from the rank where dense is cheaper, the rest is free."""
     k, last = ladder.components, len(ladder.ranks) - 1
+    first = int(np.argmax(ladder.rung_of == last))
+    if ladder.limit is not None and first < k:
+        return ladder.limit.reason
     if last == 0:
         return "no allowed rank is cheaper than dense"
-    first = int(np.argmax(ladder.rung_of == last))
     return f"all {k} components survive" if first == k else f"cheaper dense than rank {first} of {k}"
 
 

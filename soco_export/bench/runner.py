@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def measure_latency(
         runs = [prepare(decoder, workload, prompt) for decoder in decoders]
         samples = settings.decode_samples if workload.past else 1
         times = interleave((runs[0], runs[1]), settings.rounds, settings.warmup, samples)
-        figures[workload.name] = _figures(workload, *times)
+        figures[workload.name] = _figures(workload, times[0], times[1])
         notify(Event("bench", index + 1, len(workloads), {workload.name: figures[workload.name].speedup.value}))
     ceiling = _rooflines((dense, compressed), figures, provider, threads) if settings.roofline else {}
     return LatencyFigures(provider, threads, settings.rounds, figures, skipped, ceiling)
@@ -110,12 +110,12 @@ def prepare(decoder: OnnxDecoder, workload: Workload, prompt: IntArray) -> Run:
     return run
 
 
-def interleave(runs: tuple[Run, Run], rounds: int, warmup: int, samples: int) -> tuple[Rounds, Rounds]:
-    """Time both in turns, `samples` of each per round, swapping who goes first; milliseconds, [rounds][samples]."""
-    times: tuple[Rounds, Rounds] = ([], [])
+def interleave(runs: Sequence[Run], rounds: int, warmup: int, samples: int) -> tuple[Rounds, ...]:
+    """Time all in turns, `samples` of each per round, another one first in each; milliseconds, [rounds][samples]."""
+    times: tuple[Rounds, ...] = tuple([] for _ in runs)
     for index in range(warmup + rounds):
-        order = (0, 1) if index % 2 == 0 else (1, 0)
-        for which in order:
+        first = index % len(runs)
+        for which in (*range(first, len(runs)), *range(first)):
             found = [_time(runs[which]) for _ in range(samples)]
             if index >= warmup:
                 times[which].append(found)

@@ -13,7 +13,7 @@ from soco_export.onnx.embedding import TokenTable
 from soco_export.onnx.graph import Graph
 from soco_export.onnx.linear import Linears
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import CheckpointWeights
+from soco_export.onnx.weights import WeightSource
 from soco_train.events import Event, Notify
 
 ACTIVATIONS = {"relu": ("Relu", {}), "gelu": ("Gelu", {}), "gelu_tanh": ("Gelu", {"approximate": "tanh"})}
@@ -23,7 +23,7 @@ class DecoderBuilder:
     """Builds one graph from one description and one checkpoint."""
 
     def __init__(
-        self, architecture: Architecture, source: CheckpointWeights, settings: ExportSettings, graph: Graph
+        self, architecture: Architecture, source: WeightSource, settings: ExportSettings, graph: Graph
     ) -> None:
         self.architecture = architecture
         self.names = architecture.names

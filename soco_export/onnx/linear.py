@@ -16,7 +16,7 @@ import onnx_ir as ir
 from soco_export.onnx.graph import CONTRIB, Array, Graph
 from soco_export.onnx.quantize import QuantizedWeight, quantize
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import CheckpointWeights
+from soco_export.onnx.weights import WeightSource
 
 BITS = {"int8": 8, "int4": 4}
 Order = Array | None
@@ -55,7 +55,7 @@ class Linears:
     checkpoint has at rows[i] or columns[i]. From one layer to the next an order thus costs nothing at run time.
     """
 
-    def __init__(self, graph: Graph, source: CheckpointWeights, settings: ExportSettings) -> None:
+    def __init__(self, graph: Graph, source: WeightSource, settings: ExportSettings) -> None:
         self.graph = graph
         self.source = source
         self.settings = settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,21 @@ class Form:
 
     kind: str = "dense"
     rank: int = 0
+
+
+class WeightSource(Protocol):
+    """What the graph builder reads from: the form of each Linear, shapes by tensor name, and tensors."""
+
+    shapes: Shapes
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+
+    def form(self, name: str) -> Form:
+        """Return how the Linear `name` is stored."""
+
+    def read(self, name: str) -> Array:
+        """Return one tensor, floats as float32."""
 
 
 class CheckpointWeights:

@@ -202,15 +202,21 @@ def _half_precision(graph: onnx.GraphProto) -> str | None:
     return next((HALF_TYPES[kind] for kind in types if kind in HALF_TYPES), None)
 
 
-def _open_session(folder: Path, provider: str, threads: int, profile: Path) -> Any:
+def session_options(threads: int) -> Any:
+    """Return the options under which every session of this package is opened and timed."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what matters is raised or proven; the rest would litter stderr
-    options.enable_profiling = True
-    options.profile_file_prefix = str(profile)
     # Two sessions take turns in the benchmark: one must not spin on the other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _open_session(folder: Path, provider: str, threads: int, profile: Path) -> Any:
+    options = session_options(threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(profile)
     providers = [provider] if provider == CPU else [provider, CPU]
     path = folder / MODEL_FILE
     try:
