@@ -20,7 +20,8 @@ from soco_train.budget import RankPlan
 from soco_train.corpus import fingerprint
 from soco_train.events import Notify, silent
 from soco_train.layers import select_linears
-from soco_train.refine import DistillTask, distill, make_factors, store_as
+from soco_train.refine import RefineTask
+from soco_train.refine import refine as run_ladder
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
 from soco_train.spectrum import decompose_model
@@ -69,28 +70,25 @@ def cut_factors(
     refine: RefineSettings | None = None,
     notify: Notify = silent,
 ) -> Factors:
-    """Cut every pruned layer of `plan`, distil the factors if `refine` asks for it, and store them as planned.
+    """Cut every pruned layer of `plan`, refine the factors as `refine` asks, and store them as planned.
 
     model: the dense model that `scores` were learnt on, left as it was; `workdir`: the one of `learn_scores`. The
     layers that `plan` leaves dense are not in the result. Raises DataError for a loss that is not finite.
     """
     linears = {name: model.get_submodule(name) for name in plan.layers}
     dense = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Linear)}
-    cut = make_factors(_spectra(workdir), scores, plan, dense)
-    settings = (refine or RefineSettings()).distill
-    task = DistillTask(
+    task = RefineTask(
         model=model,
         linears=dense,
+        spectra=_spectra(workdir),
         tokens=tokens,
-        settings=settings,
+        settings=refine or RefineSettings(),
         workdir=workdir / "factors",
         notify=notify,
-        fingerprint=_digest(
-            [fingerprint(tokens), settings.model_dump_json(), *(float(layer.down.norm()) for layer in cut.values())]
-        ),
+        fingerprint=fingerprint(tokens),
     )
     provenance = {"keep_params": plan.keep_params, "scores": dict(scores.provenance)}
-    return store_as(distill(task, cut), plan.storage, provenance)
+    return run_ladder(task, scores, plan, provenance)
 
 
 def _spectra(workdir: Path) -> SpectrumStore:

@@ -95,6 +95,24 @@ class TrainSettings(Section):
     logit_chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at one time in the loss")
 
 
+class CompensateSettings(Section):
+    """Closed-form compensation of the surviving scores (optimal brain surgeon in σ-space); `blocks` 0: off."""
+
+    blocks: int = Field(default=0, ge=0, description="calibration blocks behind the Fisher matrices; 0: off")
+    ridge: float = Field(default=0.1, gt=0, description="added to the Fisher diagonal, as a share of its mean")
+    ceiling: float = Field(default=2.0, ge=1, description="no score is raised above it")
+
+
+class RefitSettings(Section):
+    """Closed-form refit of the factors, layer by layer; `blocks` 0: off."""
+
+    blocks: int = Field(default=0, ge=0, description="calibration blocks that flow through the decoder; 0: off")
+    own_input: float = Field(
+        default=0.75, ge=0, le=1, description="weight of the dense layer on the pruned model's own input"
+    )
+    ridge: float = Field(default=1e-3, gt=0, description="pull to the present factors, as a share of the mean variance")
+
+
 class DistillSettings(Section):
     """End-to-end distillation of the surviving factors: KL to the dense model plus `ce_weight` × cross entropy."""
 
@@ -104,12 +122,17 @@ class DistillSettings(Section):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ce_weight: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    held_out_blocks: int = Field(default=0, ge=0, description="last calibration blocks kept to stop early by; 0: off")
+    evaluate_every: int = Field(default=25, ge=1, description="steps between two looks at the held-out blocks")
+    patience: int = Field(default=3, ge=1, description="looks without a better loss that end the distillation")
     checkpoint_every: int = Field(default=25, ge=1)
 
 
 class RefineSettings(Section):
-    """What happens to the factors after the cut."""
+    """What happens to the factors after the cut, in this order; each rung is off unless asked for."""
 
+    compensate: CompensateSettings = CompensateSettings()
+    refit: RefitSettings = RefitSettings()
     distill: DistillSettings = DistillSettings()
 
 

@@ -33,7 +33,7 @@ from soco_train.budget import RankPlan, plan_ranks
 from soco_train.corpus import Blocks, fingerprint, load_blocks
 from soco_train.events import Notify, silent
 from soco_train.layers import replace_module, select_linears
-from soco_train.refine import DistillTask, distill, make_factors, store_as
+from soco_train.refine import RefineTask, refine
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import DataSettings
 from soco_train.spectrum import decompose_layers, find_basis
@@ -84,7 +84,7 @@ class Laboratory:
             scores = self._scores(recipe, linears, spectra, tokens)
         plan = plan_ranks(scores, recipe.plan)
         with clock("factors"):
-            factors = self._factors(recipe, linears, make_factors(spectra, scores, plan, linears), tokens)
+            factors = self._factors(recipe, linears, spectra, scores, tokens)
         with clock("evaluation"), pruned(self.model, linears, factors):
             size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
         return self._result(cell, plan, size, perplexity, clock.seconds)
@@ -144,21 +144,22 @@ class Laboratory:
         return Scores.load(path)
 
     def _factors(
-        self, recipe: Recipe, linears: Mapping[str, Any], cut: Mapping[str, Any], tokens: torch.Tensor
+        self, recipe: Recipe, linears: Mapping[str, Any], spectra: SpectrumStore, scores: Scores, tokens: torch.Tensor
     ) -> Factors:
         key = self._key(recipe.model_dump(mode="json", include={"train", "refine", "layers"}), recipe.plan.model_dump())
         workspace = self.work / f"distillation-{key}"
-        task = DistillTask(
+        task = RefineTask(
             model=self.model,
             linears=linears,
+            spectra=spectra,
             tokens=tokens,
-            settings=recipe.refine.distill,
+            settings=recipe.refine,
             workdir=workspace,
             notify=self.notify,
             seed=recipe.train.seed,
             fingerprint=key,
         )
-        factors = store_as(distill(task, cut), recipe.storage, {})
+        factors = refine(task, scores, plan_ranks(scores, recipe.plan), {})
         shutil.rmtree(workspace, ignore_errors=True)
         return factors
 

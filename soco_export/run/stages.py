@@ -67,20 +67,19 @@ def cut_plan(context: RunContext, out: Path) -> None:
 
 
 def make_factors(context: RunContext, out: Path) -> None:
-    """Cut the factors of the planned ranks, distil them where the recipe asks for it, store them in its form."""
-    from soco_train import refine
+    """Cut the factors of the planned ranks, refine them as the recipe asks, store them in its form."""
     from soco_train.budget import RankPlan
+    from soco_train.refine import RefineTask, refine
 
     plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
-    spectra = SpectrumStore(context.path("spectrum", "spectrum"))
-    cut = refine.make_factors(spectra, scores, plan, context.linears())
     calibration = context.blocks("calibration")
-    task = refine.DistillTask(
+    task = RefineTask(
         model=context.model(),
         linears=context.linears(),
+        spectra=SpectrumStore(context.path("spectrum", "spectrum")),
         tokens=calibration.tokens,
-        settings=context.recipe.refine.distill,
+        settings=context.recipe.refine,
         workdir=out / "work",
         notify=context.notify,
         seed=context.recipe.train.seed,
@@ -91,7 +90,7 @@ def make_factors(context: RunContext, out: Path) -> None:
         "calibration": calibration.fingerprint,
         "scores": dict(scores.provenance),
     }
-    refine.store_as(refine.distill(task, cut), plan.storage, provenance).save(out / "factors.safetensors")
+    refine(task, scores, plan, provenance).save(out / "factors.safetensors")
 
 
 def write_checkpoint(context: RunContext, out: Path) -> None:

@@ -8,10 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.artifacts import SpectrumStore
 from soco_train.budget import plan_ranks
+from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event
+from soco_train.factors import make_factors
 from soco_train.layers import select_linears
-from soco_train.refine import DistillTask, distill, make_factors
 from soco_train.scorers import ScoringTask, saliency, train_scores
 from soco_train.settings import DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectrum import decompose_layers, find_basis

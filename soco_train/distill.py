@@ -1,0 +1,173 @@
+"""Distillation of the factors, end to end: the largest single lever after the cut.
+
+`up`, `down` and bias of every pruned layer are trained on KL to the dense model + ce_weight · cross entropy. The dense
+model is the same model with its dense Linears switched back on, so there is no second copy. With
+`held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
+steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from soco_train.artifacts import StackedFactors, read_tensors, write_tensors
+from soco_train.batches import batch
+from soco_train.errors import DataError
+from soco_train.events import Event, Notify
+from soco_train.factors import FactorLinear, factored, teaching
+from soco_train.objective import divergence
+from soco_train.optimiser import pack, unpack, warmup_cosine
+from soco_train.settings import DistillSettings
+
+CHECKPOINT = "distillation.safetensors"
+_BEST = "best/"
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """All that distillation needs. tokens: [n, t]; `workdir` receives checkpoints of the task named `fingerprint`."""
+
+    model: nn.Module
+    linears: Mapping[str, nn.Linear]
+    tokens: torch.Tensor
+    settings: DistillSettings
+    workdir: Path
+    notify: Notify
+    seed: int = 0
+    fingerprint: str = ""
+
+
+def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[str, StackedFactors]:
+    """Train the factors towards the dense model's predictions and return them; resumes from its checkpoint.
+
+    Raises DataError if the loss is not finite, or if held-out blocks leave nothing to train on.
+    """
+    if not factors or task.settings.steps == 0:
+        return dict(factors)
+    if len(task.tokens) <= task.settings.held_out_blocks:
+        raise DataError(
+            f"{task.settings.held_out_blocks} of {len(task.tokens)} calibration blocks are held out: none is left",
+            fix="lower refine.distill.held_out_blocks or give more calibration text",
+            where="recipe: refine.distill",
+        )
+    task.model.eval()
+    with factored(task.model, task.linears, factors) as layers:
+        _Distillation(task, layers).run()
+        return {name: layer.factors() for name, layer in layers.items()}
+
+
+class _Distillation:
+    """The state of one distillation and its step."""
+
+    def __init__(self, task: DistillTask, layers: Mapping[str, FactorLinear]) -> None:
+        self.task, self.layers, self.settings = task, layers, task.settings
+        held_out = task.settings.held_out_blocks
+        self.tokens = task.tokens[: len(task.tokens) - held_out]
+        self.held_out = task.tokens[len(task.tokens) - held_out :]
+        self.parameters = {
+            f"{name}:{part}": parameter
+            for name, layer in layers.items()
+            for part, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+        self.device = next(iter(self.parameters.values())).device
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0
+        )
+        self.step = 0
+        self.best: dict[str, torch.Tensor] = {}
+        self.best_loss, self.misses = math.inf, 0
+        self.started, self.tokens_done = time.monotonic(), 0
+        self._resume()
+
+    def run(self) -> None:
+        """Train until the last step, or until the held-out loss has stopped falling; end at the best factors."""
+        if self.step == 0:
+            self._evaluate()
+        while self.step < self.settings.steps and self.misses < self.settings.patience:
+            self._one_step()
+            if self.step % self.settings.evaluate_every == 0 or self._at_end():
+                self._evaluate()
+            if self.step % self.settings.checkpoint_every == 0 and not self._at_end():
+                self._save()
+        for name, tensor in self.best.items():
+            self.parameters[name].data.copy_(tensor)
+
+    def _at_end(self) -> bool:
+        return self.step == self.settings.steps
+
+    def _one_step(self) -> None:
+        tokens = batch(self.tokens, self.settings.batch_tokens, self.step, self.task.seed + 1).to(self.device)
+        loss, kl = self._loss(tokens)
+        loss.backward()
+        if not math.isfinite(float(kl)):
+            raise DataError(
+                f"the loss is {float(kl)} at distillation step {self.step}",
+                fix="lower refine.distill.lr",
+                where="refine",
+            )
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * warmup_cosine(self.step, self.settings.steps, self.settings.warmup)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens_done += tokens.numel()
+        self._report({"kl": float(kl)})
+
+    def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with teaching(self.layers):
+            teacher = self.task.model(input_ids=tokens, use_cache=False).logits
+        student = self.task.model(input_ids=tokens, use_cache=False).logits
+        return divergence(student, teacher, tokens, self.settings.ce_weight)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Measure the loss on the held-out blocks, if any; remember the factors if it is the lowest yet."""
+        if not len(self.held_out):
+            return
+        parts = self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
+        losses = [float(self._loss(part.to(self.device))[0]) * len(part) for part in parts]
+        loss = sum(losses) / len(self.held_out)
+        if loss < self.best_loss:
+            self.best_loss, self.misses = loss, 0
+            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        else:
+            self.misses += 1
+        self._report({"held-out loss": loss})
+
+    def _report(self, values: Mapping[str, float]) -> None:
+        speed = self.tokens_done / max(1e-9, time.monotonic() - self.started)
+        self.task.notify(Event("distill", self.step, self.settings.steps, {**values, "tokens/s": speed}))
+
+    def _save(self) -> None:
+        header = {
+            "kind": "distillation",
+            "fingerprint": self.task.fingerprint,
+            "step": self.step,
+            "best_loss": self.best_loss if self.best else None,
+            "misses": self.misses,
+        }
+        tensors = pack(self.parameters, self.optimiser) | {_BEST + name: best for name, best in self.best.items()}
+        self.task.workdir.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.task.workdir / CHECKPOINT, tensors, header)
+
+    def _resume(self) -> None:
+        path = self.task.workdir / CHECKPOINT
+        if not path.exists():
+            return
+        tensors, header = read_tensors(path, "distillation")
+        if header["fingerprint"] != self.task.fingerprint:
+            return
+        unpack(tensors, self.parameters, self.optimiser)
+        self.step, self.misses = header["step"], header["misses"]
+        if header["best_loss"] is not None:
+            self.best_loss = header["best_loss"]
+            self.best = {name: tensors[_BEST + name].to(self.device) for name in self.parameters}

@@ -1,0 +1,120 @@
+"""The cut: factors from the surviving components, and the pruned layer as a module that can be trained.
+
+    W' = P_K diag(s_K) B_K = up · down,   up = P_K diag(√s · β),   down = diag(√s / β) B_K
+
+β splits each component's norm evenly between the two factors, so that both have a similar range (quantisation and half
+precision want that). The deviation and the layer's bias become the bias of `up`. Pivoted storage is another way to
+write the same rank-r matrices, so it is chosen last, when nothing is trained any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors
+from soco_train.budget import RankPlan, kept
+from soco_train.layers import replace_module
+from soco_train.pivot import pivot_factors
+from soco_train.settings import Storage
+
+
+def make_factors(
+    spectra: Mapping[str, Spectrum], scores: Scores, plan: RankPlan, linears: Mapping[str, nn.Linear]
+) -> dict[str, StackedFactors]:
+    """Cut every pruned layer of `plan` and return its stacked factors; up: [m, r], down: [r, n], bias: [m] or None."""
+    factors = {}
+    for name, layer in plan.layers.items():
+        if not layer.dense:
+            bias = linears[name].bias
+            factors[name] = _cut(spectra[name], scores, name, layer.rank, None if bias is None else bias.detach().cpu())
+    return factors
+
+
+def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
+    layer = scores.layers[name]
+    survivors = kept(layer.importance, rank)
+    up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
+    root = layer.scale[survivors].double().clamp(min=0).sqrt()
+    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
+    up, down = up * (root * balance), down * (root / balance)[:, None]
+    if layer.deviation is not None:
+        bias = layer.deviation if bias is None else layer.deviation + bias
+    return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
+
+
+def store_as(factors: Mapping[str, StackedFactors], storage: Storage, provenance: Mapping[str, object]) -> Factors:
+    """Write stacked factors in the form the plan counted on; lossless."""
+    layers: dict[str, LayerFactors] = dict(factors)
+    if storage == "pivoted":
+        layers = {name: pivot_factors(layer) for name, layer in factors.items()}
+    return Factors(layers, provenance)
+
+
+class FactorLinear(nn.Module):
+    """A pruned layer: y = up (down x) + bias, or the dense layer in teacher mode."""
+
+    def __init__(self, dense: nn.Linear, factors: StackedFactors) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.teaching = False
+        device = dense.weight.device
+        self.up = nn.Parameter(factors.up.clone().to(device))
+        self.down = nn.Parameter(factors.down.clone().to(device))
+        self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        if self.teaching:
+            return self.dense(x)
+        z = functional.linear(x, self.down.to(x.dtype))
+        return functional.linear(z, self.up.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @torch.no_grad()
+    def load(self, factors: StackedFactors) -> None:
+        """Take other factors of the same shapes."""
+        self.up.copy_(factors.up)
+        self.down.copy_(factors.down)
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
+
+    def factors(self) -> StackedFactors:
+        """Return the factors as they are now."""
+        bias = None if self.bias is None else self.bias.detach().cpu().clone()
+        return StackedFactors(self.up.detach().cpu().clone(), self.down.detach().cpu().clone(), bias)
+
+
+@contextmanager
+def factored(
+    model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, StackedFactors]
+) -> Iterator[dict[str, FactorLinear]]:
+    """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    layers = {name: FactorLinear(linears[name], factors[name]) for name in factors}
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    try:
+        yield layers
+    finally:
+        for name in layers:
+            replace_module(model, name, linears[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def teaching(layers: Mapping[str, FactorLinear]) -> Iterator[None]:
+    """Within this context the layers answer as the dense ones, without gradients."""
+    for layer in layers.values():
+        layer.teaching = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers.values():
+            layer.teaching = False

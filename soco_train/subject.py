@@ -1,0 +1,23 @@
+"""What every step of training works on: the dense model, its layers that take part, and the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from soco_train.artifacts import Spectrum
+from soco_train.events import Notify
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model, its participating Linears and their spectra by name, and calibration tokens [n, t] int64."""
+
+    model: nn.Module
+    linears: Mapping[str, nn.Linear]
+    spectra: Mapping[str, Spectrum]
+    tokens: torch.Tensor
+    notify: Notify
