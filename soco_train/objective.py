@@ -34,15 +34,17 @@ class ChunkedDivergence(torch.autograd.Function):
             window = slice(int(part[0]), int(part[-1]) + 1)
             log_q = student[window].float().log_softmax(-1)
             log_p = teacher[window].float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum(dtype=torch.float64)
-            pull = (log_q.exp() - p) / len(student)
+            p, gap = log_p.exp(), log_p.sub_(log_q)
+            total += gap.mul_(p).sum(dtype=torch.float64)
+            kept = labels[window] >= 0
+            target = labels[window].clamp(min=0)[:, None]
             if weight:
-                kept = labels[window] >= 0
-                target = labels[window].clamp(min=0)[:, None]
                 entropy -= log_q.gather(1, target).squeeze(1)[kept].sum(dtype=torch.float64)
-                towards = log_q.exp().scatter_add_(1, target, -torch.ones_like(target, dtype=log_q.dtype))
-                pull += towards * (kept[:, None] * (weight / scored))
+            q = log_q.exp_()  # in place, here and above: such a table is what memory and most of the time go to
+            pull = p.sub_(q).div_(-len(student))
+            if weight:
+                towards = q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
+                pull += towards.mul_(kept[:, None] * (weight / scored))
             gradient[window] = pull.to(gradient.dtype)
         ctx.save_for_backward(gradient)
         divergence = total / len(student)

@@ -36,23 +36,31 @@ SCORE_FUNCTIONS: Mapping[ScoreFunction, tuple[Function, Function]] = {
 
 
 class ScoredProduct(torch.autograd.Function):
-    """y = P (s ⊙ B x) with P, B frozen; keeps z = B x and nothing else of the activations."""
+    """y = P (s ⊙ B x) + shift with P, B frozen; keeps z = B x and nothing else of the activations."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, s: torch.Tensor, P: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        """x: [..., n], s: [k], P: [m, k], B: [k, n] → [..., m]."""
-        z = x @ B.t()
+    def forward(
+        ctx: Any, x: torch.Tensor, s: torch.Tensor, P: torch.Tensor, B: torch.Tensor, shift: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x: [..., n], s: [k], P: [m, k], B: [k, n], shift: [m] or None → [..., m]."""
+        z = x.flatten(0, -2) @ B.t()
         ctx.save_for_backward(z, s, P, B)
-        return (z * s.to(z.dtype)) @ P.t()
+        ctx.lead, ctx.shift_dtype = x.shape[:-1], None if shift is None else shift.dtype
+        # the shift rides along with the product; added afterwards it would cost another pass over y
+        scaled = z * s.to(z.dtype)
+        y = scaled @ P.t() if shift is None else torch.addmm(shift.to(z.dtype), scaled, P.t())
+        return y.unflatten(0, ctx.lead)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        """Return the gradients of x and s; sums over tokens run in the dtype of s."""
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, s and the shift; sums over tokens run in the dtype of s and of the shift."""
         z, s, P, B = ctx.saved_tensors
-        h = gradients[0] @ P
-        grad_s = (h * z).flatten(0, -2).sum(0, dtype=s.dtype) if ctx.needs_input_grad[1] else None
-        grad_x = (h * s.to(h.dtype)) @ B if ctx.needs_input_grad[0] else None
-        return grad_x, grad_s, None, None
+        delta = gradients[0].flatten(0, -2)
+        h = delta @ P
+        grad_x = ((h * s.to(h.dtype)) @ B).unflatten(0, ctx.lead) if ctx.needs_input_grad[0] else None
+        grad_s = h.mul_(z).sum(0, dtype=s.dtype) if ctx.needs_input_grad[1] else None  # h is not needed any more
+        grad_shift = delta.sum(0, dtype=ctx.shift_dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, grad_s, None, None, grad_shift
 
 
 class ScoredLinear(nn.Module):
@@ -70,6 +78,7 @@ class ScoredLinear(nn.Module):
         super().__init__()
         self.dense = linear.requires_grad_(False)
         self.teaching = False
+        self.left_dense = False
         device = linear.weight.device
         self.register_buffer("P", spectrum.P.to(device, dtype))
         self.register_buffer("B", spectrum.B.to(device, dtype))
@@ -79,17 +88,20 @@ class ScoredLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y: [..., m] in the dtype of x."""
-        if self.teaching:
+        if self.teaching or self.left_dense:
             return self.dense(x)
-        y = ScoredProduct.apply(x.to(self.P.dtype), self.s[self.index], self.P, self.B)
-        for shift in (self.d, self.dense.bias):
-            y = y if shift is None else y + shift.to(y.dtype)
-        return y.to(x.dtype)
+        shift = self.d if self.dense.bias is None else self.dense.bias if self.d is None else self.d + self.dense.bias
+        return ScoredProduct.apply(x.to(self.P.dtype), self.s[self.index], self.P, self.B, shift).to(x.dtype)
 
     @torch.no_grad()
     def compact(self, support: torch.Tensor) -> None:
-        """Drop the components outside `support` ([k] bool over the full spectrum); later steps get cheaper."""
-        keep = support[self.index]
+        """Drop the components outside `support` ([k] bool over the full spectrum); later steps get cheaper.
+
+        A layer that keeps them all is one that the plan leaves dense: it answers as the dense layer from now on, as it
+        will in the pruned model.
+        """
+        self.left_dense = bool(support.all())
+        keep = support[self.index] & (not self.left_dense)
         self.P, self.B, self.index = self.P[:, keep].contiguous(), self.B[keep].contiguous(), self.index[keep]
 
 
@@ -142,6 +154,8 @@ class ScoreBank(nn.Module):
     def restrict(self, support: torch.Tensor) -> None:
         """Freeze the support ([Σk] bool) and drop everything else from the layers physically."""
         self.support = self.support & support
+        if bool(self.support.all()):  # nothing is cut; were every layer to answer as the dense one, nothing would train
+            return
         for layer, part in zip(self._layers, self.support.split(self.ranks), strict=True):
             layer.compact(part)
 

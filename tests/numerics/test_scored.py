@@ -27,7 +27,23 @@ def test_gradients_match_finite_differences(whitened: bool, shape: tuple[int, in
     parts = spectrum(weight, whitened)
     x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
     s = torch.rand(min(shape), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, s: ScoredProduct.apply(x, s, parts.P, parts.B), (x, s), atol=1e-7)
+    d = torch.randn(shape[0], dtype=torch.float64, requires_grad=True)
+    for inputs in ((x, s, parts.P, parts.B, d), (x, s, parts.P, parts.B, None)):
+        assert torch.autograd.gradcheck(ScoredProduct.apply, inputs, atol=1e-7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("deviation", [False, True])
+def test_the_layer_is_the_sum_of_its_scored_components(bias: bool, deviation: bool) -> None:
+    linear = nn.Linear(6, 8, bias=bias).double()
+    parts = spectrum(linear.weight.detach(), True)
+    layer = ScoredLinear(linear, parts, torch.float64)
+    layer.s, layer.d = torch.rand(6, dtype=torch.float64), torch.randn(8, dtype=torch.float64) if deviation else None
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    expected = x @ (parts.P @ torch.diag(layer.s) @ parts.B).T
+    for shift in (layer.d, linear.bias):
+        expected = expected if shift is None else expected + shift
+    assert torch.allclose(layer(x), expected, atol=1e-12)
 
 
 def layer_and_reference(m: int = 8, n: int = 6) -> tuple[ScoredLinear, nn.Linear]:
@@ -50,6 +66,15 @@ def test_compaction_leaves_the_output_of_the_survivors() -> None:
     layer.compact(support)
     assert layer.P.shape == (8, 4)
     assert torch.allclose(layer(x), before, atol=1e-12)
+
+
+def test_a_layer_left_dense_answers_as_the_dense_one_whatever_its_scores() -> None:
+    layer, linear = layer_and_reference()
+    layer.s, layer.d = torch.rand(6, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    layer.compact(torch.ones(6, dtype=torch.bool))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert torch.equal(layer(x), linear(x))
+    assert layer.P.numel() == layer.B.numel() == 0
 
 
 @pytest.mark.parametrize("function", ["relu", "softplus", "sigmoid2"])

@@ -90,6 +90,13 @@ def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path) 
         assert torch.equal(layer.deviation, found.layers[name].deviation)
 
 
+def test_a_size_that_cuts_nothing_trains_to_the_end(model, tokens, tmp_path: Path) -> None:
+    train = TRAIN.model_copy(update={"steps": 6, "start": "ones", "deviation": False})
+    work, events = task(model, tokens, tmp_path, train, keep=1.0)
+    train_scores(work)
+    assert events[-1].step == 6
+
+
 def test_another_task_does_not_continue_the_checkpoint(model, tokens, tmp_path: Path) -> None:
     first, _ = task(model, tokens, tmp_path)
     train_scores(first)
