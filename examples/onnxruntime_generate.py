@@ -47,17 +47,19 @@ def generate(session: Any, ids: list[int], tokens: int, ends: set[int]) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("prompt")
+    parser.add_argument("prompts", nargs="+")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--json", action="store_true", help="a line of JSON per prompt, with the token ids")
     arguments = parser.parse_args()
 
     # By path: model.onnx.data is looked for beside model.onnx.
     session = onnxruntime.InferenceSession(str(arguments.folder / "model.onnx"), providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer.from_file(str(arguments.folder / "tokenizer.json"))
     end = json.loads((arguments.folder / "config.json").read_text())["eos_token_id"]
-    ids = tokenizer.encode(arguments.prompt).ids
-    found = list(generate(session, ids, arguments.tokens, set(end if isinstance(end, list) else [end])))
-    print(tokenizer.decode(ids + found))
+    for prompt in arguments.prompts:
+        ids = tokenizer.encode(prompt).ids
+        found = list(generate(session, ids, arguments.tokens, set(end if isinstance(end, list) else [end])))
+        print(json.dumps({"ids": ids, "tokens": found}) if arguments.json else tokenizer.decode(ids + found))
 
 
 if __name__ == "__main__":
