@@ -1,14 +1,16 @@
 """Text → token blocks, with a fingerprint: from files, a Hugging Face data set, or the texts inside the package.
 
 The text is tokenised without special tokens and cut into consecutive blocks; a rest shorter than a block is dropped.
-Nothing is shuffled, so that the same text and tokenizer give the same blocks, and `blocks: 24` means the first 24.
+Nothing is shuffled, so that the same text and tokenizer give the same blocks, and `blocks: 24` means the first 24. The
+blocks of several texts take turns in proportion to their number: whoever uses only the first few (a covariance, a
+saliency) then sees a bit of every text and not the whole of one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,22 +39,35 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
 
     Raises RecipeError (no such file or data set, `datasets` missing) and DataError (not UTF-8, less than one block).
     """
+    source = describe_source(settings, purpose)
+    texts = [_cut(tokenizer, documents, settings) for documents in _texts(settings, purpose)]
+    tokens = interleave([blocks for blocks, _ in texts])[: settings.blocks]
+    if len(tokens) == 0:
+        count = max(tokens for _, tokens in texts)
+        raise DataError(
+            f"the {purpose} text has {count} tokens, and one block needs {settings.block}",
+            fix=f"give more text, or set {_section(purpose)}.block to {max(count, 8)} or less",
+            where=source,
+        )
+    return Blocks(tokens, source, fingerprint(tokens))
+
+
+def _cut(tokenizer: Any, documents: Iterator[str], settings: DataSettings) -> tuple[torch.Tensor, int]:
+    """Return the blocks [n, block] of one text, at most as many as are wanted in all, and how many tokens were read."""
     wanted = None if settings.blocks is None else settings.blocks * settings.block
     ids: list[int] = []
-    for document in _documents(settings, purpose):
+    for document in documents:
         ids += tokenizer(document, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         if wanted is not None and len(ids) >= wanted:
             break
-    source = describe_source(settings, purpose)
-    count = min(len(ids), wanted or len(ids)) // settings.block
-    if count == 0:
-        raise DataError(
-            f"the {purpose} text has {len(ids)} tokens, and one block needs {settings.block}",
-            fix=f"give more text, or set {_section(purpose)}.block to {max(len(ids), 8)} or less",
-            where=source,
-        )
-    tokens = torch.tensor(ids[: count * settings.block], dtype=torch.int64).view(count, settings.block)
-    return Blocks(tokens, source, fingerprint(tokens))
+    count = len(ids) // settings.block
+    return torch.tensor(ids[: count * settings.block], dtype=torch.int64).view(count, settings.block), len(ids)
+
+
+def interleave(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the blocks [n, block] of all texts, each text spread evenly over the whole; order within a text stays."""
+    places = torch.cat([(torch.arange(len(blocks), dtype=torch.float64) + 0.5) / len(blocks) for blocks in texts])
+    return torch.cat(list(texts))[places.sort(stable=True).indices]
 
 
 def fingerprint(tokens: torch.Tensor) -> str:
@@ -97,18 +112,22 @@ def _paths(settings: DataSettings, purpose: Purpose) -> tuple[Path, ...]:
     return _files(settings)
 
 
-def _documents(settings: DataSettings, purpose: Purpose) -> Iterator[str]:
-    """Yield texts to tokenise one after the other; documents of one collection end with an empty line."""
+def _texts(settings: DataSettings, purpose: Purpose) -> Iterator[Iterator[str]]:
+    """Yield each text, as documents to tokenise one after the other; those of a collection end with an empty line."""
     if settings.hub is not None:
-        yield from _hub_documents(settings.hub, _section(purpose))
+        yield _hub_documents(settings.hub, _section(purpose))
         return
     for path in _paths(settings, purpose):
-        text = _read_text(path)
-        kind = settings.format if settings.format != "auto" else _kind(path)
-        if kind == "jsonl":
-            yield from _json_documents(text, path)
-        else:
-            yield join_wikitext(text) if kind == "wikitext" else text
+        yield _documents(path, settings)
+
+
+def _documents(path: Path, settings: DataSettings) -> Iterator[str]:
+    text = _read_text(path)
+    kind = settings.format if settings.format != "auto" else _kind(path)
+    if kind == "jsonl":
+        yield from _json_documents(text, path)
+    else:
+        yield join_wikitext(text) if kind == "wikitext" else text
 
 
 def _kind(path: Path) -> Literal["text", "jsonl", "wikitext"]:

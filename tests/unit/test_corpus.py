@@ -64,12 +64,29 @@ def test_marks_of_other_editors_are_not_text(tmp_path: Path) -> None:
     )
 
 
-def test_files_and_jsonl_documents_are_joined(tmp_path: Path) -> None:
+def test_jsonl_documents_are_joined(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": text, "url": "-"}) for text in ("one", "twö")) + "\n"
-    settings = DataSettings(path=(written(tmp_path, "start "), written(tmp_path, lines, "more.jsonl")), block=8)
-    text = decoded(load_blocks(characters, settings, "calibration").tokens)
-    assert "start one\n\ntwö\n\n".startswith(text)
-    assert len(text) == 16
+    settings = DataSettings(path=written(tmp_path, lines, "more.jsonl"), block=8)
+    assert decoded(load_blocks(characters, settings, "calibration").tokens) == "one\n\ntwö"
+
+
+def test_any_first_blocks_of_several_texts_are_a_fair_mixture(tmp_path: Path) -> None:
+    sizes = {"a": random.randint(3, 40), "b": random.randint(3, 40), "c": 1}
+    paths = tuple(written(tmp_path, letter * 8 * size, f"{letter}.txt") for letter, size in sizes.items())
+    tokens = load_blocks(characters, DataSettings(path=paths, block=8), "calibration").tokens
+    letters = "".join(decoded(block[:1]) for block in tokens)
+    total = sum(sizes.values())
+    for count in range(1, total + 1):
+        for letter, size in sizes.items():
+            assert abs(letters[:count].count(letter) - count * size / total) < len(sizes)
+    assert len(letters) == total
+
+
+def test_the_order_within_a_text_stays(tmp_path: Path) -> None:
+    first = written(tmp_path, "abcdefgh" + "ijklmnop" + "qrstuvwx", "first.txt")
+    second = written(tmp_path, "01234567", "second.txt")
+    tokens = load_blocks(characters, DataSettings(path=(first, second), block=8), "calibration").tokens
+    assert decoded(tokens) == "abcdefgh" + "ijklmnop" + "01234567" + "qrstuvwx"
 
 
 def test_wikitext_rows_are_joined_as_the_data_set_would() -> None:
