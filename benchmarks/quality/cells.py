@@ -55,6 +55,16 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class Task:
+    """On one task of `items`: accuracy, accuracy per byte, and how often the answer is the dense model's."""
+
+    items: int
+    acc: float
+    acc_norm: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class CellResult:
     """What one cell measured.
 
@@ -77,6 +87,7 @@ class CellResult:
     perplexity: Mapping[str, Perplexity]
     seconds: Mapping[str, float]
     code: str
+    tasks: Mapping[str, Task] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the cell's file in one move."""
@@ -88,7 +99,8 @@ class CellResult:
         """Read a cell's file."""
         found = json.loads(path.read_text(encoding="utf-8"))
         texts = {name: Perplexity(**figures) for name, figures in found.pop("perplexity").items()}
-        return CellResult(**found, perplexity=texts)
+        tasks = {name: Task(**figures) for name, figures in found.pop("tasks", {}).items()}
+        return CellResult(**found, perplexity=texts, tasks=tasks)
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,26 @@ score is measured on the first few blocks, and which ones those are is chance to
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import soco_train
-from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, saliency_tokens, training_tokens
+from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
 from soco_export.lowrank import apply_factors, count_parameters, record_layers
 from soco_export.models import load_model
 from soco_export.recipe import Recipe
-from soco_export.run.manifest import stage_key
+from soco_export.run.manifest import stage_key, write_atomic
 from soco_export.validate.decoder import TorchDecoder
 from soco_export.validate.perplexity import measure_perplexity
+from soco_export.validate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items
 from soco_train.artifacts import Factors, Scores, SpectrumStore
 from soco_train.budget import RankPlan, plan_ranks
 from soco_train.corpus import Blocks, fingerprint, load_blocks
@@ -39,26 +41,32 @@ from soco_train.settings import DataSettings
 from soco_train.spectrum import decompose_layers, find_basis
 from soco_train.statistics import collect_statistics
 
+T = TypeVar("T")
+
 
 @dataclass
 class Laboratory:
-    """A dense model with its texts, and what its cells share. `texts`: the evaluation blocks by name."""
+    """A dense model with its texts, and what its cells share. `texts` and `tasks`: what to measure on, by name."""
 
     model: Any
+    tokenizer: Any
     calibration: Blocks
     texts: Mapping[str, Blocks]
     work: Path
+    tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     notify: Notify = field(default=silent)
 
     @staticmethod
     def open(recipe: Recipe, texts: Mapping[str, DataSettings], work: Path, notify: Notify = silent) -> Laboratory:
-        """Load the model and the texts of `recipe`; `texts` are more of them to measure on, by name."""
+        """Load the model, the texts and the tasks of `recipe`; `texts` are more of them to measure on, by name."""
         model, tokenizer = load_model(recipe)
         wanted = {"evaluation": recipe.evaluation, **texts}
         evaluation = {name: load_blocks(tokenizer, text, "evaluation") for name, text in wanted.items()}
         calibration = load_blocks(tokenizer, recipe.data, "calibration")
+        tasks = {task.name or task.path.stem: load_items(task) for task in recipe.validation.tasks}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Laboratory(model.to(device).requires_grad_(False), calibration, evaluation, work, notify)
+        model = model.to(device).requires_grad_(False)
+        return Laboratory(model, tokenizer, calibration, evaluation, work, tasks, notify)
 
     def __post_init__(self) -> None:
         self._weights = weights_hash(self.model)
@@ -67,11 +75,16 @@ class Laboratory:
     def inputs(self) -> dict[str, str]:
         """Return the hashes of what a cell depends on beside its settings."""
         evaluation = {f"text {name}": blocks.fingerprint for name, blocks in self.texts.items()}
-        return {"weights": self._weights, "calibration": self.calibration.fingerprint, **evaluation}
+        tasks = {f"task {name}": _digest(items) for name, items in self.tasks.items()}
+        return {"weights": self._weights, "calibration": self.calibration.fingerprint, **evaluation, **tasks}
 
     def dense(self) -> dict[str, Perplexity]:
-        """Return the dense model's perplexities."""
-        return self._perplexities(DENSE)
+        """Return the dense model's perplexities; its answers to the tasks are kept for the comparisons."""
+        return self._kept("perplexity", lambda: self._perplexities(DENSE), lambda found: Perplexity(**found))
+
+    def dense_answers(self) -> dict[str, TaskAnswers]:
+        """Return the dense model's answers by task."""
+        return self._kept("answers", lambda: self._answers(DENSE), lambda found: TaskAnswers(**found))
 
     def measure(self, cell: Cell) -> CellResult:
         """Do the whole cell; raises what the calls below raise."""
@@ -87,7 +100,9 @@ class Laboratory:
             factors = self._factors(recipe, linears, spectra, scores, tokens)
         with clock("evaluation"), pruned(self.model, linears, factors):
             size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
-        return self._result(cell, plan, size, perplexity, clock.seconds)
+            answers = self._answers(cell.title)
+        result = self._result(cell, plan, size, perplexity, clock.seconds)
+        return replace(result, tasks=self._compared(answers)) if answers else result
 
     def _result(
         self, cell: Cell, plan: RankPlan, size: int, found: Mapping[str, Perplexity], seconds: Mapping[str, float]
@@ -168,6 +183,31 @@ class Laboratory:
         found = {text: measure_perplexity(decoder, blocks.tokens, self.notify) for text, blocks in self.texts.items()}
         return {text: Perplexity(**asdict(figures)) for text, figures in found.items()}
 
+    def _answers(self, name: str) -> dict[str, TaskAnswers]:
+        decoder = TorchDecoder(self.model, name)
+        return {
+            task: answer_task(decoder, self.tokenizer, items, task, self.notify) for task, items in self.tasks.items()
+        }
+
+    def _compared(self, answers: Mapping[str, TaskAnswers]) -> dict[str, Task]:
+        dense = self.dense_answers()
+        found = {}
+        for name, own in answers.items():
+            comparison = compare_answers(dense[name], own)
+            figures = comparison.compressed
+            found[name] = Task(figures.items, figures.acc, figures.acc_norm, comparison.agreement)
+        return found
+
+    def _kept(
+        self, what: str, measure: Callable[[], dict[str, T]], read: Callable[[dict[str, Any]], T]
+    ) -> dict[str, T]:
+        """Return what was measured of the dense model, from the file if it has been measured on the same texts."""
+        path = self.work / f"dense-{what}-{stage_key([], self.inputs())[:16]}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps({name: asdict(entry) for name, entry in measure().items()}))
+        return {name: read(entry) for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+
     def _key(self, *settings: Any) -> str:
         return stage_key(settings, {"weights": self._weights, "calibration": self.calibration.fingerprint})[:16]
 
@@ -187,6 +227,10 @@ def pruned(model: Any, linears: Mapping[str, Any], factors: Factors) -> Iterator
 def rotated(tokens: torch.Tensor, seed: int, by: int) -> torch.Tensor:
     """Return the blocks [n, t] in the same order, begun `seed` × `by` blocks later."""
     return tokens.roll(-seed * by, dims=0)
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256(repr(list(items)).encode()).hexdigest()
 
 
 def weights_hash(model: Any) -> str:

@@ -5,7 +5,8 @@
 Every cell is a file in OUT/cells as soon as it is done; the same command skips those and goes on. After every cell
 OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from the cells that are there, so that a
 benchmark stopped at any moment has a table; --report writes them and measures nothing.
-More texts: --evaluate wikitext2=wiki.test.raw:2048.
+More texts: --evaluate wikitext2=wiki.test.raw:2048 (or :2048:8 for the first 8 blocks). Tasks are the recipe's:
+--set 'validation.tasks=[{path: piqa.jsonl, limit: 200}]'.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -24,10 +26,11 @@ from pathlib import Path
 from benchmarks.quality.cells import Cell, CellResult, Grid, Perplexity
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plot import draw
-from benchmarks.quality.table import markdown, rows
+from benchmarks.quality.table import markdown, rows, task_table
 from soco_export.doctor import versions
 from soco_export.recipe import load_recipe
 from soco_export.run.manifest import write_atomic
+from soco_export.validate.tasks import summarise_answers
 from soco_train.errors import RecipeError, SocoError
 from soco_train.settings import DataSettings
 
@@ -72,7 +75,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=_numbers(float), default="0.8,0.6,0.4", help="sizes (keep_params)")
     parser.add_argument("--seeds", type=_numbers(int), default="0,1,2")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of every method")
-    parser.add_argument("--evaluate", action="append", default=[], metavar="NAME=PATH:BLOCK", help="one more text")
+    parser.add_argument(
+        "--evaluate",
+        action="append",
+        default=[],
+        metavar="NAME=PATH:BLOCK[:N]",
+        help="one more text, its first N blocks",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key, in all cells")
     parser.add_argument("--report", action="store_true", help="tables of the cells that are there; measure nothing")
     parser.add_argument("--out", type=Path, required=True)
@@ -123,6 +132,7 @@ def write_results(
     cells = [CellResult.load(path) for path in files.values() if path.exists()]
     table = rows(cells, dense)
     texts = {name: {"source": b.source, "shape": list(b.tokens.shape)} for name, b in laboratory.texts.items()}
+    answers = {name: summarise_answers(own) for name, own in laboratory.dense_answers().items()}
     document = {
         "schema_version": 1,
         **asdict(header),
@@ -130,13 +140,17 @@ def write_results(
         "calibration": {"source": laboratory.calibration.source, "shape": list(laboratory.calibration.tokens.shape)},
         "texts": texts,
         "dense": {text: asdict(figures) for text, figures in dense.items()},
+        "dense_tasks": {name: asdict(figures) for name, figures in answers.items()},
         "rows": [asdict(row) for row in table],
         "cells": [asdict(cell) for cell in cells],
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     write_atomic(
-        out / "results.md", "\n".join([*_preface(header, laboratory, cells, len(files)), markdown(table, dense)])
+        out / "results.md",
+        "\n".join(
+            [*_preface(header, laboratory, cells, len(files)), markdown(table, dense), *task_table(cells, answers)]
+        ),
     )
     for text, figures in dense.items():
         plot = draw(table, text, figures)
@@ -165,12 +179,12 @@ def _preface(header: Header, laboratory: Laboratory, cells: Sequence[CellResult]
 
 
 def _text(given: str) -> tuple[str, DataSettings]:
-    """Read NAME=PATH:BLOCK."""
-    name, equals, rest = given.partition("=")
-    path, colon, block = rest.rpartition(":")
-    if not (name and equals and path and colon and block.isdigit()):
-        raise RecipeError(f"cannot read the text {given!r}", fix="write NAME=PATH:BLOCK", where="--evaluate")
-    return name, DataSettings(path=Path(path), block=int(block))
+    """Read NAME=PATH:BLOCK or NAME=PATH:BLOCK:N."""
+    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<path>.+?):(?P<block>\d+)(:(?P<count>\d+))?", given)
+    if found is None:
+        raise RecipeError(f"cannot read the text {given!r}", fix="write NAME=PATH:BLOCK[:N]", where="--evaluate")
+    blocks = None if found["count"] is None else int(found["count"])
+    return found["name"], DataSettings(path=Path(found["path"]), block=int(found["block"]), blocks=blocks)
 
 
 def _command() -> str:

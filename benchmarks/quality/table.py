@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from benchmarks.quality.cells import CONTROL, CellResult, Perplexity
+from soco_export.validate.figures import TaskFigures
 
 
 @dataclass(frozen=True)
@@ -103,3 +104,33 @@ def _shown(row: Row | None, text: str) -> tuple[str, str]:
     figures = row.texts[text]
     spread = "" if figures.spread is None else f" ± {figures.spread:.2g} ({len(figures.values)})"
     return f"{figures.mean:.4g}{spread}", "" if figures.ratio is None else f"{figures.ratio:.3f}"
+
+
+def task_table(cells: Sequence[CellResult], dense: Mapping[str, TaskFigures]) -> list[str]:
+    """Return the table of tasks, a line per method and size: accuracies, their mean, and the agreement with dense.
+
+    A task's accuracy is per byte (acc_norm); means are over seeds.
+    """
+    groups: dict[tuple[str, float], list[CellResult]] = {}
+    for cell in cells:
+        if cell.tasks:
+            groups.setdefault((cell.method, cell.keep), []).append(cell)
+    if not groups:
+        return []
+    names = list(dense)
+    lines = [
+        f"### tasks: acc_norm of {', '.join(f'{name} ({figures.items})' for name, figures in dense.items())}\n",
+        f"| method | keep | {' | '.join(names)} | mean | same answer as dense |",
+        f"|---|---|{'---|' * len(names)}---|---|",
+        _task_row("dense", 1.0, [figures.acc_norm for figures in dense.values()], 1.0),
+    ]
+    for (method, keep), group in sorted(groups.items(), key=lambda entry: -entry[0][1]):
+        accuracies = [mean(cell.tasks[name].acc_norm for cell in group) for name in names]
+        agreement = mean(cell.tasks[name].agreement for cell in group for name in names)
+        lines.append(_task_row(method, keep, accuracies, agreement))
+    return [*lines, ""]
+
+
+def _task_row(method: str, keep: float, accuracies: Sequence[float], agreement: float) -> str:
+    shown = " | ".join(f"{accuracy:.3f}" for accuracy in accuracies)
+    return f"| {method} | {keep:g} | {shown} | {mean(accuracies):.3f} | {agreement:.3f} |"
