@@ -17,15 +17,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from soco_export.console import NORMAL, QUIET, VERBOSE, Console
+from soco_train import parallel
 from soco_train.errors import SocoError
 
 INTERRUPTED = 130
+# what several processes under torchrun do together; any other verb is the leading one's alone
+SHARED_VERBS = ("train", "train_and_export", "export")
 
 Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.")]
 Format = Annotated[Literal["onnx", "hf", "dense"], typer.Option(help="ONNX, Hugging Face low rank, or merged dense.")]
 KeepParams = Annotated[float | None, typer.Option(help="Fraction of the selected layers' parameters to keep.")]
 Sizes = Annotated[str | None, typer.Option("--keep-params", help="One or more sizes: 0.9,0.8,0.6.")]
+Aim = Annotated[
+    Literal["params", "latency"] | None,
+    typer.Option(help="latency: layers that were measured to be no faster at their rank stay dense."),
+]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: key=value. Repeatable.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost; no network, no weights.")]
@@ -93,6 +100,7 @@ def plan(
     run: RunArgument = None,
     model: Model = None,
     sizes: Sizes = None,
+    optimise_for: Aim = None,
     out: Annotated[Path | None, typer.Option(help="A folder for one plan.json per size.")] = None,
     set_: Set = None,
     tiny: Tiny = False,
@@ -211,6 +219,10 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
 def _call(verb: str, options: dict[str, Any]) -> None:
     """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
     quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
+    if not parallel.leading():  # this process is there to help another one, which speaks for all
+        if verb not in SHARED_VERBS or options.get("dry_run"):
+            raise typer.Exit(0)
+        quiet, verbose, as_json = True, False, False
     console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
     try:
         with console.working():
@@ -224,7 +236,8 @@ def _call(verb: str, options: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         console.warn("interrupted: the same command goes on from the last checkpoint")
         raise typer.Exit(INTERRUPTED) from None
-    console.result(outcome.document, outcome.text)
+    if parallel.leading():
+        console.result(outcome.document, outcome.text)
     raise typer.Exit(outcome.code)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from soco_export.bench.settings import BenchSettings
+from soco_export.bench.settings import BenchSettings, LatencySettings
 from soco_export.gate import GateSettings
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe_yaml import Origins, read_yaml, read_yaml_value, write_yaml
@@ -45,10 +45,15 @@ class ModelSettings(Section):
 
 
 class Recipe(PlanSettings):
-    """One run, whole. The plan's keys (`keep_params`, `storage`, …) stand at the top level."""
+    """One run, whole. The plan's keys (`keep_params`, `storage`, …) stand at the top level.
+
+    `optimise_for: latency` leaves a layer dense where its low-rank form was measured to be no faster.
+    """
 
     name: str
     description: str = ""
+    optimise_for: Literal["params", "latency"] = "params"
+    latency: LatencySettings = LatencySettings()
     model: ModelSettings
     data: DataSettings
     evaluation: DataSettings

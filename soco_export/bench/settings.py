@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, PositiveInt
 
 from soco_train.settings import Section
@@ -22,3 +24,14 @@ class BenchSettings(Section):
     decode_samples: int = Field(default=4, ge=1)
     memory: bool = Field(default=True, description="peak memory, each model in a process of its own")
     roofline: bool = Field(default=True, description="measure the memory bandwidth that bounds decoding")
+
+
+class LatencySettings(Section):
+    """The measured cost of a layer, for `optimise_for: latency`.
+
+    `tokens`: how many go through a layer at once, 1 being a decode step; a pruned layer must be faster than dense at
+    each. `profile`: the file that keeps the measurements, for several runs to share; by default each run has its own.
+    """
+
+    tokens: tuple[PositiveInt, ...] = Field(default=(1, 512), min_length=1)
+    profile: Path | None = None

@@ -28,7 +28,7 @@ UNFINISHED = "unfinished"
 HELD = "run.held"
 CONTENT = (
     *("spectrum", "scores.safetensors", "plan.json", "factors.safetensors", "hf", "dense", "onnx", "onnx-dense"),
-    *("evidence", "results.json", "report.md", "report.html", "junit.xml", UNFINISHED, LOCK, MANIFEST),
+    *("evidence", "latency.json", "results.json", "report.md", "report.html", "junit.xml", UNFINISHED, LOCK, MANIFEST),
 )
 # Sections that say how a result is looked at; changing them in an existing run only repeats the looking.
 EVIDENCE_SECTIONS = frozenset({"description", "evaluation", "validate", "bench", "gates"})

@@ -23,6 +23,7 @@ class Request:
     recipe: Path | None = None
     format: Format = "onnx"
     keep_params: float | None = None
+    optimise_for: str | None = None
     out: Path | None = None
     set_: Sequence[str] | None = None
     dry_run: bool = False
@@ -34,7 +35,7 @@ class Request:
     @property
     def overrides(self) -> list[str]:
         """All settings as `key=value`, flags last: a flag goes before a key."""
-        flags = {"keep_params": self.keep_params, "train.seed": self.seed}
+        flags = {"keep_params": self.keep_params, "optimise_for": self.optimise_for, "train.seed": self.seed}
         return [*(self.set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
 
     def resolve(self) -> Recipe:

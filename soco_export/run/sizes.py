@@ -9,16 +9,20 @@ from typing import Any
 
 from soco_export.recipe import Recipe
 from soco_export.run.manifest import write_atomic
+from soco_export.run.planning import plan_for
 from soco_export.run.request import Outcome, table
 from soco_train.artifacts import Scores
-from soco_train.budget import RankPlan, plan_ranks
+from soco_train.budget import RankPlan
 from soco_train.errors import RecipeError
+from soco_train.events import Notify, silent
 
 LAYER_HEADER = ("layer", "shape", "rank", "before", "after", "")
 SIZE_HEADER = ("keep", "model", "selected", "ranks", "left dense")
 
 
-def plan_sizes(scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: Path | None) -> Outcome:
+def plan_sizes(
+    scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: Path | None, notify: Notify = silent
+) -> Outcome:
     """Plan every size from the scores in `scores_file`; with `out`, write plan-SIZE.json there for each.
 
     Raises RecipeError if there are no scores yet.
@@ -30,7 +34,10 @@ def plan_sizes(scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: P
             where=str(scores_file),
         )
     scores = Scores.load(scores_file)
-    plans = {size: plan_ranks(scores, recipe.plan.model_copy(update={"keep_params": size})) for size in sizes}
+    plans = {
+        size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
+        for size in sizes
+    }
     written = {size: _write(plan, size, out) for size, plan in plans.items()} if out else {}
     total = int(scores.provenance["parameters"])
     documents = [_document(size, plan, total, written.get(size)) for size, plan in plans.items()]

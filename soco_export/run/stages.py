@@ -60,9 +60,10 @@ def learn_scores(context: RunContext, out: Path) -> None:
 
 def cut_plan(context: RunContext, out: Path) -> None:
     """Turn the scores into one rank per layer at the recipe's size."""
-    from soco_train.budget import plan_ranks
+    from soco_export.run.planning import plan_for
 
-    plan = plan_ranks(Scores.load(context.path("scores", "scores.safetensors")), context.recipe.plan)
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    plan = plan_for(context.recipe, scores, context.folder.root, context.notify)
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
 
@@ -152,8 +153,9 @@ SCORES = Stage(
     ("layers", "train", *PLAN_KEYS),
     ("scores.safetensors",),
     learn_scores,
+    shared=True,
 )
-PLAN = Stage("plan", ("scores",), PLAN_KEYS, ("plan.json",), cut_plan)
+PLAN = Stage("plan", ("scores",), (*PLAN_KEYS, "optimise_for", "latency", "export"), ("plan.json",), cut_plan)
 FACTORS = Stage(
     "factors",
     ("model", "calibration", "spectrum", "scores", "plan"),

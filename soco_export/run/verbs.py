@@ -39,7 +39,8 @@ def plan(request: Request, run: Path | None = None, sizes: str | None = None, no
 
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
-    return plan_sizes(root / "scores.safetensors", recipe, parse_sizes(sizes, recipe.keep_params), request.out)
+    wanted = parse_sizes(sizes, recipe.keep_params)
+    return plan_sizes(root / "scores.safetensors", recipe, wanted, request.out, notify)
 
 
 def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:

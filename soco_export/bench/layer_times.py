@@ -1,0 +1,153 @@
+"""What one Linear costs on one device, measured, as data: times by form and rank, and the rank from which dense wins.
+
+Pure: soco_export/bench/layer_timing.py measures, soco_export/run/planning.py keeps the file.
+
+    {"conditions": {...}, "multiple": 32, "layers": {"1536x576": {"stacked": {"dense": [...], "ranks": [...], ...}}}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from soco_train.budget import Limit
+from soco_train.errors import DataError
+from soco_train.settings import Storage
+
+Shape = tuple[int, int]
+Reals = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that a time depends on but the shape and the rank; a profile serves no other conditions.
+
+    `processor`: name of the CPU or GPU; `runtime`: version of ONNX Runtime; `blocks`: how quantised weights are made;
+    `bias`: whether a pruned layer adds one; `tokens`: how many go through the layer at once, one workload for each.
+    """
+
+    processor: str
+    provider: str
+    threads: int
+    runtime: str
+    dtype: str
+    weights: str
+    blocks: str
+    bias: bool
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FormTimes:
+    """Microseconds of one shape, one for each workload: of the dense layer, and in times[i] at ranks[i] (ascending).
+
+    All of one series, so that they may be compared.
+    """
+
+    dense: tuple[float, ...]
+    ranks: tuple[int, ...]
+    times: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All that was measured under the same conditions: times by shape (m, n) and by form.
+
+    `multiple`: ranks in between are no faster than the next one.
+    """
+
+    conditions: Conditions
+    multiple: int
+    layers: Mapping[Shape, Mapping[str, FormTimes]]
+
+    def lacks(self, shapes: set[Shape], form: Storage) -> set[Shape]:
+        """Return the shapes for which `form` was not measured."""
+        return {shape for shape in shapes if form not in self.layers.get(shape, {})}
+
+    def completed_by(self, other: Profile) -> Profile:
+        """Return what both know, measured under the same conditions; where both do, `other` wins."""
+        shapes = {**self.layers, **other.layers}
+        layers = {shape: {**self.layers.get(shape, {}), **other.layers.get(shape, {})} for shape in shapes}
+        return Profile(self.conditions, max(self.multiple, other.multiple), layers)
+
+    def to_json(self) -> str:
+        """Return the profile as text."""
+        layers = {
+            f"{m}x{n}": {form: asdict(times) for form, times in forms.items()} for (m, n), forms in self.layers.items()
+        }
+        document = {"conditions": asdict(self.conditions), "multiple": self.multiple, "layers": layers}
+        return json.dumps(document, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Profile:
+        """Read what `to_json` wrote; DataError if it is something else."""
+        try:
+            found = json.loads(text)
+            conditions = Conditions(**{**found["conditions"], "tokens": tuple(found["conditions"]["tokens"])})
+            layers = {_shape(name): _forms(forms) for name, forms in found["layers"].items()}
+            return Profile(conditions, int(found["multiple"]), layers)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"this is no latency profile: {error}", fix="delete it: it is measured anew") from error
+
+
+def _shape(name: str) -> Shape:
+    m, _, n = name.partition("x")
+    return int(m), int(n)
+
+
+def _forms(found: Mapping[str, Any]) -> dict[str, FormTimes]:
+    return {
+        name: FormTimes(tuple(form["dense"]), tuple(form["ranks"]), tuple(tuple(times) for times in form["times"]))
+        for name, form in found.items()
+    }
+
+
+def at_rank(form: FormTimes, rank: int) -> Reals:
+    """Return the microseconds at `rank`, one for each workload: linear between measured ranks, monotone in the rank.
+
+    A larger rank never counts as faster than a smaller one: where a measurement says so, it is noise or alignment.
+    """
+    rising = np.maximum.accumulate(np.asarray(form.times, dtype=np.float64), axis=0)
+    return np.array([np.interp(rank, form.ranks, column) for column in rising.T])
+
+
+def dense_from(times: FormTimes, tokens: Sequence[int], ranks: range) -> Limit | None:
+    """Return the first of `ranks` that is not faster than dense in every workload, None if all are."""
+    for rank in ranks:
+        for count, ours, dense in zip(tokens, at_rank(times, rank), times.dense, strict=True):
+            if ours >= dense:
+                return Limit(rank, f"measured {_us(ours)} at rank {rank} against {_us(dense)} dense ({_count(count)})")
+    return None
+
+
+def limits(profile: Profile, shapes: Mapping[str, Shape], form: Storage, multiple: int) -> dict[str, Limit]:
+    """Return, by layer, from which multiple of `multiple` on dense is at least as fast; layers without are left out."""
+    found = {}
+    for shape in set(shapes.values()):
+        ranks = range(multiple, min(shape), multiple)
+        found[shape] = dense_from(profile.layers[shape][form], profile.conditions.tokens, ranks)
+    return {name: limit for name, shape in shapes.items() if (limit := found[shape]) is not None}
+
+
+def liked_multiple(times: Mapping[int, float], rank: int, tolerance: float = 0.03) -> int:
+    """Return the smallest step of ranks that the kernels do not punish, from the times just below an aligned `rank`.
+
+    times[q] was measured at rank - q, a multiple of q and of nothing larger that was tried; times[0] at `rank`. A
+    smaller rank should cost no more: where it does, beyond `tolerance`, its alignment is what costs.
+    """
+    fine = [step for step in sorted(times) if step and times[step] <= times[0] * (1 + tolerance)]
+    punished = [step for step in times if step and step not in fine]
+    return min((step for step in fine if step > max(punished, default=0)), default=rank)
+
+
+def _us(value: float) -> str:
+    return f"{value:.0f} µs" if value >= 10 else f"{value:.1f} µs"
+
+
+def _count(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"

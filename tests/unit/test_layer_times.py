@@ -1,0 +1,178 @@
+"""The measured plan, decided on synthetic times; and one small real measurement."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soco_export.bench.layer_times import Conditions, FormTimes, Profile, at_rank, dense_from, liked_multiple, limits
+from soco_export.bench.layer_timing import Device, measure_profile, rank_grid
+from soco_export.bench.settings import LatencySettings
+from soco_export.onnx.settings import ExportSettings
+from soco_export.recipe import load_recipe
+from soco_export.run.planning import plan_for, read_or_measure
+from soco_train.artifacts import LayerScores, Scores
+from soco_train.budget import layer_cost, plan_ranks
+from soco_train.errors import DataError, RecipeError
+from soco_train.settings import PlanSettings
+
+CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", False, (1, 512))
+STORAGES = st.sampled_from(["stacked", "pivoted"])
+
+
+@st.composite
+def form_times(draw: st.DrawFn, shape: tuple[int, int]) -> FormTimes:
+    """Any times at all, in any order: measurements need not be sensible."""
+    ranks = sorted(draw(st.sets(st.integers(1, min(shape)), min_size=1, max_size=5)))
+    time = st.floats(0.5, 50)
+    times = tuple((draw(time), draw(time)) for _ in ranks)
+    return FormTimes((draw(time), draw(time)), tuple(ranks), times)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Scores, Profile, PlanSettings]:
+    shapes = draw(st.lists(st.tuples(st.integers(2, 14), st.integers(2, 14)), min_size=1, max_size=5))
+    layers = {}
+    for index, shape in enumerate(shapes):
+        values = draw(st.lists(st.floats(0, 2), min_size=min(shape), max_size=min(shape)))
+        layers[f"layer{index}"] = LayerScores(torch.tensor(values), torch.ones(len(values)), None, shape)
+    storage = draw(STORAGES)
+    profile = Profile(CONDITIONS, 1, {shape: {storage: draw(form_times(shape))} for shape in set(shapes)})
+    allocation = draw(st.sampled_from(["global", "lagrangian"]))
+    multiple, keep = draw(st.sampled_from([1, 2])), draw(st.floats(0.1, 1))
+    return (
+        Scores(layers),
+        profile,
+        PlanSettings(keep_params=keep, storage=storage, allocation=allocation, multiple=multiple),
+    )
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_every_pruned_layer_is_faster_and_what_is_left_buys_no_further_step(case):
+    scores, profile, wanted = case
+    shapes = {name: layer.shape for name, layer in scores.layers.items()}
+    ends = limits(profile, shapes, wanted.storage, wanted.multiple)
+    try:
+        plan = plan_ranks(scores, wanted, limits=ends)
+    except RecipeError as error:
+        smallest = float(error.fix.rsplit(" ", 1)[1])
+        assert smallest > wanted.keep_params
+        plan = plan_ranks(scores, wanted.model_copy(update={"keep_params": smallest}), limits=ends)
+        wanted = wanted.model_copy(update={"keep_params": smallest})
+    left = wanted.keep_params * plan.params_before - plan.params_after
+    assert left >= 0
+    for name, layer in plan.layers.items():
+        times = profile.layers[layer.shape][wanted.storage]
+        if not layer.dense:
+            assert (at_rank(times, layer.rank) < times.dense).all()
+            assert layer.rank % wanted.multiple == 0
+        m, n = layer.shape
+        rungs = [r for r in range(wanted.multiple, min(m, n), wanted.multiple) if r < ends[name].rank] if name in ends \
+            else list(range(wanted.multiple, min(m, n), wanted.multiple))  # fmt: skip
+        sizes = [layer_cost(r, m, n, wanted.storage) for r in rungs]
+        dearer = [size for size in [*(s for s in sizes if s < m * n), m * n] if size > layer.params]
+        assert not dearer or left < min(dearer) - layer.params
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_times_that_never_lose_change_nothing(case):
+    scores, _, wanted = case
+    fast = {
+        layer.shape: {wanted.storage: FormTimes((9.0, 9.0), (1,), ((1.0, 1.0),))} for layer in scores.layers.values()
+    }
+    shapes = {name: layer.shape for name, layer in scores.layers.items()}
+    ends = limits(Profile(CONDITIONS, 1, fast), shapes, wanted.storage, wanted.multiple)
+    assert ends == {}
+
+
+def test_the_reason_says_what_was_measured():
+    times = FormTimes((36.0, 900.0), (100, 200), ((20.0, 500.0), (41.2, 800.0)))
+    limit = dense_from(times, (1, 512), range(50, 300, 50))
+    assert limit is not None
+    assert (limit.rank, limit.reason) == (200, "measured 41 µs at rank 200 against 36 µs dense (1 token)")
+    slow_prefill = FormTimes((36.0, 700.0), (100, 200), ((20.0, 500.0), (30.0, 800.0)))
+    limit = dense_from(slow_prefill, (1, 512), range(50, 300, 50))
+    assert limit is not None
+    assert limit.reason == "measured 800 µs at rank 200 against 700 µs dense (512 tokens)"
+    layer = LayerScores(torch.arange(300.0, 0, -1), torch.ones(300), None, (900, 300))
+    plan = plan_ranks(Scores({"a": layer, "b": layer}), PlanSettings(keep_params=0.75), limits={"a": limit})
+    assert plan.layers["a"].reason in ("", limit.reason)
+    assert plan.ratio <= 0.75
+
+
+@given(form_times((40, 40)), st.integers(1, 40), st.integers(1, 40))
+def test_a_larger_rank_never_counts_as_faster(times, one, other):
+    small, large = sorted((one, other))
+    assert (at_rank(times, small) <= at_rank(times, large)).all()
+    for rank, measured in zip(times.ranks, times.times, strict=True):
+        assert (at_rank(times, rank) >= measured).all()
+
+
+def test_the_step_of_ranks_is_the_smallest_that_is_not_punished():
+    assert liked_multiple({0: 10.0, 1: 9.9, 8: 9.5, 16: 9.3, 32: 8.8}, 256) == 1
+    assert liked_multiple({0: 10.0, 1: 12.0, 8: 11.0, 16: 9.3, 32: 8.8}, 256) == 16
+    assert liked_multiple({0: 10.0, 1: 9.0, 8: 11.0, 16: 12.0, 32: 8.8}, 256) == 32
+    assert liked_multiple({0: 10.0, 1: 12.0, 8: 12.0, 16: 12.0, 32: 12.0}, 256) == 256
+
+
+@pytest.mark.parametrize("form", ["stacked", "pivoted"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (192, 576), (576, 576), (4096, 14336)])
+def test_the_grid_holds_allowed_ranks(shape, form):
+    ranks = rank_grid(shape, form)
+    assert list(ranks) == sorted(set(ranks))
+    assert 1 <= ranks[0] <= ranks[-1] <= min(shape)
+
+
+def test_a_profile_survives_its_file_and_grows():
+    times = FormTimes((36.0, 900.0), (100, 200), ((20.0, 500.0), (41.0, 800.0)))
+    one = Profile(CONDITIONS, 8, {(300, 200): {"stacked": times}})
+    assert Profile.from_json(one.to_json()) == one
+    assert one.lacks({(300, 200), (1, 2)}, "stacked") == {(1, 2)}
+    assert one.lacks({(300, 200)}, "pivoted") == {(300, 200)}
+    both = one.completed_by(Profile(CONDITIONS, 32, {(300, 200): {"pivoted": times}}))
+    assert both.multiple == 32
+    assert set(both.layers[300, 200]) == {"stacked", "pivoted"}
+    with pytest.raises(DataError):
+        Profile.from_json('{"layers": 3}')
+
+
+def test_layers_are_really_measured(tmp_path):
+    """Smoke: every form and weight type times something; the file is used again."""
+    how = LatencySettings(tokens=(1, 3))
+    for weights, form in itertools.product(("same", "int4"), ("stacked", "pivoted")):
+        device = Device("CPUExecutionProvider", 1, ExportSettings(weights=weights), bias=True)
+        profile = measure_profile([(48, 32)], form, device, how, lambda event: None)
+        times = profile.layers[48, 32][form]
+        assert len(times.times) == len(times.ranks)
+        assert all(len(row) == 2 and min(row) > 0 for row in (times.dense, *times.times))
+    recipe = load_recipe("tiny", ["optimise_for=latency", "validate.threads=1", "latency.tokens=[1]", "keep_params=1"])
+    layer = LayerScores(torch.linspace(1, 0, 32), torch.ones(32), None, (48, 32))
+    scores = Scores({"a": layer, "b": layer})
+    plan = plan_for(recipe, scores, tmp_path, lambda event: None)
+    before = (tmp_path / "latency.json").read_bytes()
+    assert plan_for(recipe, scores, tmp_path, lambda event: pytest.fail("measured twice")) == plan
+    assert (tmp_path / "latency.json").read_bytes() == before
+    plan_for(recipe.override(["export.weights=int8"]), scores, tmp_path, lambda event: None)
+    assert (tmp_path / "latency.json").read_bytes() != before
+
+
+def test_a_size_that_no_faster_layer_reaches_is_refused_with_the_reason(tmp_path):
+    recipe = load_recipe(
+        "tiny", ["optimise_for=latency", "validate.threads=1", "latency.tokens=[1]", "keep_params=0.5"]
+    )
+    layer = LayerScores(torch.linspace(1, 0, 32), torch.ones(32), None, (48, 32))
+    scores = Scores({"a": layer})
+    read_or_measure(recipe, scores, tmp_path / "latency.json", lambda event: None)
+    kept = Profile.from_json((tmp_path / "latency.json").read_text())
+    never = FormTimes((1.0,), (1,), ((2.0,),))
+    slow = Profile(kept.conditions, 1, {(48, 32): {"stacked": never, "pivoted": never}})
+    (tmp_path / "latency.json").write_text(slow.to_json())
+    with pytest.raises(RecipeError, match="too few layers are faster") as refused:
+        plan_for(recipe, scores, tmp_path, lambda event: None)
+    assert "1.0000" in refused.value.fix
