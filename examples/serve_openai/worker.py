@@ -11,6 +11,7 @@ import asyncio
 import json
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Worker(threading.Thread):
                     return
                 running.append(job)
             running = [job for job in running if self._goes_on(job)]
+            time.sleep(0)  # the event loop must have Python's lock too, or it delivers in lumps
 
     def _goes_on(self, job: Job) -> bool:
         """Compute the job's next token and say whether another one follows."""
