@@ -3,8 +3,7 @@
 One step: a batch → teacher logits (the same modules, dense) → KL and its gradient on θ and d → plus the gradients of
 the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the typical entry
 of the KL gradient before being weighted [ours]: λ_d and λ_s mean the same for every model, and a controller moves λ_d
-so that R̂ follows the schedule. fp32 scores always. Under torch.distributed each rank takes its part of the batch and
-gradients are averaged, so any number of processes learns the same scores.
+so that R̂ follows the schedule. fp32 scores always. Any number of processes learns the same scores (parallel.py).
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
+from soco_train import parallel
 from soco_train.artifacts import LayerScores, Scores, Spectrum, read_tensors, write_tensors
 from soco_train.batches import batch
 from soco_train.budget import kept, layer_cost, plan_ranks
@@ -93,6 +93,7 @@ class _Run:
         self.start_size = float(self.size(self._gates(train.temperature[0])).detach())
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
+        parallel.agree(self.bank.parameters())  # a start measured on several GPUs may differ in its last bits
 
     def finish(self) -> Scores:
         """Run the remaining steps and return the scores."""
@@ -132,19 +133,18 @@ class _Run:
 
     def _backward_divergence(self) -> float:
         """Leave the gradient of L_inc on θ and d, averaged over processes; return the KL in nats per token."""
-        tokens = _own_part(batch(self.task.tokens, self.task.train.batch_tokens, self.step, self.task.train.seed))
-        tokens = tokens.to(self.device)
-        self.tokens_done += tokens.numel()
+        sequences = batch(self.task.tokens, self.task.train.batch_tokens, self.step, self.task.train.seed)
+        self.tokens_done += sequences.numel()
+        own, weight = parallel.share(sequences)
+        tokens = own.to(self.device)
         with self.bank.teacher():
             teacher = self.task.model(input_ids=tokens, use_cache=False).logits
         self.bank.install()
         student = self.task.model(input_ids=tokens, use_cache=False).logits
         loss, _ = divergence(student, teacher, tokens, chunk=self.task.train.logit_chunk)
         loss.backward()
-        kl = _average(loss.detach())
-        for parameter in self.bank.parameters():
-            if parameter.grad is not None:
-                parameter.grad = _average(parameter.grad)
+        kl = parallel.combine(loss.detach(), weight)
+        parallel.combine_gradients(self.bank.parameters(), weight)
         if not math.isfinite(float(kl)):
             raise DataError(
                 f"the loss is {float(kl)} at step {self.step}",
@@ -227,7 +227,7 @@ class _Run:
         self.task.notify(Event("train", self.step, self.timetable.steps, values))
 
     def _save(self) -> None:
-        if distributed.is_initialized() and distributed.get_rank() != 0:
+        if not parallel.leading():
             return
         tensors = pack(dict(self.bank.named_parameters()), self.optimiser)
         tensors |= {"support": self.bank.support, "died": self.died}
@@ -273,18 +273,3 @@ def _scaled(term: torch.Tensor, theta: torch.Tensor, unit: torch.Tensor, retain:
     """Return ∂term/∂θ scaled so that its typical entry is `unit`."""
     (gradient,) = torch.autograd.grad(term, theta, retain_graph=retain)
     return gradient * (unit / _typical(gradient).clamp(min=1e-30))
-
-
-def _own_part(tokens: torch.Tensor) -> torch.Tensor:
-    """Return this process's share of the global batch."""
-    if not distributed.is_initialized():
-        return tokens
-    return tokens.chunk(distributed.get_world_size())[distributed.get_rank()]
-
-
-def _average(tensor: torch.Tensor) -> torch.Tensor:
-    """Average over processes, if there are several."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-        tensor /= distributed.get_world_size()
-    return tensor

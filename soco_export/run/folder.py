@@ -52,6 +52,16 @@ class RunFolder:
         return self.root / UNFINISHED
 
 
+def read_folder(root: Path, recipe: Recipe) -> RunFolder:
+    """Return the run folder of a run of `recipe` that another process holds; it must not be saved."""
+    manifest = Manifest.load(root)
+    if manifest is None:
+        raise MachineError(
+            f"{root} holds no run here", fix="put --out where all processes see the same files", where=str(root)
+        )
+    return RunFolder(root, recipe, manifest)
+
+
 def check_folder(root: Path, recipe: Recipe, fresh: bool) -> None:
     """Raise RecipeError if a run of `recipe` must not be written into `root`; reads only."""
     if not root.exists():

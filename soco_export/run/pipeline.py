@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from soco_export.run.folder import RunFolder, remove
 from soco_export.run.manifest import StageRecord, record_outputs, stage_key, why_stale
+from soco_train import parallel
 from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
 
@@ -32,7 +33,8 @@ class Stage(Generic[Context]):
     """One step of a run. `reads`: names of stages or of sources; `settings`: dotted recipe keys; `writes`: paths.
 
     `work(context, folder)` writes `writes` into `folder`; what else it leaves there is lost once the stage is done. A
-    `cache` is made only when a stage that reads it runs, so it may be deleted to save disk.
+    `cache` is made only when a stage that reads it runs, so it may be deleted to save disk. Where there are several
+    processes all of them do the work of a `shared` one, and only the leading one writes (soco_train.parallel).
     """
 
     name: str
@@ -41,6 +43,7 @@ class Stage(Generic[Context]):
     writes: tuple[str, ...]
     work: Callable[[Context, Path], None]
     cache: bool = False
+    shared: bool = False
 
 
 @dataclass
@@ -99,6 +102,8 @@ class Pipeline(Generic[Context]):
         workspace = self._workspace(stage, key)
         started = time.monotonic()
         with machine_limits(stage.name, home.root):
+            if stage.shared:
+                parallel.call(f"{stage.name}\n{workspace}")
             stage.work(self.context, workspace)
         seconds = time.monotonic() - started
         for name in stage.writes:
@@ -123,6 +128,15 @@ class Pipeline(Generic[Context]):
             remove(own / name)
         own.mkdir(parents=True, exist_ok=True)
         return own
+
+
+def assist(stages: Sequence[Stage[Context]], open_context: Callable[[], Context]) -> None:
+    """Take part in the stages that the leading process calls to, until it lets go."""
+    context: Context | None = None
+    while message := parallel.called():
+        name, _, workspace = message.partition("\n")
+        context = context or open_context()
+        next(stage for stage in stages if stage.name == name).work(context, Path(workspace))
 
 
 @contextmanager

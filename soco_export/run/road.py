@@ -17,16 +17,18 @@ from soco_export.run.folder import (
     check_folder,
     differences,
     open_folder,
+    read_folder,
     read_lock,
     remove,
 )
-from soco_export.run.pipeline import Pipeline, Stage, install
+from soco_export.run.pipeline import Pipeline, Stage, assist, install
 from soco_export.run.request import Outcome, Request
 from soco_export.run.results import applicable, write_reports
 from soco_export.run.stages import ARTEFACTS, PLAN, SCORES, SPECTRUM, TRAINING
 from soco_export.run.summary import run_outcome
+from soco_train import parallel
 from soco_train.errors import RecipeError
-from soco_train.events import Notify
+from soco_train.events import Notify, silent
 
 
 def training(request: Request, notify: Notify) -> Outcome:
@@ -96,7 +98,9 @@ def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
 
 
 def check(request: Request, recipe: Recipe, root: Path) -> None:
-    """Find everything that can be wrong before a weight is loaded or a file is written."""
+    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does."""
+    if not parallel.leading():
+        return
     from soco_export.preflight import check_everything
     from soco_train.scorers import find_scorer
     from soco_train.spectrum import find_basis
@@ -154,15 +158,44 @@ def advance(
     notify: Notify,
     trained: tuple[Path, Recipe] | None = None,
 ) -> None:
-    """Hold the run folder (and that of the run it was trained in) and bring `stages` up to date."""
+    """Hold the run folder (and that of the run it was trained in) and bring `stages` up to date.
+
+    Of several processes the leading one does this; the others take part where it calls them.
+    """
+    with parallel.group():
+        if parallel.leading():
+            _lead(request, recipe, root, stages, notify, trained)
+            parallel.call("")
+        else:
+            assist(stages, lambda: _helping_context(request, recipe, root, trained))
+
+
+def _lead(
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    trained: tuple[Path, Recipe] | None,
+) -> None:
     with ExitStack() as held:
         homes: Mapping[str, RunFolder] = {}
         if trained:
             parent = held.enter_context(open_folder(*trained, argv=request.argv))
-            homes = {stage.name: parent for stage in (SPECTRUM, SCORES)}
+            homes = _trained_stages(parent)
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
         context = RunContext(folder, request.format, notify, homes)
         Pipeline(folder, stages, context, context.sources(), homes, notify).run()
+
+
+def _helping_context(request: Request, recipe: Recipe, root: Path, trained: tuple[Path, Recipe] | None) -> RunContext:
+    """Read the folders that the leading process holds, without holding them."""
+    homes = _trained_stages(read_folder(*trained)) if trained else {}
+    return RunContext(read_folder(root, recipe), request.format, silent, homes)
+
+
+def _trained_stages(parent: RunFolder) -> dict[str, RunFolder]:
+    return {stage.name: parent for stage in (SPECTRUM, SCORES)}
 
 
 def cost_card(recipe: Recipe, request: Request) -> Outcome:

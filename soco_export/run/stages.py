@@ -15,6 +15,7 @@ from pathlib import Path
 
 from soco_export.run.context import Format, RunContext
 from soco_export.run.pipeline import Stage
+from soco_train import parallel
 from soco_train.artifacts import Factors, Scores, SpectrumStore
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
@@ -50,6 +51,8 @@ def learn_scores(context: RunContext, out: Path) -> None:
         data_fingerprint=f"{calibration.fingerprint} {context.model_hash()}",
     )
     found = train_scores(task)
+    if not parallel.leading():
+        return
     origin = {
         "model": context.recipe.name,
         "parameters": count_parameters(task.model),

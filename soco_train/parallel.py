@@ -1,0 +1,144 @@
+"""Several processes as one: torchrun or accelerate starts them, and each takes its part of every batch.
+
+    torchrun --nproc-per-node 2 -m soco_export train-and-export --model tiny
+
+Process 0 leads: it does everything that is not training, alone, and it alone writes. The others wait until it calls
+them to a piece of work that is shared, and read what they need from the run folder, which all of them must see. A batch
+is the same batch whatever the number of processes: gradients are summed, weighted by the sequences they came from.
+
+There is no launcher here. Without one every function below is that of a single process. Importing this is light: the
+command line asks `leading` before it imports anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from soco_train.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# The others wait this long for their next call: process 0 may be decomposing a large model.
+PATIENCE = timedelta(days=7)
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Tell whether a launcher has started several processes, of which this is one."""
+    return all(name in os.environ for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def leading() -> bool:
+    """Tell whether this process is the one that writes and speaks."""
+    return int(os.environ["RANK"]) == 0 if launched() else _rank() == 0
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Within this context the processes that a launcher has started can talk: NCCL between GPUs, gloo between CPUs.
+
+    One that fails does not wait for the others: the launcher ends them when it is gone.
+    """
+    if not launched():
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    yield
+    distributed.destroy_process_group()
+
+
+def call(text: str) -> None:
+    """Call the other processes to the work that `text` names; "" lets them go. Process 0 alone calls."""
+    if _processes() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    message = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    distributed.broadcast(torch.tensor(len(message)), src=0)
+    if text:
+        distributed.broadcast(message, src=0)
+
+
+def called() -> str:
+    """Wait for what process 0 calls this one to."""
+    import torch
+    from torch import distributed
+
+    size = torch.tensor(0)
+    distributed.broadcast(size, src=0)
+    message = torch.zeros(int(size), dtype=torch.uint8)
+    if len(message):
+        distributed.broadcast(message, src=0)
+    return bytes(message.tolist()).decode()
+
+
+def share(sequences: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return this process's part of the batch [b, t], and what its mean weighs in that of the whole batch.
+
+    Raises RecipeError if there are fewer sequences than processes.
+    """
+    processes = _processes()
+    if len(sequences) < processes:
+        raise RecipeError(
+            f"a batch of {len(sequences)} sequences cannot be shared between {processes} processes",
+            fix="raise batch_tokens, lower data.block, or start fewer processes",
+            where="recipe: batch_tokens",
+        )
+    own = sequences.tensor_split(processes)[_rank()]
+    return own, len(own) / len(sequences)
+
+
+def combine(tensor: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return Σ weight · tensor over the processes, the same bits in each of them; `tensor` is overwritten."""
+    if _processes() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(tensor.mul_(weight))
+    return tensor
+
+
+def combine_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None:
+    """Give every process the gradients of the whole batch; the parameters come in the same order in all of them."""
+    if _processes() > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                combine(parameter.grad, weight)
+
+
+def agree(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite the tensors with those of process 0, so that all start from the same bits."""
+    if _processes() > 1:
+        from torch import distributed
+
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
+
+
+def _processes() -> int:
+    distributed = _talking()
+    return distributed.get_world_size() if distributed else 1
+
+
+def _rank() -> int:
+    distributed = _talking()
+    return distributed.get_rank() if distributed else 0
+
+
+def _talking() -> Any:
+    """Return torch.distributed if processes can talk; who has not imported it has no group either."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
