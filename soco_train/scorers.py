@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ def fisher(task: ScoringTask) -> Scores:
 def soco(task: ScoringTask) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
     start = wiener_start(task) if task.train.start == "fisher" else None
-    return train_spectrum(
+    learnt = train_spectrum(
         TrainingTask(
             model=task.model,
             linears=task.linears,
@@ -103,6 +103,25 @@ def soco(task: ScoringTask) -> Scores:
             start=start,
         )
     )
+    return attributed(learnt, task.spectra, task.train)
+
+
+def attributed(scores: Scores, spectra: Mapping[str, Spectrum], train: TrainSettings) -> Scores:
+    """Take from learnt scores what `train.rescale` and `train.select` switch off; the ranks they lead to stay.
+
+    Scores rescale, select and reallocate: with uniform ranks, and one of these two, each of the three can be had alone.
+    """
+    layers = {}
+    for name, layer in scores.layers.items():
+        importance, scale = layer.importance, layer.scale
+        if not train.select:  # the same importances, given out in the order of σ
+            order = spectra[name].sigma.to(importance).sort(descending=True, stable=True).indices
+            importance = torch.empty_like(importance)
+            importance[order] = layer.importance.sort(descending=True).values
+        if not train.rescale:
+            scale = torch.ones_like(scale)
+        layers[name] = replace(layer, importance=importance, scale=scale)
+    return Scores(layers, scores.provenance)
 
 
 def saliency(task: ScoringTask) -> dict[str, torch.Tensor]:

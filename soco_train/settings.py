@@ -81,6 +81,10 @@ class TrainSettings(Section):
     clip: float = Field(default=1.0, gt=0)
     score_function: ScoreFunction = "relu"
     deviation: bool = True
+    rescale: bool = Field(default=True, description="false: survivors keep the scale they had; scores only select")
+    select: bool = Field(
+        default=True, description="false: within a layer the largest σ survive; scores only reallocate"
+    )
     threshold: float = Field(default=0.5, gt=0, lt=1, description="τ of the soft size")
     temperature: tuple[float, float] = Field(
         default=(0.1, 0.02), description="κ of the soft size: at first, at the end"

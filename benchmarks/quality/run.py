@@ -40,7 +40,8 @@ METHODS = {
         *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted"),
     ),
     "attribution": (
-        *("fisher", "soco-scores", "soco-rescale-only", "soco-no-reallocation", "soco-no-deviation"),
+        *("fisher", "soco-scores", "soco-rescale-only", "soco-select-only", "soco-reallocate-only"),
+        *("soco-no-reallocation", "soco-no-deviation"),
         *("soco-phase-1", "soco-phases-1-2", "soco-phases-1-3", "soco-start-ones", "soco-softplus", "soco-sigmoid2"),
     ),
 }

@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.artifacts import SpectrumStore
-from soco_train.budget import plan_ranks
+from soco_train.budget import kept, plan_ranks
 from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.factors import make_factors
 from soco_train.layers import select_linears
-from soco_train.scorers import ScoringTask, saliency, train_scores
+from soco_train.scorers import ScoringTask, attributed, saliency, train_scores
 from soco_train.settings import DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectrum import decompose_layers, find_basis
 from soco_train.statistics import collect_statistics
@@ -192,3 +192,22 @@ def test_recomputed_activations_learn_the_same_scores(model, tokens, tmp_path: P
     for name, layer in expected.layers.items():
         assert torch.allclose(layer.scale, found.layers[name].scale, atol=1e-6)
     assert not any(module.training for module in model.modules())
+
+
+def test_attribution_takes_away_what_it_names_and_keeps_every_rank(model, tokens, tmp_path: Path) -> None:
+    work, _ = task(model, tokens, tmp_path)
+    learnt = train_scores(work)
+    plan = plan_ranks(learnt, work.plan)
+    for switch in ("rescale", "select"):
+        found = attributed(learnt, work.spectra, TRAIN.model_copy(update={switch: False}))
+        for name, layer in found.layers.items():
+            before = learnt.layers[name]
+            if switch == "rescale":
+                assert torch.equal(layer.scale, torch.ones_like(before.scale))
+                assert torch.equal(layer.importance, before.importance)
+            else:
+                assert torch.equal(kept(layer.importance, 5), torch.arange(5))  # σ falls, so the first survive
+                assert torch.equal(layer.scale, before.scale)
+        assert [layer.rank for layer in plan_ranks(found, work.plan).layers.values()] == [
+            layer.rank for layer in plan.layers.values()
+        ]
