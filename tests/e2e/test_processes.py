@@ -1,0 +1,76 @@
+"""Two processes under torchrun learn the scores of one for the same global batch, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from soco_train import parallel
+from soco_train.artifacts import Scores
+from soco_train.errors import RecipeError
+from cli_runner import ROOT, soco
+
+# Three sequences a batch: two for one process, one for the other.
+SETTINGS = (
+    "train.steps=8",
+    "train.batch_tokens=192",
+    "train.lr=0.02",
+    "train.statistics_blocks=4",
+    "train.fisher_blocks=4",
+)
+
+
+def arguments(out: Path) -> list[str]:
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return ["train", "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
+
+
+def test_two_processes_learn_the_scores_of_one_and_only_the_first_writes_and_speaks(tmp_path: Path) -> None:
+    assert soco(*arguments(tmp_path / "one"), "-q").code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "soco_export", *arguments(tmp_path / "two"), "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"] == str(tmp_path / "two" / "scores.safetensors")
+    one, two = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("one", "two"))
+    for name, layer in one.layers.items():
+        other = two.layers[name]
+        torch.testing.assert_close(other.scale, layer.scale, rtol=0, atol=1e-5)
+        torch.testing.assert_close(other.importance, layer.importance, rtol=0, atol=1e-5)
+        torch.testing.assert_close(other.deviation, layer.deviation, rtol=0, atol=1e-5)
+    assert max(float((layer.scale - 1).abs().max()) for layer in one.layers.values()) > 0.1, "nothing was learnt"
+
+
+def test_shares_are_a_partition_and_their_weights_sum_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = torch.arange(14).reshape(7, 2)
+    monkeypatch.setattr(parallel, "_processes", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "_rank", lambda rank=rank: rank)
+        found.append(parallel.share(sequences))
+    assert torch.equal(torch.cat([own for own, _ in found]), sequences)
+    assert sum(weight for _, weight in found) == pytest.approx(1.0)
+    means = sum(weight * own.double().mean() for own, weight in found)
+    assert float(means) == pytest.approx(float(sequences.double().mean()))
+    with pytest.raises(RecipeError, match="2 sequences cannot be shared between 3"):
+        parallel.share(sequences[:2])
+
+
+def test_a_process_alone_leads_and_shares_with_nobody() -> None:
+    assert parallel.leading()
+    own, weight = parallel.share(torch.ones(3, 4))
+    assert own.shape == (3, 4)
+    assert weight == 1.0
+    assert torch.equal(parallel.combine(torch.ones(2), weight), torch.ones(2))
