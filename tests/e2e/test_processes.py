@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runner import ROOT, soco
 
 from soco_train import parallel
 from soco_train.artifacts import Scores
 from soco_train.errors import RecipeError
-from cli_runner import ROOT, soco
 
 # Three sequences a batch: two for one process, one for the other.
 SETTINGS = (
