@@ -107,9 +107,7 @@ def check(given: argparse.Namespace, say: Say) -> list[Row]:
         for number, verdict in enumerate(row.verdicts):
             if verdict.why:
                 say(f"{row.server}, prompt {number + 1} {prompts[number][:40]!r}: {verdict.why}")
-    say(
-        f"tied: a prompt with another token than PyTorch's, whose logit in PyTorch is less than {TIE} below the largest\n"
-    )
+    say(f"tied: with another token than PyTorch's, whose logit in PyTorch is less than {TIE} below the largest\n")
     return rows
 
 

@@ -120,7 +120,8 @@ class Worker(threading.Thread):
         settings = genai.GeneratorParams(self.model)
         settings.set_search_options(max_length=len(job.ids) + job.max_tokens, do_sample=job.temperature > 0)
         if job.temperature > 0:
-            settings.set_search_options(temperature=job.temperature, top_p=job.top_p)
+            # genai's own default is the 50 likeliest tokens; the API that is served here knows no such bound.
+            settings.set_search_options(temperature=job.temperature, top_p=job.top_p, top_k=0)
         if job.seed is not None:
             settings.set_search_options(random_seed=job.seed)
         job.generator, job.stream = genai.Generator(self.model, settings), self.tokenizer.create_stream()
