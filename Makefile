@@ -2,12 +2,13 @@
 VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
+RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat clean setup setup-optimum
+.PHONY: help demo tour test check test-compat check-servers clean setup setup-optimum
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: setup ## compress the built-in model, export it to ONNX, prove it; the report is runs/demo/report.md
 	@echo "== $(VENV)/bin/soco-export train-and-export --model tiny --format onnx --out $(DEMO)"
@@ -32,11 +33,14 @@ test-compat: setup-optimum ## run the tests with transformers 4.57 and optimum, 
 	@echo "== running the tests with transformers 4.57 and optimum"
 	@$(VENV_OPTIMUM)/bin/python -m pytest
 
+check-servers: setup ## start every server installed here on RUN (runs/demo), compare with PyTorch, then 16 clients
+	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)
+
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 setup:
-	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,report,dev
+	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,serve,report,dev
 
 setup-optimum:
 	@ACCELERATOR=cpu tools/make-venv $(VENV_OPTIMUM) tools/constraints-transformers-4.txt optimum,report,dev
