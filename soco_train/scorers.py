@@ -76,7 +76,7 @@ def find_scorer(name: str) -> Scorer:
 @scorer("singular-values")
 def singular_values(task: ScoringTask) -> Scores:
     """Score a component by its energy σ² in the chosen basis."""
-    return _untrained(task, {name: task.spectra[name].sigma.float() ** 2 for name in task.linears})
+    return _untrained(task, energy(task))
 
 
 @scorer("fisher")
@@ -88,7 +88,7 @@ def fisher(task: ScoringTask) -> Scores:
 @scorer("soco")
 def soco(task: ScoringTask) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
-    start = wiener_start(task) if task.train.start == "fisher" else None
+    start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
     learnt = train_spectrum(
         TrainingTask(
             model=task.model,
@@ -145,13 +145,24 @@ def saliency(task: ScoringTask) -> dict[str, torch.Tensor]:
         return {name: part.cpu() / (2 * len(tokens)) for name, part in bank.per_layer(total).items()}
 
 
-def wiener_start(task: ScoringTask) -> dict[str, torch.Tensor]:
+def energy(task: ScoringTask) -> dict[str, torch.Tensor]:
+    """Return σ² by layer, [k] fp32 each.
+
+    In the two-sided basis that is, up to a factor, the second-order cost of removing a component, E[δᵀ p bᵀ x]² with
+    inputs and output gradients taken as independent: a saliency without another backward pass.
+    """
+    return {name: task.spectra[name].sigma.float() ** 2 for name in task.linears}
+
+
+START_SALIENCIES = {"fisher": saliency, "spectrum": energy}
+
+
+def wiener_start(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return s₀ = f² / (f² + c²) by layer: f the saliency, c the saliency at which the budget would cut that layer.
 
     Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½), far above near 1, far below near 0,
     in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
     """
-    importance = saliency(task)
     plan = plan_ranks(_untrained(task, importance), task.plan.model_copy(update={"allocation": "lagrangian"}))
     start = {}
     for name, values in importance.items():

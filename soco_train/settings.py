@@ -72,7 +72,7 @@ class TrainSettings(Section):
     ridge: float = Field(default=1e-6, ge=0, description="added to the covariance diagonal, as a share of its mean")
     statistics_blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind the covariances")
     fisher_blocks: int = Field(default=16, ge=1)
-    start: Literal["ones", "fisher"] = "ones"
+    start: Literal["ones", "fisher", "spectrum"] = "ones"
     steps: int = Field(default=200, ge=0)
     batch_tokens: int = Field(default=1024, ge=8)
     lr: float = Field(default=3e-3, gt=0)

@@ -88,13 +88,14 @@ def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
 def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     recipe = load_recipe("smollm2-135m", overlay=Path("methods") / method)
     whole = training_tokens(load_recipe("smollm2-135m", overlay=Path("methods/soco")))
-    untrained = ("svd", "fwsvd", "asvd", CONTROL, "fisher")
+    certain = ("svd", "fwsvd", "asvd", CONTROL, "two-sided")
+    untrained = (*certain, "fisher")
     scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
     assert training_tokens(recipe) == (0 if method in untrained else whole / 2 if scores_alone else whole)
     assert (saliency_tokens(recipe) > 0) == (
         recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
     )
-    assert is_random(recipe) == (method not in ("svd", "fwsvd", "asvd", CONTROL))
+    assert is_random(recipe) == (method not in certain)
     assert recipe.description != load_recipe("smollm2-135m").description
 
 
@@ -107,6 +108,10 @@ def test_the_attribution_recipes_switch_what_they_say() -> None:
     assert timetable("soco-phases-1-2").phases == [1, 2]
     assert timetable("soco-phases-1-3").phases == [1, 3]
     assert not load_recipe("tiny", overlay=Path("methods/soco-no-deviation")).train.deviation
+    select = load_recipe("tiny", overlay=Path("methods/soco-select-only"))
+    assert (select.allocation, select.train.rescale, select.train.select) == ("uniform", False, True)
+    reallocate = load_recipe("tiny", overlay=Path("methods/soco-reallocate-only"))
+    assert (reallocate.allocation, reallocate.train.rescale, reallocate.train.select) == ("global", False, False)
 
 
 def test_every_method_of_the_named_tables_is_shipped() -> None:
