@@ -1,0 +1,5 @@
+"""python -m benchmarks.scale: see benchmarks.scale.run."""
+
+from benchmarks.scale.run import main
+
+main()

@@ -1,0 +1,211 @@
+"""The parts of the benchmark: each builds the model, does its work by the calls of the product, and says what it took.
+
+Weights are random, the sizes are true. Training and cut need components but not good ones, so theirs are W = W I (P = W
+and B = I, or the other way round): as many numbers as real ones, and nothing to decompose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from soco_export.bench.memory import high_water_mark
+from soco_export.checkpoint import save_checkpoint
+from soco_export.lowrank import apply_factors, count_parameters
+from soco_export.models import dense_config
+from soco_export.onnx.export import export_onnx
+from soco_export.onnx.settings import ExportSettings
+from soco_export.recipe import Recipe
+from soco_train.artifacts import LayerScores, Scores, Spectrum, SpectrumStore
+from soco_train.budget import plan_ranks
+from soco_train.events import Event
+from soco_train.factors import make_factors, store_as
+from soco_train.layers import select_linears
+from soco_train.settings import PlanSettings
+from soco_train.spectrum import decompose_model
+from soco_train.trainer import TrainingTask, train_spectrum
+
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: layers of the model, sequences × block tokens a step, steps; keep_params of the cut."""
+
+    layers: int
+    block: int
+    sequences: int
+    steps: int
+    keep: float
+
+
+class Unit(Mapping[str, Spectrum]):
+    """W = W I, made when asked for, a layer at a time."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self.linears = linears
+
+    def __getitem__(self, name: str) -> Spectrum:
+        weight = self.linears[name].weight.detach().float()
+        k = min(weight.shape)
+        unit = torch.eye(k, device=weight.device)
+        P, B = (weight, unit) if weight.shape[0] >= weight.shape[1] else (unit, weight)
+        return Spectrum(P, B, torch.ones(k))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.linears)
+
+    def __len__(self) -> int:
+        return len(self.linears)
+
+
+def random_model(recipe: Recipe, layers: int) -> Any:
+    """Return the recipe's architecture with `layers` layers where it trains: bf16 on a GPU, fp32 on the CPU."""
+    config = dense_config(recipe)
+    config.num_hidden_layers = layers
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if GPU else torch.float32)
+    try:
+        torch.manual_seed(0)
+        with torch.device("cuda" if GPU else "cpu"):
+            return AutoModelForCausalLM.from_config(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _peaks(model_bytes: int) -> dict[str, float]:
+    peak = {"host_peak": high_water_mark(), "model": model_bytes}
+    return peak | ({"gpu_peak": torch.cuda.max_memory_allocated()} if GPU else {})
+
+
+def _bytes(model: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def shapes(model: Any, recipe: Recipe) -> dict[str, list[str]]:
+    """Return the Linears of the first block, those of one shape under the name of the first of them."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, linear in select_linears(model, recipe.layers).items():
+        if ".layers.0." in name:
+            found.setdefault(tuple(linear.weight.shape), []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def decompose(recipe: Recipe, size: Size, work: Path, only: str = "") -> dict[str, Any]:
+    """Collect covariances and decompose all layers, or `only` one of the first block to speak for all of its shape."""
+    model = random_model(recipe, 1 if only else size.layers)
+    linears = select_linears(model, recipe.layers)
+    chosen = {name: linear for name, linear in linears.items() if only in ("", name)}
+    tokens = torch.randint(model.config.vocab_size, (size.sequences, size.block))
+    clock = _Clock()
+    start = time.perf_counter()
+    decompose_model(model, chosen, tokens, recipe.train, SpectrumStore(work / "spectrum"), clock)
+    return {
+        "seconds": time.perf_counter() - start,
+        "layers": {event.values["layer"]: seconds for event, seconds in clock.of("spectrum")},
+        "statistics_seconds": sum(seconds for _, seconds in clock.of("statistics")),
+        "statistics_tokens": tokens.numel(),
+        "largest_weight": max(8 * linear.weight.numel() for linear in chosen.values()),
+        **_peaks(_bytes(model)),
+    }
+
+
+def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
+    """Learn the scores for a few steps; the first one warms up and does not count."""
+    model = random_model(recipe, size.layers)
+    linears = select_linears(model, recipe.layers)
+    settings = recipe.train.model_copy(
+        update={
+            "steps": size.steps + 1,
+            "batch_tokens": size.sequences * size.block,
+            "start": "ones",
+            "checkpoint_every": size.steps + 1,
+            "factor_dtype": "bfloat16" if GPU else "float32",
+        }
+    )
+    tokens = torch.randint(model.config.vocab_size, (size.sequences * (size.steps + 1), size.block))
+    clock = _Clock()
+    task = TrainingTask(model, linears, Unit(linears), tokens, settings, _plan(size), work / "train", clock, "scale")
+    train_spectrum(task)
+    seconds = [spent for _, spent in clock.of("train")][1:]
+    return {
+        "step_seconds": seconds,
+        "tokens": size.sequences * size.block,
+        "components": sum(min(linear.weight.shape) for linear in linears.values()),
+        **_peaks(_bytes(model)),
+    }
+
+
+def cut(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
+    """Cut to the size with uniform ranks, write the checkpoint in fp16 and export it to ONNX in fp16."""
+    model = random_model(recipe, size.layers)
+    before = count_parameters(model)
+    linears = select_linears(model, recipe.layers)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "factors"):
+        scores = {name: _scores(linear) for name, linear in linears.items()}
+        plan = plan_ranks(Scores(scores), _plan(size))
+        factors = store_as(make_factors(Unit(linears), Scores(scores), plan, linears), plan.storage, {})
+    model = model.cpu()
+    with _timed(seconds, "checkpoint"):
+        apply_factors(model, factors)
+        del factors
+        model.half()
+        save_checkpoint(model, None, work / "hf")
+    after = count_parameters(model)
+    with _timed(seconds, "onnx"):
+        export_onnx(work / "hf", work / "onnx", ExportSettings(dtype="float16"))
+    sizes = {name: sum(file.stat().st_size for file in (work / name).iterdir()) for name in ("hf", "onnx")}
+    return {"seconds": seconds, "parameters": [before, after], "bytes": sizes, **_peaks(4 * before)}
+
+
+def _plan(size: Size) -> PlanSettings:
+    return PlanSettings(keep_params=size.keep, allocation="uniform")
+
+
+def _scores(linear: nn.Linear) -> LayerScores:
+    k = min(linear.weight.shape)
+    return LayerScores(torch.arange(k, 0, -1).float(), torch.ones(k), None, (linear.out_features, linear.in_features))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+class _Clock:
+    """Takes events and notes when each came; what passed since the one before is its own time."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.events: list[tuple[Event, float]] = []
+
+    def __call__(self, event: Event) -> None:
+        if GPU:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.events.append((event, now - self.last))
+        self.last = now
+
+    def of(self, stage: str) -> list[tuple[Event, float]]:
+        return [entry for entry in self.events if entry[0].stage == stage]
+
+
+PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"decompose": decompose, "train": train, "cut": cut}
+
+
+def do(part: str, recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
+    """Do the part `NAME` or `decompose:LAYER` and return its figures and how much was done."""
+    name, _, only = part.partition(":")
+    found = PARTS[name](recipe, size, work, *([only] if only else []))
+    return {**found, "size": asdict(size), "threads": torch.get_num_threads()}
