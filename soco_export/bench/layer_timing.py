@@ -39,19 +39,20 @@ STEPS = (1, 8, 16, 32)
 CACHE_BYTES = 1 << 26  # what no last-level cache of two cores holds
 MOST_COPIES = 32
 SECONDS = 1.5  # for one workload of one shape
-ROUNDS = (5, 60)
+ROUNDS = (3, 60)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how layers are measured."""
+    """Where and how layers are measured, `tokens` at once; `bias`: a pruned layer adds one."""
 
     provider: str
     threads: int
     export: ExportSettings
     bias: bool
+    tokens: tuple[int, ...] = LatencySettings().tokens
 
-    def conditions(self, settings: LatencySettings) -> Conditions:
+    def conditions(self) -> Conditions:
         """Return what a profile of this device is kept under."""
         machine, how = describe_machine(self.threads), self.export.quantize
         blocks = f"{how.block} {'symmetric' if how.symmetric else 'asymmetric'} accuracy {how.accuracy_level}"
@@ -64,7 +65,7 @@ class Device:
             weights=self.export.weights,
             blocks="" if self.export.weights == "same" else blocks,
             bias=self.bias,
-            tokens=settings.tokens,
+            tokens=self.tokens,
         )
 
 
@@ -105,19 +106,17 @@ def _random_parts(shape: Shape, form: Form, bias: bool) -> dict[str, Array]:
     return {"weight": weight(rank, n), "mix.weight": weight(m - rank, rank), "order": random.permutation(m), **added}
 
 
-def measure_profile(
-    shapes: Sequence[Shape], form: Storage, device: Device, settings: LatencySettings, notify: Notify
-) -> Profile:
+def measure_profile(shapes: Sequence[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
     """Measure every shape in `form`; raises MachineError if the provider is not there."""
     check_provider(device.provider)
     layers: dict[Shape, dict[str, FormTimes]] = {}
     for index, shape in enumerate(shapes):
-        layers[shape] = {form: _measure_shape(shape, form, device, settings)}
+        layers[shape] = {form: _measure_shape(shape, form, device)}
         notify(Event("latency", index + 1, len(shapes) + 1))
     largest = max(shapes, key=lambda shape: shape[0] * shape[1])
     multiple = _measure_multiple(largest, form, device)
     notify(Event("latency", len(shapes) + 1, len(shapes) + 1))
-    return Profile(device.conditions(settings), multiple, layers)
+    return Profile(device.conditions(), multiple, layers)
 
 
 def rank_grid(shape: Shape, form: Storage) -> tuple[int, ...]:
@@ -130,13 +129,13 @@ def rank_grid(shape: Shape, form: Storage) -> tuple[int, ...]:
     return tuple(sorted({min(max(step, round(rank / step) * step), int(ranks[-1])) for rank in nearest}))
 
 
-def _measure_shape(shape: Shape, form: Storage, device: Device, settings: LatencySettings) -> FormTimes:
+def _measure_shape(shape: Shape, form: Storage, device: Device) -> FormTimes:
     ranks = rank_grid(shape, form)
     forms = [Form(), *(Form(form, rank) for rank in ranks)]
     with tempfile.TemporaryDirectory() as work:
         sessions = [_open(shape, one, device, Path(work)) for one in forms]
         # by workload, then by form
-        times = [_time(sessions, tokens, shape, device) for tokens in settings.tokens]
+        times = [_time(sessions, tokens, shape, device) for tokens in device.tokens]
     dense, *low = ([column[index] for column in times] for index in range(len(forms)))
     return FormTimes(tuple(dense), ranks, tuple(map(tuple, low)))
 

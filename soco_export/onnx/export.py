@@ -16,7 +16,7 @@ from soco_export.onnx.graph import DataFile, Graph
 from soco_export.onnx.inspect import MODEL_FILE, GraphSummary, summarise
 from soco_export.onnx.layouts import Layout, check_layouts, write_layouts
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import CheckpointWeights, check_tensors
+from soco_export.onnx.weights import CheckpointWeights, WeightSource, check_tensors
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 
@@ -59,7 +59,7 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
         if architecture is None:
             export_traced(folder, partial, settings, notify)
         else:
-            _build(architecture, source, settings, partial, notify)
+            write_graph(architecture, source, settings, partial, notify)
         write_layouts(Layout(folder, partial, config, settings))
     forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     return ExportSummary(
@@ -78,8 +78,8 @@ def _bytes_on_disk(folder: Path) -> int:
     return sum({file.st_ino: file.st_size for file in found}.values())
 
 
-def _build(
-    architecture: Architecture, source: CheckpointWeights, settings: ExportSettings, folder: Path, notify: Notify
+def write_graph(
+    architecture: Architecture, source: WeightSource, settings: ExportSettings, folder: Path, notify: Notify
 ) -> None:
     """Stream the weights into `folder`/model.onnx.data and write the graph beside them."""
     data = DataFile(folder / f"{MODEL_FILE}.data")

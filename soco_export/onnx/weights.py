@@ -99,7 +99,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
 
     A tensor too many is a part of the model that the graph would leave out.
     """
-    needed, allowed = _expected(architecture, source)
+    needed, allowed = expected_tensors(architecture, source)
     where = str(source.folder)
     if missing := sorted(needed.keys() - source.shapes.keys()):
         raise DataError(
@@ -123,7 +123,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
             )
 
 
-def _expected(architecture: Architecture, source: CheckpointWeights) -> tuple[Shapes, Shapes]:
+def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[Shapes, Shapes]:
     """Return (needed, allowed besides): biases are used wherever they are stored."""
     names = architecture.names
     table = (architecture.vocab, architecture.hidden)

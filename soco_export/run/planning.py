@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from math import lcm
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from soco_export.bench.layer_times import Profile, limits
+from soco_export.bench.layer_times import Profile, Shape, limits
 from soco_export.recipe import Recipe
 from soco_export.run.manifest import write_atomic
 from soco_train.artifacts import Scores
 from soco_train.budget import RankPlan, plan_ranks
 from soco_train.errors import RecipeError
 from soco_train.events import Notify
+from soco_train.settings import Storage
+
+if TYPE_CHECKING:
+    from soco_export.bench.layer_timing import Device
 
 PROFILE = "latency.json"
 
@@ -28,10 +33,14 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
     """
     if recipe.optimise_for == "params":
         return plan_ranks(scores, recipe.plan)
+    from soco_export.bench.layer_timing import Device
+
     path = recipe.latency.profile or folder / PROFILE
-    profile = read_or_measure(recipe, scores, path, notify)
-    settings = recipe.plan.model_copy(update={"multiple": lcm(recipe.multiple, profile.multiple)})
+    bias = any(layer.deviation is not None for layer in scores.layers.values())
+    device = Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
     shapes = {name: layer.shape for name, layer in scores.layers.items()}
+    profile = read_or_measure(path, set(shapes.values()), recipe.storage, device, notify)
+    settings = recipe.plan.model_copy(update={"multiple": lcm(recipe.multiple, profile.multiple)})
     ends = limits(profile, shapes, settings.storage, settings.multiple)
     try:
         return plan_ranks(scores, settings, limits=ends)
@@ -43,20 +52,17 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
         ) from error
 
 
-def read_or_measure(recipe: Recipe, scores: Scores, path: Path, notify: Notify) -> Profile:
+def read_or_measure(path: Path, shapes: set[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
     """Return the profile kept in `path`, completed by what it lacks, or a new one; `path` is written if it grew."""
-    from soco_export.bench.layer_timing import Device, measure_profile
+    from soco_export.bench.layer_timing import measure_profile
 
-    bias = any(layer.deviation is not None for layer in scores.layers.values())
-    device = Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias)
-    shapes = {layer.shape for layer in scores.layers.values()}
     kept = Profile.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if kept is not None and kept.conditions != device.conditions(recipe.latency):
+    if kept is not None and kept.conditions != device.conditions():
         kept = None
-    missing = shapes if kept is None else kept.lacks(shapes, recipe.storage)
+    missing = shapes if kept is None else kept.lacks(shapes, form)
     if not missing and kept is not None:
         return kept
-    found = measure_profile(sorted(missing), recipe.storage, device, recipe.latency, notify)
+    found = measure_profile(sorted(missing), form, device, notify)
     whole = found if kept is None else kept.completed_by(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, whole.to_json())

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile, at_rank, dense_from, liked_multiple, limits
 from soco_export.bench.layer_timing import Device, measure_profile, rank_grid
-from soco_export.bench.settings import LatencySettings
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe import load_recipe
-from soco_export.run.planning import plan_for, read_or_measure
+from soco_export.run.planning import plan_for
 from soco_train.artifacts import LayerScores, Scores
 from soco_train.budget import layer_cost, plan_ranks
 from soco_train.errors import DataError, RecipeError
@@ -144,10 +143,9 @@ def test_a_profile_survives_its_file_and_grows():
 
 def test_layers_are_really_measured(tmp_path):
     """Smoke: every form and weight type times something; the file is used again."""
-    how = LatencySettings(tokens=(1, 3))
     for weights, form in itertools.product(("same", "int4"), ("stacked", "pivoted")):
-        device = Device("CPUExecutionProvider", 1, ExportSettings(weights=weights), bias=True)
-        profile = measure_profile([(48, 32)], form, device, how, lambda event: None)
+        device = Device("CPUExecutionProvider", 1, ExportSettings(weights=weights), bias=True, tokens=(1, 3))
+        profile = measure_profile([(48, 32)], form, device, lambda event: None)
         times = profile.layers[48, 32][form]
         assert len(times.times) == len(times.ranks)
         assert all(len(row) == 2 and min(row) > 0 for row in (times.dense, *times.times))
@@ -168,10 +166,9 @@ def test_a_size_that_no_faster_layer_reaches_is_refused_with_the_reason(tmp_path
     )
     layer = LayerScores(torch.linspace(1, 0, 32), torch.ones(32), None, (48, 32))
     scores = Scores({"a": layer})
-    read_or_measure(recipe, scores, tmp_path / "latency.json", lambda event: None)
-    kept = Profile.from_json((tmp_path / "latency.json").read_text())
     never = FormTimes((1.0,), (1,), ((2.0,),))
-    slow = Profile(kept.conditions, 1, {(48, 32): {"stacked": never, "pivoted": never}})
+    device = Device("CPUExecutionProvider", 1, recipe.export, bias=False, tokens=(1,))
+    slow = Profile(device.conditions(), 1, {(48, 32): {"stacked": never, "pivoted": never}})
     (tmp_path / "latency.json").write_text(slow.to_json())
     with pytest.raises(RecipeError, match="too few layers are faster") as refused:
         plan_for(recipe, scores, tmp_path, lambda event: None)

@@ -1,0 +1,149 @@
+"""The benchmark's command line; resumable series by series.
+
+    python -m benchmarks.onnx                                   everything that this environment can run
+    python -m benchmarks.onnx --model smollm2 --weights int4    a part of it
+    python -m benchmarks.onnx --optimum-python .venv-optimum/bin/python
+    python -m benchmarks.onnx --table                           the page again from the series at hand
+
+All models of a series are open at once and take turns; only ratios inside one series mean anything. Models have random
+weights (benchmarks/onnx/models.py), a bias on every pruned layer as training leaves it, contrib operators and
+last-token logits. `planned` rows are of the measured plan: dense wherever low rank was timed to be no faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.onnx import others
+from benchmarks.onnx.models import (
+    MODELS,
+    architecture_of,
+    forms_of,
+    linear_shapes,
+    measured_plan,
+    uniform_plan,
+    write_model,
+)
+from benchmarks.onnx.series import Entry, measure
+from benchmarks.onnx.table import markdown
+from soco_export.bench.layer_times import Profile
+from soco_export.bench.layer_timing import Device
+from soco_export.bench.machine import describe_machine
+from soco_export.bench.roofline import measure_bandwidth
+from soco_export.onnx.settings import ExportSettings
+from soco_export.run.manifest import write_atomic
+from soco_export.run.planning import read_or_measure
+from soco_export.validate.settings import CPU
+from soco_train.errors import RecipeError
+from soco_train.events import silent
+
+RESULTS = Path(__file__).parent / "results"
+WEIGHTS = {"fp32": "same", "int8": "int8", "int4": "int4"}
+KEEPS = (0.8, 0.6)
+MULTIPLE = 32
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then write the page."""
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, piece in pieces(options):
+        path = options.out / f"{name}.json"
+        if (path.exists() and not options.fresh) or options.table:
+            continue
+        started = time.monotonic()
+        entries = piece()
+        document = {
+            "command": "python -m benchmarks.onnx " + " ".join(argv if argv is not None else sys.argv[1:]),
+            "machine": asdict(describe_machine(options.threads)),
+            "bandwidth": measure_bandwidth(options.threads),
+            "entries": [asdict(entry) for entry in entries],
+        }
+        write_atomic(path, json.dumps(document, indent=1) + "\n")
+        print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+        print(markdown(name, document["entries"], document["bandwidth"]), flush=True)
+    write_atomic(options.out / "results.md", page(options.out))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20, help="for one workload of one series")
+    parser.add_argument("--pack", action="store_true", help="q/k/v and gate/up share their first product, dense too")
+    parser.add_argument("--others", action="store_true", help="PyTorch, optimum-onnx and onnxruntime-genai beside ours")
+    parser.add_argument("--optimum-python", type=Path, help="interpreter of an environment with soco-export[optimum]")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-onnx"))
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--table", action="store_true", help="only write the page")
+    return parser.parse_args(argv)
+
+
+def pieces(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Entry]]]]:
+    """Yield every series that was asked for: its name and how it is measured."""
+    packed = "-packed" if options.pack else ""
+    for model in options.model:
+        for weights in options.weights:
+            yield f"{model}-{weights}{packed}", lambda m=model, w=weights: floor_series(m, w, options)
+    if options.others:
+        yield "others-smollm2", lambda: others.series(options.work, options.optimum_python, options.threads)
+
+
+def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[Entry]:
+    """Measure dense against every size and form of one model in one weight type."""
+    work = options.work / f"{model}-{weights}"
+    shutil.rmtree(work, ignore_errors=True)
+    architecture = architecture_of(model, work / "dense")
+    profile = _profile(model, weights, set(linear_shapes(architecture).values()), options)
+    forms = {"dense": {}}
+    for keep in KEEPS:
+        for form in ("stacked", "pivoted"):
+            forms[f"{keep:g} {form}"] = forms_of(uniform_plan(architecture, keep, form, MULTIPLE))
+        try:
+            plan = measured_plan(architecture, keep, profile, "stacked")
+            forms[f"{keep:g} planned ({len(plan.dense_layers)} of {len(plan.layers)} dense)"] = forms_of(plan)
+        except RecipeError as error:
+            print(f"{model} {weights} keep {keep:g}: no measured plan; {error.fix}", file=sys.stderr)
+    folders = {}
+    for index, (name, kinds) in enumerate(forms.items()):
+        folders[name] = work / f"{index}"
+        folders[name].mkdir()
+        shutil.copyfile(work / "dense" / "config.json", folders[name] / "config.json")
+        write_model(architecture, kinds, folders[name], WEIGHTS[weights], "contrib", options.pack)
+    try:
+        return measure(folders, {}, options.threads, options.seconds)
+    finally:
+        shutil.rmtree(work)
+
+
+def _profile(model: str, weights: str, shapes: set[tuple[int, int]], options: argparse.Namespace) -> Profile:
+    """Return the measured times of the model's layers, kept beside the results."""
+    device = Device(CPU, options.threads, ExportSettings(weights=WEIGHTS[weights]), bias=True)
+    return read_or_measure(options.out / f"profile-{model}-{weights}.json", shapes, "stacked", device, silent)
+
+
+def page(folder: Path) -> str:
+    """Return the page of all series in `folder`."""
+    parts = ["# Low rank against dense in ONNX Runtime\n"]
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("profile-"):
+            continue
+        found = json.loads(path.read_text())
+        machine = found["machine"]
+        parts.append(markdown(path.stem, found["entries"], found["bandwidth"]))
+        parts.append(
+            f"`{found['command'].strip()}` on {machine['cores']} cores of {machine['cpu']}, ONNX Runtime "
+            f"{machine['versions'].get('onnxruntime', '')}, {machine['threads']} threads, "
+            f"{found['bandwidth'] / 2**30:.1f} GiB/s\n"
+        )
+    return "\n".join(parts)
