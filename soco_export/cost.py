@@ -103,7 +103,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         disk=_disk(recipe, shape, kept, format, outputs),
         outputs=outputs,
         assumption=ASSUMPTION,
-        training_tokens=recipe.train.steps * recipe.train.batch_tokens if recipe.train.scorer == "soco" else 0,
+        training_tokens=recipe.train.steps * recipe.train.batch_tokens if recipe.train.trains else 0,
     )
 
 
@@ -189,7 +189,7 @@ def _scores_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
 
 def _scores_flops(recipe: Recipe, shape: ModelShape) -> float:
     train = recipe.train
-    trained = train.scorer == "soco"
+    trained = train.trains
     passes = 3 if train.checkpoint_activations else 2
     student = shape.full_factors + shape.parameters - shape.selected
     steps = train.steps if trained else train.fisher_blocks
@@ -197,7 +197,7 @@ def _scores_flops(recipe: Recipe, shape: ModelShape) -> float:
 
 
 def _tokens_a_step(recipe: Recipe) -> int:
-    return recipe.train.batch_tokens if recipe.train.scorer == "soco" else recipe.data.block
+    return recipe.train.batch_tokens if recipe.train.trains else recipe.data.block
 
 
 def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:

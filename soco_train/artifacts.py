@@ -39,13 +39,15 @@ class LayerScores:
     """What training learnt about one layer's components.
 
     importance: [k] fp32, larger lives longer; scale: [k] fp32, multiplies the component; deviation: [m] or None,
-    added to the layer's output; shape: (m, n) of the dense weight.
+    added to the layer's output; shape: (m, n) of the dense weight; correction: (C [k, r], A [r, n]) or None, where C A
+    is added to the component's B, of whatever size the cut is.
     """
 
     importance: torch.Tensor
     scale: torch.Tensor
     deviation: torch.Tensor | None
     shape: tuple[int, int]
+    correction: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Scores:
             tensors[f"{name}:scale"] = layer.scale
             if layer.deviation is not None:
                 tensors[f"{name}:deviation"] = layer.deviation
+            if layer.correction is not None:
+                tensors[f"{name}:correction.C"], tensors[f"{name}:correction.A"] = layer.correction
         shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
         write_tensors(path, tensors, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
 
@@ -102,10 +106,16 @@ class Scores:
                 scale=tensors[f"{name}:scale"],
                 deviation=tensors.get(f"{name}:deviation"),
                 shape=(shape[0], shape[1]),
+                correction=_correction(name, tensors),
             )
             for name, shape in header["shapes"].items()
         }
         return Scores(layers, header["provenance"])
+
+
+def _correction(name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    left = tensors.get(f"{name}:correction.C")
+    return None if left is None else (left, tensors[f"{name}:correction.A"])
 
 
 @dataclass(frozen=True)

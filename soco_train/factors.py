@@ -39,6 +39,9 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
     layer = scores.layers[name]
     survivors = kept(layer.importance, rank)
     up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
+    if layer.correction is not None:
+        left, right = layer.correction
+        down = down + left[survivors].double() @ right.double()
     root = layer.scale[survivors].double().clamp(min=0).sqrt()
     balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
     up, down = up * (root * balance), down * (root / balance)[:, None]

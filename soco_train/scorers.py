@@ -1,6 +1,7 @@
 """Ways to score singular components, as plug-ins: a scorer is one decorated function from a ScoringTask to Scores.
 
 soco             learn the scores in three phases (arXiv 2502.15092)
+acip             learn binary masks under a growing l1 pressure, and adapters (arXiv 2502.01717)
 fisher           ½ E[g²] at the dense model: the second-order cost of removing a component; no training
 singular-values  σ², no training; with `allocation: uniform` on the whitened basis this is SVD-LLM's recipe
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from soco_train.acip import train_masks
 from soco_train.artifacts import LayerScores, Scores, Spectrum
 from soco_train.budget import plan_ranks
 from soco_train.errors import RecipeError
@@ -89,21 +91,28 @@ def fisher(task: ScoringTask) -> Scores:
 def soco(task: ScoringTask) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
     start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
-    learnt = train_spectrum(
-        TrainingTask(
-            model=task.model,
-            linears=task.linears,
-            spectra=task.spectra,
-            tokens=task.tokens,
-            train=task.train,
-            plan=task.plan,
-            workdir=task.workdir,
-            notify=task.notify,
-            fingerprint=_fingerprint(task),
-            start=start,
-        )
+    return attributed(train_spectrum(_training(task, start)), task.spectra, task.train)
+
+
+@scorer("acip")
+def acip(task: ScoringTask) -> Scores:
+    """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
+    return train_masks(_training(task, None))
+
+
+def _training(task: ScoringTask, start: Mapping[str, torch.Tensor] | None) -> TrainingTask:
+    return TrainingTask(
+        model=task.model,
+        linears=task.linears,
+        spectra=task.spectra,
+        tokens=task.tokens,
+        train=task.train,
+        plan=task.plan,
+        workdir=task.workdir,
+        notify=task.notify,
+        fingerprint=_fingerprint(task),
+        start=start,
     )
-    return attributed(learnt, task.spectra, task.train)
 
 
 def attributed(scores: Scores, spectra: Mapping[str, Spectrum], train: TrainSettings) -> Scores:

@@ -98,6 +98,11 @@ class TrainSettings(Section):
     checkpoint_activations: bool = False
     logit_chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at one time in the loss")
 
+    @property
+    def trains(self) -> bool:
+        """Whether the scorer learns over `steps` batches of text."""
+        return self.scorer in ("soco", "acip")
+
 
 class CompensateSettings(Section):
     """Closed-form compensation of the surviving scores (optimal brain surgeon in σ-space); `blocks` 0: off."""

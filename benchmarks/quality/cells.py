@@ -149,7 +149,7 @@ def is_random(recipe: Recipe) -> bool:
 def training_tokens(recipe: Recipe) -> int:
     """Return how many tokens the scores and the distillation see together."""
     train, distill, block = recipe.train, recipe.refine.distill, recipe.data.block
-    scored = train.steps * _batch(train.batch_tokens, block) if train.scorer == "soco" else 0
+    scored = train.steps * _batch(train.batch_tokens, block) if train.trains else 0
     return scored + distill.steps * _batch(distill.batch_tokens, block)
 
 

@@ -37,7 +37,7 @@ from soco_train.settings import DataSettings
 METHODS = {
     "main": (
         *("svd", "fwsvd", "asvd", "svd-llm", "fisher", "soco-scores"),
-        *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted"),
+        *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted", "acip"),
     ),
     "attribution": (
         *("fisher", "soco-scores", "soco-rescale-only", "soco-select-only", "soco-reallocate-only"),
