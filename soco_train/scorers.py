@@ -90,6 +90,8 @@ def fisher(task: ScoringTask) -> Scores:
 @scorer("soco")
 def soco(task: ScoringTask) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
+    if task.train.keep_params is not None:
+        task = replace(task, plan=task.plan.model_copy(update={"keep_params": task.train.keep_params}))
     start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
     return attributed(train_spectrum(_training(task, start)), task.spectra, task.train)
 

@@ -73,6 +73,9 @@ class TrainSettings(Section):
     statistics_blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind the covariances")
     fisher_blocks: int = Field(default=16, ge=1)
     start: Literal["ones", "fisher", "spectrum"] = "ones"
+    keep_params: float | None = Field(
+        default=None, gt=0, le=1, description="size the scores are trained for, to be cut at others; none: the model's"
+    )
     steps: int = Field(default=200, ge=0)
     batch_tokens: int = Field(default=1024, ge=8)
     lr: float = Field(default=3e-3, gt=0)

@@ -206,7 +206,11 @@ class _Run:
         self.restricted = True
 
     def _scores(self) -> Scores:
-        """Read the scores off: survivors by s; the dead below them, the later their death the higher."""
+        """Read the scores off: survivors by s; the dead below them, the later their death the higher.
+
+        A component outside the final support has the scale 1: a larger size that brings it back needs it as it was, not
+        as polarisation left it.
+        """
         s = self.bank.function(self.bank.theta.detach())
         age = self.died.clamp(max=float(self.task.train.steps)) / max(1, self.task.train.steps)
         order = torch.where(s > 1e-3, s + 1.0, age)
@@ -214,7 +218,7 @@ class _Run:
         deviations: Mapping[str, torch.Tensor] = {}
         if self.bank.deviation is not None:
             deviations = dict(zip(self.bank.names, self.bank.deviation.detach().split(self.bank.rows), strict=True))
-        scales = self.bank.per_layer(s)
+        scales = self.bank.per_layer(torch.where(self.bank.support, s, 1.0))
         layers = {
             name: LayerScores(part.cpu(), scales[name].cpu(), deviations[name].cpu() if deviations else None, shape)
             for (name, part), shape in zip(self.bank.per_layer(importance).items(), self.shapes, strict=True)

@@ -139,7 +139,8 @@ class Laboratory:
     def _scores(
         self, recipe: Recipe, linears: Mapping[str, Any], spectra: SpectrumStore, tokens: torch.Tensor
     ) -> Scores:
-        key = self._key([recipe.model_dump(mode="json", include={"train", "layers"}), recipe.plan.model_dump()])
+        plan = recipe.plan if recipe.train.keep_params is None else recipe.plan.model_copy(update={"keep_params": None})
+        key = self._key([recipe.model_dump(mode="json", include={"train", "layers"}), plan.model_dump()])
         path = self.work / f"scores-{key}.safetensors"
         if not path.exists():
             workspace = self.work / f"training-{key}"

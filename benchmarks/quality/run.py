@@ -44,6 +44,7 @@ METHODS = {
         *("soco-no-reallocation", "soco-no-deviation"),
         *("soco-phase-1", "soco-phases-1-2", "soco-phases-1-3", "soco-start-ones", "soco-softplus", "soco-sigmoid2"),
     ),
+    "any-size": ("soco-scores", "soco-any-size"),
 }
 Say = Callable[[str], None]
 

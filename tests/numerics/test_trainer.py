@@ -11,8 +11,9 @@ from soco_train.budget import kept, plan_ranks
 from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event
-from soco_train.factors import make_factors
+from soco_train.factors import factored, make_factors
 from soco_train.layers import select_linears
+from soco_train.objective import divergence
 from soco_train.scorers import ScoringTask, attributed, saliency, train_scores
 from soco_train.settings import DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectrum import decompose_layers, find_basis
@@ -211,3 +212,22 @@ def test_attribution_takes_away_what_it_names_and_keeps_every_rank(model, tokens
         assert [layer.rank for layer in plan_ranks(found, work.plan).layers.values()] == [
             layer.rank for layer in plan.layers.values()
         ]
+
+
+def test_a_larger_size_brings_components_back_as_they_were(model, tokens, tmp_path: Path) -> None:
+    small = TRAIN.model_copy(update={"keep_params": 0.4, "start": "fisher"})
+    work, _ = task(model, tokens, tmp_path, small, keep=0.9)
+    scores = train_scores(work)
+    divergences = []
+    for keep in (0.4, 0.9):
+        plan = plan_ranks(scores, work.plan.model_copy(update={"keep_params": keep}))
+        factors = make_factors(work.spectra, scores, plan, work.linears)
+        with torch.no_grad():
+            dense = model(input_ids=tokens).logits
+            with factored(model, work.linears, factors):
+                divergences.append(float(divergence(model(input_ids=tokens).logits, dense, tokens)[1]))
+        for name, layer in scores.layers.items():
+            survivors = kept(layer.importance, plan.layers[name].rank)
+            if keep == 0.9:
+                assert not (layer.scale[survivors] == 0).any()
+    assert divergences[1] < 0.5 * divergences[0]
