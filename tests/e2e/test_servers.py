@@ -5,6 +5,7 @@ Everything stays on the loopback interface. What is not installed is skipped wit
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -229,6 +230,26 @@ def test_a_client_that_leaves_gives_up_its_place(narrow: tuple[int, Any]) -> Non
         time.sleep(0.05)
     else:
         pytest.fail("the place is still taken")
+
+
+def test_an_answer_that_nobody_reads_is_not_computed(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="no onnxruntime-genai here")
+    monkeypatch.syspath_prepend(str(SERVER.parent))
+    from worker import Job, Worker
+
+    worker = Worker(tiny_run / "onnx", parallel=1)
+    worker.start()
+    left, after = (Job(worker.encode(SOME[0]), count, 0.0, 1.0, None) for count in (900, 3))
+
+    async def both() -> int:
+        first = worker.pieces(left)
+        await anext(first)
+        await first.aclose()
+        return len([piece async for piece in worker.pieces(after)])
+
+    assert asyncio.run(both()) == 3
+    assert left.max_tokens > 450
+    worker.stop()
 
 
 def test_sigterm_lets_an_answer_finish(narrow: tuple[int, Any]) -> None:
