@@ -135,7 +135,7 @@ def _page(document: Mapping[str, Any], alike: Mapping[str, int]) -> list[str]:
     if document["estimate"]:
         lines.append(
             "Random weights. **What is said of the whole model is an estimate** from the layers that were measured, by "
-            "multiplications; this machine has no GPU that takes them all."
+            "multiplications; this machine has no GPU that takes them all. Seconds are the processor's."
         )
     lines += ["", "| part | what | measured | peak host | peak GPU |", "|---|---|---|---|---|"]
     for name, part in parts.items():
