@@ -22,9 +22,10 @@ from soco_export.bench.machine import describe_machine
 from soco_export.bench.runner import Run, interleave
 from soco_export.bench.settings import LatencySettings
 from soco_export.onnx.export import DTYPES
-from soco_export.onnx.graph import Array, DataFile, Graph
+from soco_export.onnx.graph import DataFile, Graph
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.linear import BITS, Linears
+from soco_export.onnx.matrix import Array
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import Form
 from soco_export.validate.session import DEVICES, check_provider, session_options

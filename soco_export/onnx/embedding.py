@@ -13,7 +13,7 @@ import onnx_ir as ir
 from soco_export.onnx.architecture import Architecture
 from soco_export.onnx.graph import CONTRIB, Graph
 from soco_export.onnx.linear import BITS, Linears, StoredBlocks
-from soco_export.onnx.quantize import quantize
+from soco_export.onnx.matrix import Matrix, Part
 
 
 class TokenTable:
@@ -38,14 +38,13 @@ class TokenTable:
             return self.graph.op("Gather", self._floats, tokens)
         how, bits = settings.quantize, BITS[settings.quantize.embedding]
         # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
-        stored = quantize(self.linears.read(self.name, None), bits, how.block, symmetric=True)
         # Gather wants the table as wide as the model: no padding behind the last block.
-        width = self.architecture.hidden * bits // 8
-        table = self.graph.stored(f"{self.name}_q{bits}", stored.packed.reshape(self.architecture.vocab, -1)[:, :width])
-        self._blocks = self.linears.store_beside(self.name, table, stored)
+        shape = (self.architecture.vocab, self.architecture.hidden * bits // 8)
+        table = Matrix([Part(self.linears.source.read(self.name))])
+        self._blocks = self.linears.store_blocks(self.name, table, bits, True, shape)
         return self.graph.op(
             f"{CONTRIB}::GatherBlockQuantized",
-            table,
+            self._blocks.packed,
             tokens,
             *self._blocks.parameters,
             bits=bits,
@@ -65,7 +64,8 @@ class TokenTable:
         if quantized and whole_blocks and self._blocks is not None:
             return self._block_product(hidden, self._blocks)
         if quantized or self._floats is None:
-            return self.linears.matmul(hidden, f"{head}.weight", self.linears.read(self.name, None), [head])
+            table = Matrix([Part(self.linears.source.read(self.name))])
+            return self.linears.matmul(hidden, f"{head}.weight", table, [head])
         return self._float_product(hidden, self._floats)
 
     def _block_product(self, hidden: ir.Value, blocks: StoredBlocks) -> ir.Value:

@@ -7,7 +7,7 @@ input gives the same bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from soco_export.onnx.matrix import CHUNK, Array, Matrix
 from soco_train.errors import RecipeError
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Dim = int | str
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 23, 1, 11
 CONTRIB = "com.microsoft"
 # Memory-mapped tensors want to start on a page.
 ALIGNMENT = 4096
-# Bytes that are cast and written at one time.
-CHUNK = 1 << 24
 
 
 class DataFile:
@@ -36,22 +34,26 @@ class DataFile:
         self._file = path.open("wb")
 
     def write(self, name: str, array: Array, dtype: ir.DataType) -> ir.ExternalTensor:
-        """Append `array` as `dtype` and return the reference to it; RecipeError if a value does not fit `dtype`.
+        """Append `array` as `dtype` and return the reference to it; RecipeError if a value does not fit `dtype`."""
+        rows = max(1, CHUNK // max(1, array.nbytes // max(1, len(array))))
+        pieces = (array[start : start + rows] for start in range(0, len(array), rows))
+        return self.stream(name, array.shape, pieces, dtype)
 
-        Casting and transposing (`array` may be a transposed view) go piece by piece: no second copy of a large tensor.
-        """
+    def stream(
+        self, name: str, shape: tuple[int, ...], pieces: Iterable[Array], dtype: ir.DataType
+    ) -> ir.ExternalTensor:
+        """Append what comes in `pieces`, along the first axis; as `write` else."""
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        rows = max(1, CHUNK // max(1, array.nbytes // max(1, len(array))))
-        for start in range(0, len(array), rows):
-            piece = np.ascontiguousarray(_cast(name, array[start : start + rows], dtype))
-            self._file.write(piece.reshape(-1).view(np.uint8).data)
+        for piece in pieces:
+            cast = np.ascontiguousarray(_cast(name, piece, dtype))
+            self._file.write(cast.reshape(-1).view(np.uint8).data)
         return ir.ExternalTensor(
             self.path.name,
             offset,
             self._file.tell() - offset,
             dtype,
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self.path.parent,
         )
@@ -115,6 +117,15 @@ class Graph:
     def weight(self, name: str, array: Array) -> ir.Value:
         """Store a weight in the graph's float type; RecipeError if a value does not fit it."""
         return self._initializer(name, self._data.write(name, array, self.dtype))
+
+    def transposed(self, name: str, matrix: Matrix) -> ir.Value:
+        """Store the transpose of a matrix in the graph's float type."""
+        m, n = matrix.shape
+        return self._initializer(name, self._data.stream(name, (n, m), matrix.transposed(), self.dtype))
+
+    def streamed(self, name: str, shape: tuple[int, ...], pieces: Iterable[Array]) -> ir.Value:
+        """Store bytes that come in pieces along the first axis."""
+        return self._initializer(name, self._data.stream(name, shape, pieces, ir.DataType.UINT8))
 
     def stored(self, name: str, array: Array) -> ir.Value:
         """Store an array in the type that it has."""

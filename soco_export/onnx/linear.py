@@ -6,20 +6,20 @@ that read the same input can therefore share one MatMul (`pack`) whatever their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 
-from soco_export.onnx.graph import CONTRIB, Array, Graph
-from soco_export.onnx.quantize import QuantizedWeight, quantize
+from soco_export.onnx.graph import CONTRIB, Graph
+from soco_export.onnx.matrix import Array, Matrix, Order, Part
+from soco_export.onnx.quantize import quantize_rows
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import WeightSource
 
 BITS = {"int8": 8, "int4": 4}
-Order = Array | None
 Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
 FINISH: dict[str, Finish] = {}
 
@@ -90,14 +90,11 @@ class Linears:
     def _product(self, x: ir.Value, names: Sequence[str], rows: Order, columns: Order) -> ir.Value:
         """Return x times the first matrices of all `names`."""
         label = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
-        arrays = []
-        for name in names:
-            # The first matrix of a dense layer is all of it: its rows are the outputs.
-            array = self.read(f"{name}.weight", rows if self.source.form(name).kind == "dense" else None)
-            arrays.append(array if columns is None else array[:, columns])
-        weight = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        # The first matrix of a dense layer is all of it: its rows are the outputs.
+        orders = [rows if self.source.form(name).kind == "dense" else None for name in names]
+        parts = [Part(self.source.read(f"{name}.weight"), order) for name, order in zip(names, orders, strict=True)]
         with self.graph.scope(label):
-            return self.matmul(x, f"{label}.weight", weight, names)
+            return self.matmul(x, f"{label}.weight", Matrix(parts, columns), names)
 
     def _finished(self, first: ir.Value, name: str, rows: Order) -> ir.Value:
         with self.graph.scope(name):
@@ -119,22 +116,36 @@ class Linears:
         globs = self.settings.quantize.keep
         return self.settings.weights != "same" and not any(fnmatchcase(name, glob) for name in layers for glob in globs)
 
-    def matmul(self, x: ir.Value, name: str, weight: Array, layers: Sequence[str]) -> ir.Value:
+    def matmul(self, x: ir.Value, name: str, weight: Matrix, layers: Sequence[str]) -> ir.Value:
         """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as export.weights says."""
         if not self.quantizes(layers):
             # Stored transposed: MatMul then needs no Transpose at run time.
-            return self.graph.op("MatMul", x, self.graph.weight(name, weight.T))
+            return self.graph.op("MatMul", x, self.graph.transposed(name, weight))
         bits, how = BITS[self.settings.weights], self.settings.quantize
-        stored = quantize(weight, bits, how.block, how.symmetric)
-        packed = self.graph.stored(f"{name}_q{bits}", stored.packed)
-        return self.block_product(x, self.store_beside(name, packed, stored))
+        blocks = -(-weight.shape[1] // how.block)
+        shape = (weight.shape[0], blocks, how.block * bits // 8)
+        return self.block_product(x, self.store_blocks(name, weight, bits, how.symmetric, shape))
 
-    def store_beside(self, name: str, packed: ir.Value, weight: QuantizedWeight) -> StoredBlocks:
-        """Store scales and zeros of a weight whose levels are stored already."""
-        parameters = [self.graph.weight(f"{name}_scales", weight.scales)]
-        if weight.zeros is not None:
-            parameters.append(self.graph.stored(f"{name}_zeros", weight.zeros))
-        return StoredBlocks(packed, tuple(parameters), weight.bits, weight.shape)
+    def store_blocks(
+        self, name: str, weight: Matrix, bits: int, symmetric: bool, shape: tuple[int, ...]
+    ) -> StoredBlocks:
+        """Store a weight in blocks, its levels in `shape` (whose first axis are the rows), then scales and zeros."""
+        scales: list[Array] = []
+        zeros: list[Array] = []
+        size = int(np.prod(shape[1:]))
+
+        def levels() -> Iterator[Array]:
+            for piece in quantize_rows(weight, bits, self.settings.quantize.block, symmetric):
+                scales.append(piece.scales)
+                zeros.extend([] if piece.zeros is None else [piece.zeros])
+                # Padding behind the last block is left out where `shape` has no room for it.
+                yield piece.packed.reshape(len(piece.packed), -1)[:, :size]
+
+        packed = self.graph.streamed(f"{name}_q{bits}", shape, levels())
+        parameters = [self.graph.weight(f"{name}_scales", np.concatenate(scales))]
+        if zeros:
+            parameters.append(self.graph.stored(f"{name}_zeros", np.concatenate(zeros)))
+        return StoredBlocks(packed, tuple(parameters), bits, weight.shape)
 
     def block_product(self, x: ir.Value, weight: StoredBlocks) -> ir.Value:
         """Return x · weightᵀ for a weight stored in blocks."""
@@ -161,7 +172,8 @@ def _dense(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Valu
 # x ── MatMul down [n,r] ── MatMul up [r,m] ──(Add bias)── y
 @finish("stacked")
 def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
-    y = linears.matmul(first, f"{name}.up.weight", linears.read(f"{name}.up.weight", rows), [name])
+    up = Matrix([Part(linears.source.read(f"{name}.up.weight"), rows)])
+    y = linears.matmul(first, f"{name}.up.weight", up, [name])
     return linears.bias(y, f"{name}.up.bias", rows)
 
 
@@ -170,7 +182,8 @@ def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
 @finish("pivoted")
 def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
     graph = linears.graph
-    rest = linears.matmul(first, f"{name}.mix.weight", linears.read(f"{name}.mix.weight", None), [name])
+    mix = Matrix([Part(linears.source.read(f"{name}.mix.weight"))])
+    rest = linears.matmul(first, f"{name}.mix.weight", mix, [name])
     y = graph.op("Concat", first, rest, axis=-1)
     # `order` says where each entry goes; Gather wants where each output comes from.
     place = np.argsort(linears.read(f"{name}.order", None), kind="stable")

@@ -5,11 +5,12 @@ w ≈ (q - zero) · scale        q in 0 … 2^bits - 1, packed low nibble first
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from soco_export.onnx.graph import CHUNK, Array
+from soco_export.onnx.matrix import CHUNK, Array, Matrix, Part
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,19 @@ class QuantizedWeight:
 
 
 def quantize(weight: Array, bits: int, block: int, symmetric: bool) -> QuantizedWeight:
-    """Round `weight` [m, n] to `bits` (4 or 8) per block of `block` inputs; the last block is padded with zeros.
-
-    Goes through the rows in pieces: beside `weight` and the result it needs little memory.
-    """
+    """Round `weight` [m, n] to `bits` (4 or 8) per block of `block` inputs; the last block is padded with zeros."""
+    pieces = list(quantize_rows(Matrix([Part(weight)]), bits, block, symmetric))
+    packed, scales = (np.concatenate(parts) for parts in zip(*((p.packed, p.scales) for p in pieces), strict=True))
+    zeros = None if symmetric else np.concatenate([piece.zeros for piece in pieces if piece.zeros is not None])
     m, n = weight.shape
-    rows = max(1, CHUNK // (4 * max(1, n)))
-    pieces = [_rounded(weight[start : start + rows], bits, block, symmetric) for start in range(0, max(m, 1), rows)]
-    packed, scales, zeros = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return QuantizedWeight(packed, scales, None if symmetric else zeros, bits, block, (m, n))
+    return QuantizedWeight(packed, scales, zeros, bits, block, (m, n))
+
+
+def quantize_rows(matrix: Matrix, bits: int, block: int, symmetric: bool) -> Iterator[QuantizedWeight]:
+    """Yield `quantize` of some rows after the other: beside the matrix it needs little memory."""
+    for piece in matrix.pieces(CHUNK // 4):  # rounding needs a few copies of its rows
+        packed, scales, zeros = _rounded(piece, bits, block, symmetric)
+        yield QuantizedWeight(packed, scales, None if symmetric else zeros, bits, block, (len(piece), matrix.shape[1]))
 
 
 def _rounded(weight: Array, bits: int, block: int, symmetric: bool) -> tuple[Array, Array, Array]:

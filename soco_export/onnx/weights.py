@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.lowrank import QUANT_METHOD
 from soco_export.onnx.architecture import Architecture
-from soco_export.onnx.graph import Array
+from soco_export.onnx.matrix import CHUNK, Array
 from soco_train.errors import DataError, RecipeError
 
 # Older checkpoints store buffers that are computed from the config.
@@ -70,19 +69,33 @@ class CheckpointWeights:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
         file = self._stored[name].file
         try:
-            # Opened anew for each tensor, so that the pages of the last one are let go.
-            with safe_open(str(file), framework="pt") as shard:
-                tensor = shard.get_tensor(name)
+            values = _read_tensor(str(file), name)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
-        if not tensor.is_floating_point():
-            return np.asarray(tensor.numpy())
-        values = np.asarray(tensor.to(torch.float32).numpy())
         # A sum is finite only if every term is, and needs no second array.
         with np.errstate(over="ignore", invalid="ignore"):
             if not np.isfinite(values.sum(dtype=np.float64)):
                 raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
         return values
+
+
+def _read_tensor(file: str, name: str) -> Array:
+    """Return a tensor, a view of the file if it is stored as it is needed.
+
+    The file is opened anew for each piece, so that the pages of the last one are let go.
+    """
+    with safe_open(file, framework="pt") as shard:
+        tensor = shard.get_slice(name)
+        shape, stored = tensor.get_shape(), tensor.get_dtype()
+        if stored not in ("BF16", "F16", "F64") or len(shape) != 2:
+            whole = shard.get_tensor(name)
+            return np.asarray((whole.float() if whole.is_floating_point() else whole).numpy())
+    values = np.empty(shape, np.float32)
+    step = max(1, CHUNK // (4 * max(1, shape[1])))
+    for start in range(0, shape[0], step):
+        with safe_open(file, framework="pt") as shard:
+            values[start : start + step] = shard.get_slice(name)[start : start + step].float().numpy()
+    return values
 
 
 def _refuse_quantised(record: dict[str, object], folder: Path) -> None:

@@ -1,0 +1,60 @@
+"""A weight that is put together piece by piece while it is written: no second copy of a large tensor ever exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Order = Array | None
+# Bytes that are put in order, cast and written at one time.
+CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a Matrix: those of `array` [m, n], in the order `rows`."""
+
+    array: Array
+    rows: Order = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Parts below each other, [m, n]; column i is the parts' column `columns[i]`."""
+
+    parts: Sequence[Part]
+    columns: Order = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return sum(len(part.array) for part in self.parts), self.parts[0].array.shape[1]
+
+    def pieces(self, size: int | None = None) -> Iterator[Array]:
+        """Yield the matrix from top to bottom, some rows of about `size` bytes (default: CHUNK) at a time."""
+        step = _step(size, self.shape[1])
+        for part in self.parts:
+            for start in range(0, len(part.array), step):
+                rows = slice(start, start + step) if part.rows is None else part.rows[start : start + step]
+                piece = part.array[rows]
+                yield piece if self.columns is None else piece[:, self.columns]
+
+    def transposed(self) -> Iterator[Array]:
+        """Yield the transpose [n, m] from top to bottom, some rows at a time."""
+        step = _step(None, self.shape[0])
+        for start in range(0, self.shape[1], step):
+            columns = slice(start, start + step) if self.columns is None else self.columns[start : start + step]
+            yield np.concatenate([_taken(part, columns).T for part in self.parts], axis=1)
+
+
+def _taken(part: Part, columns: slice | Array) -> Array:
+    taken = part.array[:, columns]
+    return taken if part.rows is None else taken[part.rows]
+
+
+def _step(size: int | None, width: int) -> int:
+    return max(1, (size or CHUNK) // (4 * max(1, width)))
