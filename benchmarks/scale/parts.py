@@ -56,7 +56,7 @@ class Unit(Mapping[str, Spectrum]):
         self.linears = linears
 
     def __getitem__(self, name: str) -> Spectrum:
-        weight = self.linears[name].weight.detach().float()
+        weight = self.linears[name].weight.detach().float().clone()  # real ones share no memory with the weight
         k = min(weight.shape)
         unit = torch.eye(k, device=weight.device)
         P, B = (weight, unit) if weight.shape[0] >= weight.shape[1] else (unit, weight)
