@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     alike = _alike(recipe)
     wanted = [*(["decompose"] if GPU else [f"decompose:{name}" for name in alike]), "train", "cut"]
-    for part in [options.part] if options.part else wanted:
+    for part in options.part.split(",") if options.part else wanted:
         if not _file(options.out, part).exists():
             print(f"{part} …", flush=True)
-            words = [*(sys.argv[1:] if argv is None else argv), "--inside", *([] if options.part else ["--part", part])]
+            words = [*(sys.argv[1:] if argv is None else argv), "--inside", "--part", part]
             subprocess.run([sys.executable, "-m", "benchmarks.scale", *words], check=True)
     there = {
         part: json.loads(_file(options.out, part).read_text()) for part in wanted if _file(options.out, part).exists()
@@ -66,7 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=8 if GPU else 1, help="a step")
     parser.add_argument("--steps", type=int, default=50 if GPU else 3)
     parser.add_argument("--keep", type=float, default=0.6)
-    parser.add_argument("--part", default="", help="decompose, decompose:LAYER, train or cut alone")
+    parser.add_argument(
+        "--part", default="", help="decompose, decompose:LAYER, train, cut: these alone, comma between them"
+    )
     parser.add_argument("--work", type=Path, help="where the parts put what they write; default: the system's")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
