@@ -34,11 +34,12 @@ def draw_plots(results: Results) -> tuple[list[Plot], str]:
         axes = figure.subplots()
         if draw(results, axes):
             axes.invert_yaxis()  # bars from top to bottom in the tables' order
-            plots.append(Plot(title, _svg(figure)))
+            plots.append(Plot(title, svg(figure)))
     return plots, "" if plots else NOTHING
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Return a matplotlib figure as an <svg> element; the same figure gives the same text."""
     from matplotlib import rc_context
 
     text = io.StringIO()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from soco_export.onnx.weights import CheckpointWeights
 from soco_train.errors import DataError, RecipeError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+PIVOTED, STACKED = {"proj": ("pivoted", 9)}, {"proj": ("stacked", 9)}
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "fc2": ("stacked", 17)}
 
 
@@ -55,6 +59,29 @@ def test_an_export_that_dies_leaves_nothing_and_keeps_the_last_one(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         export_onnx(folder, out, ExportSettings(weights="int8"), die)
     assert (out / "model.onnx").read_bytes() == before
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["onnx"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from soco_export.onnx.export import export_onnx
+from soco_export.onnx.settings import ExportSettings
+def kill(event):
+    if event.step == event.total:  # every weight is written
+        os.kill(os.getpid(), signal.SIGKILL)
+export_onnx(Path(sys.argv[1]), Path(sys.argv[2]), ExportSettings(), kill)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
+def test_a_killed_export_leaves_nothing_that_looks_complete_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    folder, out = hf_folder(tmp_path), tmp_path / "out" / "onnx"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(out)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert not list((tmp_path / "out").rglob("model.onnx"))
+    export_onnx(folder, out, ExportSettings())
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["onnx"]
 
 
@@ -195,14 +222,28 @@ GRAPHS = {
     "qwen3-standard": ("qwen3", {}),
     "opt-standard": ("opt", {}),
     "opt-contrib": ("opt", {"flavour": "contrib"}),
+    "llama-standard-int4": ("llama", {"weights": "int4"}),
+    "llama-contrib-packed-int4": ("llama", {"flavour": "contrib", "pack": True, "weights": "int4"}),
+    "llama-standard-packed-int8": ("llama", {"pack": True, "weights": "int8"}),
+    "llama-contrib-bfloat16-int4": ("llama", {"flavour": "contrib", "dtype": "bfloat16", "weights": "int4"}),
+}
+FORMS = {
+    f"llama-contrib-{form}{ending}": ("llama", {"flavour": "contrib", **settings}, kinds)
+    for form, kinds in (("stacked", STACKED), ("pivoted", PIVOTED))
+    for ending, settings in (
+        ("", {}),
+        ("-int4", {"weights": "int4"}),
+        ("-packed-int8", {"pack": True, "weights": "int8"}),
+    )
 }
 
 
-@pytest.mark.parametrize("case", GRAPHS)
+@pytest.mark.parametrize("case", [*GRAPHS, *FORMS])
 def test_graph_is_the_golden_one(case, tmp_path: Path) -> None:
     """Delete a golden file and run this to write it anew; say in the commit why the graph changed."""
-    name, settings = GRAPHS[case]
-    export_onnx(hf_folder(tmp_path, name), tmp_path / "onnx", ExportSettings(**settings))
+    name, settings, kinds = FORMS.get(case) or (*GRAPHS[case], MIXED)
+    folder = factor(tiny_model(name), tmp_path / "hf", kinds)
+    export_onnx(folder, tmp_path / "onnx", ExportSettings(**settings))
     found = vars(summarise(tmp_path / "onnx"))
     golden = GOLDEN / f"onnx-{case}.json"
     if not golden.exists():

@@ -1,0 +1,156 @@
+"""Bytes on disk against perplexity: each Hugging Face folder in fp32, int8 and int4.
+
+    python -m benchmarks.onnx.frontier dense=FOLDER 0.8=RUN/hf 0.6=OTHER/hf --out OUT
+    python -m benchmarks.onnx.frontier dense=FOLDER 0.8=RUN/hf --evaluate wiki.test.raw --block 2048 --out OUT
+
+A point is beaten if another one is no larger and no worse. Every point is a file in OUT as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soco_export.onnx.export import export_onnx
+from soco_export.onnx.settings import ExportSettings
+from soco_export.report.plots import svg
+from soco_export.run.manifest import write_atomic
+from soco_export.validate.perplexity import measure_perplexity
+from soco_export.validate.session import OnnxDecoder
+from soco_export.validate.settings import CPU
+from soco_train.corpus import load_blocks
+from soco_train.settings import DataSettings
+
+WEIGHTS = {"fp32": "same", "int8": "int8", "int4": "int4"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in one weight type. `bytes`: of model.onnx and its data."""
+
+    model: str
+    weights: str
+    bytes: int
+    perplexity: float
+    tokens: int
+    text: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing; write frontier.json, .md and .svg."""
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    points = [_kept(name, folder, weights, options) for name, folder in options.models for weights in options.weights]
+    write_atomic(options.out / "frontier.json", json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    write_atomic(options.out / "frontier.md", markdown(points))
+    drawing = draw(points)
+    if drawing:
+        write_atomic(options.out / "frontier.svg", drawing)
+    print(markdown(points))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx.frontier")
+    parser.add_argument("models", nargs="+", type=_named, help="NAME=FOLDER, a Hugging Face folder, dense or low rank")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--evaluate", type=Path, help="text file; default: the built-in speeches")
+    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, Path(folder)
+
+
+def _kept(name: str, folder: Path, weights: str, options: argparse.Namespace) -> Point:
+    path = options.out / f"point-{name}-{weights}.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(asdict(measure(name, folder, weights, options)), indent=1) + "\n")
+    return Point(**json.loads(path.read_text()))
+
+
+def measure(name: str, folder: Path, weights: str, options: argparse.Namespace) -> Point:
+    """Export and score one point."""
+    from transformers import AutoTokenizer
+
+    source: dict[str, Any] = {"path": options.evaluate} if options.evaluate else {"builtin": "speeches"}
+    data = DataSettings(**source, block=options.block, blocks=options.blocks)
+    blocks = load_blocks(AutoTokenizer.from_pretrained(folder), data, "evaluation")
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "onnx"
+        export_onnx(folder, out, ExportSettings(weights=WEIGHTS[weights], layouts=("optimum",)))
+        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), blocks.tokens)
+    return Point(name, weights, size, found.value, found.tokens, blocks.source)
+
+
+def beaten_by(point: Point, points: Sequence[Point]) -> Point | None:
+    """Return the best point that is no larger and no worse, and better in one of both; None if there is none."""
+    better = [
+        other
+        for other in points
+        if other.bytes <= point.bytes
+        and other.perplexity <= point.perplexity
+        and (other.bytes, other.perplexity) != (point.bytes, point.perplexity)
+    ]
+    return min(better, key=lambda other: (other.perplexity, other.bytes), default=None)
+
+
+def markdown(points: Sequence[Point]) -> str:
+    """Return the table, smallest first."""
+    lines = ["| model | weights | MB | perplexity | beaten by |", "|---|---|---|---|---|"]
+    for point in sorted(points, key=lambda point: point.bytes):
+        winner = beaten_by(point, points)
+        beaten = f"{winner.model} {winner.weights}" if winner else ""
+        lines.append(
+            f"| {point.model} | {point.weights} | {point.bytes / 1e6:.1f} | {point.perplexity:.4g} | {beaten} |"
+        )
+    texts = ", ".join(dict.fromkeys(f"{point.tokens} tokens of {point.text}" for point in points))
+    return "\n".join([*lines, "", f"Perplexity over {texts}.", ""])
+
+
+def draw(points: Sequence[Point]) -> str | None:
+    """Return the plot, a line for each weight type, as SVG; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for weights, line in _lines(points).items():
+        axes.plot([p.bytes / 1e6 for p in line], [p.perplexity for p in line], marker="o", label=weights)
+        for point in line:
+            axes.annotate(
+                point.model,
+                (point.bytes / 1e6, point.perplexity),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=7,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes on disk (MB)")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+    return svg(figure)
+
+
+def _lines(points: Sequence[Point]) -> Mapping[str, list[Point]]:
+    kinds = dict.fromkeys(point.weights for point in points)
+    return {kind: sorted((p for p in points if p.weights == kind), key=lambda p: p.bytes) for kind in kinds}
+
+
+if __name__ == "__main__":
+    main()
