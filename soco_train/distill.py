@@ -4,6 +4,7 @@
 model is the same model with its dense Linears switched back on, so there is no second copy. With
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
+Several processes share each batch (parallel.py); each holds all factors: nothing is sharded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from soco_train import parallel
 from soco_train.artifacts import StackedFactors, read_tensors, write_tensors
 from soco_train.batches import batch
 from soco_train.errors import DataError
@@ -86,6 +88,7 @@ class _Distillation:
         self.best_loss, self.misses = math.inf, 0
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
+        parallel.agree(self.parameters.values())
 
     def run(self) -> None:
         """Train until the last step, or until the held-out loss has stopped falling; end at the best factors."""
@@ -104,9 +107,12 @@ class _Distillation:
         return self.step == self.settings.steps
 
     def _one_step(self) -> None:
-        tokens = batch(self.tokens, self.settings.batch_tokens, self.step, self.task.seed + 1).to(self.device)
-        loss, kl = self._loss(tokens)
+        sequences = batch(self.tokens, self.settings.batch_tokens, self.step, self.task.seed + 1)
+        own, weight = parallel.share(sequences)
+        loss, kl = self._loss(own.to(self.device))
         loss.backward()
+        parallel.combine_gradients(self.parameters.values(), weight)
+        kl = parallel.combine(kl, weight)
         if not math.isfinite(float(kl)):
             raise DataError(
                 f"the loss is {float(kl)} at distillation step {self.step}",
@@ -119,7 +125,7 @@ class _Distillation:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens_done += tokens.numel()
+        self.tokens_done += sequences.numel()
         self._report({"kl": float(kl)})
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,8 +140,9 @@ class _Distillation:
         if not len(self.held_out):
             return
         parts = self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
-        losses = [float(self._loss(part.to(self.device))[0]) * len(part) for part in parts]
-        loss = sum(losses) / len(self.held_out)
+        losses = torch.tensor([float(self._loss(part.to(self.device))[0]) * len(part) for part in parts])
+        parallel.agree([losses])  # so that all processes stop at the same step
+        loss = float(losses.sum()) / len(self.held_out)
         if loss < self.best_loss:
             self.best_loss, self.misses = loss, 0
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -148,6 +155,8 @@ class _Distillation:
         self.task.notify(Event("distill", self.step, self.settings.steps, {**values, "tokens/s": speed}))
 
     def _save(self) -> None:
+        if not parallel.leading():
+            return
         header = {
             "kind": "distillation",
             "fingerprint": self.task.fingerprint,

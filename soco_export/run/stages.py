@@ -94,7 +94,9 @@ def make_factors(context: RunContext, out: Path) -> None:
         "calibration": calibration.fingerprint,
         "scores": dict(scores.provenance),
     }
-    refine(task, scores, plan, provenance).save(out / "factors.safetensors")
+    factors = refine(task, scores, plan, provenance)
+    if parallel.leading():
+        factors.save(out / "factors.safetensors")
 
 
 def write_checkpoint(context: RunContext, out: Path) -> None:
@@ -165,6 +167,7 @@ FACTORS = Stage(
     ("refine", "train.seed"),
     ("factors.safetensors",),
     make_factors,
+    shared=True,
 )
 CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf", CARD_FILE), write_checkpoint)
 DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)

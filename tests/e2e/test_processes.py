@@ -1,4 +1,4 @@
-"""Two processes under torchrun learn the scores of one for the same global batch, through the command line."""
+"""Two processes under torchrun learn the scores and factors that one learns from the same batches, by the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from cli_runner import ROOT, soco
 
 from soco_train import parallel
-from soco_train.artifacts import Scores
+from soco_train.artifacts import Factors, Scores
 from soco_train.errors import RecipeError
 
 # Three sequences a batch: two for one process, one for the other.
@@ -23,16 +23,22 @@ SETTINGS = (
     "train.lr=0.02",
     "train.statistics_blocks=4",
     "train.fisher_blocks=4",
+    "refine.distill.steps=4",
+    "refine.distill.batch_tokens=192",
+    "refine.distill.held_out_blocks=2",
+    "refine.distill.evaluate_every=2",
+    "evaluation.blocks=2",
 )
 
 
 def arguments(out: Path) -> list[str]:
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return ["train", "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
+    form = ["train-and-export", "--format", "hf"]
+    return [*form, "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
 
 
-def test_two_processes_learn_the_scores_of_one_and_only_the_first_writes_and_speaks(tmp_path: Path) -> None:
-    assert soco(*arguments(tmp_path / "one"), "-q").code == 0
+def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(tmp_path: Path) -> None:
+    code = soco(*arguments(tmp_path / "one"), "-q").code
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, "-m", "soco_export", *arguments(tmp_path / "two"), "--json"],
@@ -42,14 +48,18 @@ def test_two_processes_learn_the_scores_of_one_and_only_the_first_writes_and_spe
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"] == str(tmp_path / "two" / "scores.safetensors")
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["run"] == str(tmp_path / "two")
     one, two = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("one", "two"))
     for name, layer in one.layers.items():
         other = two.layers[name]
         torch.testing.assert_close(other.scale, layer.scale, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.importance, layer.importance, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.deviation, layer.deviation, rtol=0, atol=1e-5)
+    ones, twos = (Factors.load(tmp_path / name / "factors.safetensors").layers for name in ("one", "two"))
+    for name, layer in ones.items():
+        torch.testing.assert_close(twos[name].up, layer.up, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(twos[name].down, layer.down, rtol=1e-3, atol=1e-5)
     assert max(float((layer.scale - 1).abs().max()) for layer in one.layers.values()) > 0.1, "nothing was learnt"
 
 
