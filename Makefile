@@ -2,10 +2,12 @@
 VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
+# What is pure, and what only reads documents, gives the same answer whatever transformers is installed.
+MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|soco_export.models" tests/unit --include='*.py')
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat check-servers clean setup setup-optimum
+.PHONY: help demo tour test check test-compat check-servers bench-onnx clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -29,12 +31,15 @@ check: setup ## format, lint, types, import direction, dependencies
 	@$(VENV)/bin/lint-imports
 	@$(VENV)/bin/deptry .
 
-test-compat: setup-optimum ## run the tests with transformers 4.57 and optimum, in an environment of their own
-	@echo "== running the tests with transformers 4.57 and optimum"
-	@$(VENV_OPTIMUM)/bin/python -m pytest
+test-compat: setup-optimum ## run the tests that meet transformers once more with 4.57 and optimum, in an environment of their own
+	@echo "== running the tests that meet transformers with transformers 4.57 and optimum"
+	@$(VENV_OPTIMUM)/bin/python -m pytest $(MEETS_TRANSFORMERS)
 
 check-servers: setup ## start every server installed here on RUN (runs/demo), compare with PyTorch, then 16 clients
 	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)
+
+bench-onnx: setup ## measure the tables of benchmarks/onnx again (a quarter of an hour on an idle machine)
+	@$(VENV)/bin/python -m benchmarks.onnx --fresh --others
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
