@@ -1,4 +1,4 @@
-"""Two processes under torchrun learn the scores and factors that one learns from the same batches, by the command line."""
+"""Two processes under torchrun learn what one learns from the same batches, scores and factors, by the command line."""
 
 from __future__ import annotations
 
