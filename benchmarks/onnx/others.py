@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.onnx.models import architecture_of, uniform_plan
+import onnx
+from benchmarks.onnx.models import MODELS, architecture_of, uniform_plan
 from benchmarks.onnx.series import Entry, measure
 from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
 from soco_export.lowrank import apply_factors
@@ -43,12 +44,12 @@ class TimedTorch(TorchDecoder):
     def repeatable(self, ids: IntArray) -> Callable[[], None]:
         """Return a function that runs the same pass again and again; the cache is cut back each time."""
         mask, positions = self._continue_mask(ids, None)
-        past, length = self._past, mask.shape[1] - ids.shape[1]
+        past = self._past
 
         def run() -> None:
             self._forward(ids, mask, positions, past)
             if past is not None:
-                past.crop(length)
+                past.crop(-ids.shape[1])
 
         return run
 
@@ -61,7 +62,7 @@ def series(work: Path, optimum_python: Path | None, threads: int) -> list[Entry]
     folders = ours(folder, dense, low)
     for name, make in foreign(folder, dense, low, optimum_python).items():
         try:
-            folders[name] = make()
+            folders[name] = with_cache_sizes(make())
         except subprocess.CalledProcessError as error:
             print(f"{name} is left out: {(error.stderr or '').strip().splitlines()[-1:]}", file=sys.stderr)
     torch.set_num_threads(threads)
@@ -108,6 +109,19 @@ def foreign(folder: Path, dense: Path, low: Path, optimum_python: Path | None) -
         found["dense, optimum-onnx"] = lambda: _optimum(optimum_python, dense, folder / "optimum-dense")
         found[f"{KEEP:g} stacked, optimum-onnx"] = lambda: _optimum(optimum_python, low, folder / "optimum-low")
     return found
+
+
+def with_cache_sizes(folder: Path) -> Path:
+    """Write the cache's sizes, which some exporters leave to names, into the graph's inputs."""
+    path = folder / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    sizes = {1: MODELS[MODEL]["num_key_value_heads"], 3: MODELS[MODEL]["head_dim"]}
+    for entry in model.graph.input:
+        if entry.name.startswith("past_key_values."):
+            for axis, size in sizes.items():
+                entry.type.tensor_type.shape.dim[axis].dim_value = size
+    onnx.save(model, str(path))
+    return folder
 
 
 def _genai(source: Path, out: Path) -> Path:
