@@ -58,4 +58,6 @@ def tokenizer_in_both_forms(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(extra, list):
         del both["extra_special_tokens"]
         both["additional_special_tokens"] = extra
+    # 4.57's generic class would add token_type_ids, which no decoder takes.
+    both.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return both

@@ -43,6 +43,9 @@ def test_tokenizer() -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["<a>"],
         "eos_token": "</s>",
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     older = {"tokenizer_class": "LlamaTokenizerFast", "extra_special_tokens": {"image": "<i>"}}
     assert tokenizer_in_both_forms(older)["extra_special_tokens"] == {"image": "<i>"}
+    own = {"model_input_names": ["input_ids"]}
+    assert tokenizer_in_both_forms(own)["model_input_names"] == ["input_ids"]
