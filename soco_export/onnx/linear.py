@@ -130,21 +130,27 @@ class Linears:
         self, name: str, weight: Matrix, bits: int, symmetric: bool, shape: tuple[int, ...]
     ) -> StoredBlocks:
         """Store a weight in blocks, its levels in `shape` (whose first axis are the rows), then scales and zeros."""
-        scales: list[Array] = []
-        zeros: list[Array] = []
-        size = int(np.prod(shape[1:]))
+        (m, n), block = weight.shape, self.settings.quantize.block
+        blocks, size = -(-n // block), int(np.prod(shape[1:]))
+        # Made before the pieces come, so that they do not lie between these in memory.
+        scales = np.empty((m, blocks), np.float32)
+        zeros = np.empty((0 if symmetric else m, -(-blocks * bits // 8)), np.uint8)
 
         def levels() -> Iterator[Array]:
-            for piece in quantize_rows(weight, bits, self.settings.quantize.block, symmetric):
-                scales.append(piece.scales)
-                zeros.extend([] if piece.zeros is None else [piece.zeros])
+            start = 0
+            for piece in quantize_rows(weight, bits, block, symmetric):
+                stop = start + len(piece.packed)
+                scales[start:stop] = piece.scales
+                if piece.zeros is not None:
+                    zeros[start:stop] = piece.zeros
+                start = stop
                 # Padding behind the last block is left out where `shape` has no room for it.
                 yield piece.packed.reshape(len(piece.packed), -1)[:, :size]
 
         packed = self.graph.streamed(f"{name}_q{bits}", shape, levels())
-        parameters = [self.graph.weight(f"{name}_scales", np.concatenate(scales))]
-        if zeros:
-            parameters.append(self.graph.stored(f"{name}_zeros", np.concatenate(zeros)))
+        parameters = [self.graph.weight(f"{name}_scales", scales)]
+        if not symmetric:
+            parameters.append(self.graph.stored(f"{name}_zeros", zeros))
         return StoredBlocks(packed, tuple(parameters), bits, weight.shape)
 
     def block_product(self, x: ir.Value, weight: StoredBlocks) -> ir.Value:

@@ -11,7 +11,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 Order = Array | None
 # Bytes that are put in order, cast and written at one time.
-CHUNK = 1 << 23
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Matrix:
         step = _step(None, self.shape[0])
         for start in range(0, self.shape[1], step):
             columns = slice(start, start + step) if self.columns is None else self.columns[start : start + step]
-            yield np.concatenate([_taken(part, columns).T for part in self.parts], axis=1)
+            found = [_taken(part, columns).T for part in self.parts]
+            yield found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
 def _taken(part: Part, columns: slice | Array) -> Array:

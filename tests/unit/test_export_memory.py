@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from onnx_models import CONFIGS, factor, tiny_model
 from safetensors.torch import load_file, save_file
 
 from soco_export.onnx.matrix import Matrix, Part
 
-HIDDEN, INNER = 512, 32768
+HIDDEN, INNER = 512, 49152
 LARGEST = 4 * HIDDEN * INNER
 CASES = {
     "fp32": {},
@@ -42,14 +41,14 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the high-water mark")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_memory_is_at_most_one_and_a_half_times_the_largest_layer(dtype, tmp_path: Path, monkeypatch) -> None:
+def test_peak_memory_is_at_most_one_and_a_half_times_the_largest_layer(tmp_path: Path, monkeypatch) -> None:
     wide = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1}
     monkeypatch.setitem(CONFIGS, "wide", ("llama", {**CONFIGS["llama"][1], **wide}))
     # down_proj stays dense and takes its columns in the order that the pivoted gate gives them.
     folder = factor(tiny_model("wide"), tmp_path / "hf", {"gate_proj": ("pivoted", 64), "up_proj": ("stacked", 64)})
     tensors = load_file(folder / "model.safetensors")
-    stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    # Stored in bfloat16, which must be converted: the harder case.
+    stored = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     small = factor(tiny_model("llama"), tmp_path / "small", {})
     command = [sys.executable, "-c", MEASURE, str(small), str(folder), str(tmp_path / "out"), json.dumps(CASES)]
