@@ -121,7 +121,8 @@ def dense_from(times: FormTimes, tokens: Sequence[int], ranks: range) -> Limit |
     for rank in ranks:
         for count, ours, dense in zip(tokens, at_rank(times, rank), times.dense, strict=True):
             if ours >= dense:
-                return Limit(rank, f"measured {_us(ours)} at rank {rank} against {_us(dense)} dense ({_count(count)})")
+                shown = max(rank, times.ranks[0])  # nothing smaller was measured
+                return Limit(rank, f"measured {_us(ours)} at rank {shown} against {_us(dense)} dense ({_count(count)})")
     return None
 
 
