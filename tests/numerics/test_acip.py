@@ -95,6 +95,9 @@ def test_the_cut_is_the_support_and_the_adapter_in_it_and_costs_nothing(model, t
     assert plan.ratio <= 0.5
     factors = make_factors(work.spectra, scores, plan, work.linears)
     assert factors
+    for name, layer in plan.layers.items():
+        alive = scores.layers[name].importance > 1
+        assert int(alive.sum()) == layer.rank, "the masks stopped at what is cut; whoever died ranks below"
     for name, layer in factors.items():
         parts, own = work.spectra[name], scores.layers[name]
         left, right = own.correction
