@@ -162,7 +162,7 @@ def markdown(result: Result) -> str:
         "1 is the dense model's forward and backward pass (frozen: gradients of activations alone), "
         f"{1000 * median(result.seconds['dense']):.0f} ms. Seconds are the processor's on a CPU, the clock's on a GPU; "
         "median over rounds (lowest to highest).\n",
-        "| components | forward + backward to the scores | floor | with the teacher's forward pass | by multiplications |",
+        "| components | forward + backward to the scores | floor | with the teacher's pass | by multiplications |",
         "|---|---|---|---|---|",
     ]
     for name, floor in FLOORS.items():
