@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from soco_train.batches import batch
 from soco_train.budget import kept, plan_ranks
 from soco_train.errors import DataError
 from soco_train.events import Event
-from soco_train.layers import replace_module
+from soco_train.layers import substituted
 from soco_train.objective import SoftSize, divergence
 from soco_train.optimiser import pack, unpack
 from soco_train.trainer import DTYPES, TrainingTask
@@ -77,22 +77,13 @@ class MaskedLinear(nn.Module):
         return functional.linear(z * self.mask().to(z.dtype), self.P, bias).to(x.dtype)
 
 
-@contextmanager
-def masked_model(task: TrainingTask) -> Iterator[dict[str, MaskedLinear]]:
+def masked_model(task: TrainingTask) -> AbstractContextManager[dict[str, MaskedLinear]]:
     """Put MaskedLinears in the place of the task's Linears for the duration of the context, all else frozen."""
-    flags = {name: parameter.requires_grad for name, parameter in task.model.named_parameters()}
-    task.model.requires_grad_(False)
-    layers: dict[str, MaskedLinear] = {}
-    try:
-        for seed, (name, linear) in enumerate(task.linears.items(), start=task.train.seed):
-            layers[name] = MaskedLinear(linear, task.spectra[name], DTYPES[task.train.factor_dtype], seed)
-            replace_module(task.model, name, layers[name])
-        yield layers
-    finally:
-        for name in layers:
-            replace_module(task.model, name, task.linears[name])
-        for name, parameter in task.model.named_parameters():
-            parameter.requires_grad_(flags[name])
+    seeds = {name: seed for seed, name in enumerate(task.linears, start=task.train.seed)}
+    dtype = DTYPES[task.train.factor_dtype]
+    return substituted(
+        task.model, task.linears, lambda name, linear: MaskedLinear(linear, task.spectra[name], dtype, seeds[name])
+    )
 
 
 def train_masks(task: TrainingTask) -> Scores:

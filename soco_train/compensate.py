@@ -21,7 +21,7 @@ from torch import nn
 
 from soco_train.artifacts import Scores, Spectrum
 from soco_train.budget import RankPlan, kept
-from soco_train.events import Event
+from soco_train.events import Event, Notify, silent
 from soco_train.objective import divergence
 from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import CompensateSettings
@@ -30,7 +30,9 @@ from soco_train.subject import Subject
 _BYTES_AT_ONCE = 4 * 2**30
 
 
-def compensate(subject: Subject, scores: Scores, plan: RankPlan, settings: CompensateSettings) -> Scores:
+def compensate(
+    subject: Subject, scores: Scores, plan: RankPlan, settings: CompensateSettings, notify: Notify = silent
+) -> Scores:
     """Return `scores` with the scale of every survivor of `plan` compensated; importances stay as they are."""
     layers = dict(scores.layers)
     chosen = [name for name, layer in plan.layers.items() if not layer.dense]
@@ -44,7 +46,7 @@ def compensate(subject: Subject, scores: Scores, plan: RankPlan, settings: Compe
             survivors = kept(layer.importance, plan.layers[name].rank)
             layers[name] = replace(layer, scale=compensated(layer.scale, survivors, fisher[name], settings))
         done += len(group)
-        subject.notify(Event("compensate", done, len(chosen)))
+        notify(Event("compensate", done, len(chosen)))
     return Scores(layers, {**scores.provenance, "compensated": settings.blocks})
 
 

@@ -23,7 +23,8 @@ from soco_train.artifacts import StackedFactors, read_tensors, write_tensors
 from soco_train.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
-from soco_train.factors import FactorLinear, factored, teaching
+from soco_train.factors import FactorLinear, factored
+from soco_train.layers import teaching
 from soco_train.objective import divergence
 from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.settings import DistillSettings
@@ -129,7 +130,7 @@ class _Distillation:
         self._report({"kl": float(kl)})
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with teaching(self.layers):
+        with teaching(self.layers.values()):
             teacher = self.task.model(input_ids=tokens, use_cache=False).logits
         student = self.task.model(input_ids=tokens, use_cache=False).logits
         return divergence(student, teacher, tokens, self.settings.ce_weight)

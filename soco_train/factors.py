@@ -9,8 +9,8 @@ write the same rank-r matrices, so it is chosen last, when nothing is trained an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors
 from soco_train.budget import RankPlan, kept
-from soco_train.layers import replace_module
+from soco_train.layers import substituted
 from soco_train.pivot import pivot_factors
 from soco_train.settings import Storage
 
@@ -91,33 +91,9 @@ class FactorLinear(nn.Module):
         return StackedFactors(self.up.detach().cpu().clone(), self.down.detach().cpu().clone(), bias)
 
 
-@contextmanager
 def factored(
     model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, StackedFactors]
-) -> Iterator[dict[str, FactorLinear]]:
+) -> AbstractContextManager[dict[str, FactorLinear]]:
     """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    layers = {name: FactorLinear(linears[name], factors[name]) for name in factors}
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    try:
-        yield layers
-    finally:
-        for name in layers:
-            replace_module(model, name, linears[name])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-
-
-@contextmanager
-def teaching(layers: Mapping[str, FactorLinear]) -> Iterator[None]:
-    """Within this context the layers answer as the dense ones, without gradients."""
-    for layer in layers.values():
-        layer.teaching = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in layers.values():
-            layer.teaching = False
+    pruned = {name: linears[name] for name in factors}
+    return substituted(model, pruned, lambda name, linear: FactorLinear(linear, factors[name]))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from soco_train.errors import RecipeError
 from soco_train.settings import LayerSettings
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Teacher(Protocol):
+    """A module that answers as the dense layer it stands for while `teaching`."""
+
+    teaching: bool
 
 
 def select_linears(model: nn.Module, settings: LayerSettings) -> dict[str, nn.Linear]:
@@ -43,3 +55,37 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` (dotted) is in `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def substituted(
+    model: nn.Module, linears: Mapping[str, nn.Linear], make: Callable[[str, nn.Linear], Module]
+) -> Iterator[dict[str, Module]]:
+    """Put `make(name, linear)` in the place of each Linear for the duration of the context; all else is frozen."""
+    layers: dict[str, Module] = {}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        for name, linear in linears.items():
+            layers[name] = make(name, linear)
+            replace_module(model, name, layers[name])
+        yield layers
+    finally:
+        for name in layers:
+            replace_module(model, name, linears[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def teaching(layers: Iterable[Teacher]) -> Iterator[None]:
+    """Within this context the layers answer as the dense ones, without gradients."""
+    chosen = list(layers)
+    for layer in chosen:
+        layer.teaching = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in chosen:
+            layer.teaching = False

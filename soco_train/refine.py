@@ -15,6 +15,7 @@ from soco_train.artifacts import Factors, Scores, StackedFactors
 from soco_train.budget import RankPlan
 from soco_train.compensate import compensate
 from soco_train.distill import DistillTask, distill
+from soco_train.events import Notify
 from soco_train.factors import make_factors, store_as
 from soco_train.refit import refit
 from soco_train.settings import RefineSettings
@@ -30,6 +31,7 @@ class RefineTask(Subject):
 
     settings: RefineSettings
     workdir: Path
+    notify: Notify
     seed: int = 0
     fingerprint: str = ""
 
@@ -41,7 +43,7 @@ def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping
     """
     settings, tokens = task.settings, task.tokens
     if settings.compensate.blocks:
-        scores = compensate(task, scores, plan, settings.compensate)
+        scores = compensate(task, scores, plan, settings.compensate, task.notify)
     factors = make_factors(task.spectra, scores, plan, task.linears)
     if settings.refit.blocks and factors:
         factors = refit(task.model, task.linears, factors, tokens, settings.refit, task.notify)

@@ -26,7 +26,8 @@ from torch import nn
 from soco_train.artifacts import StackedFactors
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify, silent
-from soco_train.factors import FactorLinear, factored, teaching
+from soco_train.factors import FactorLinear, factored
+from soco_train.layers import teaching
 from soco_train.settings import RefitSettings
 
 _TOKENS_AT_ONCE = 2048
@@ -161,7 +162,7 @@ class _Flow:
         """Run both flows up to `layer` and return the moments of its input."""
         sums: list[torch.Tensor] = []
         for dense, compressed in zip(self.dense, self.compressed, strict=True):
-            with teaching(self.layers):
+            with teaching(self.layers.values()):
                 x = self._input(number, layer, dense)
             y = self._input(number, layer, compressed)
             new = [part.double() for part in (y.T @ y, x.T @ y, y.sum(0), x.sum(0))]
@@ -171,7 +172,7 @@ class _Flow:
 
     def advance(self, number: int) -> None:
         """Take both flows through block `number`."""
-        with teaching(self.layers):
+        with teaching(self.layers.values()):
             self.dense = [self._through(number, hidden) for hidden in self.dense]
         self.compressed = [self._through(number, hidden) for hidden in self.compressed]
 

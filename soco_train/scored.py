@@ -12,8 +12,8 @@ module answers as the dense layer did, so no second model is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from soco_train.artifacts import Spectrum
-from soco_train.layers import replace_module
+from soco_train.layers import substituted, teaching
 from soco_train.settings import ScoreFunction
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -163,34 +163,13 @@ class ScoreBank(nn.Module):
         """Cut a [Σk] tensor into [k] tensors by layer name."""
         return dict(zip(self.names, flat.split(self.ranks), strict=True))
 
-    @contextmanager
-    def teacher(self) -> Iterator[None]:
+    def teacher(self) -> AbstractContextManager[None]:
         """Within this context the model answers as the dense one, without gradients."""
-        for layer in self._layers:
-            layer.teaching = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for layer in self._layers:
-                layer.teaching = False
+        return teaching(self._layers)
 
 
-@contextmanager
 def scored_model(
     model: nn.Module, linears: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], dtype: torch.dtype
-) -> Iterator[dict[str, ScoredLinear]]:
+) -> AbstractContextManager[dict[str, ScoredLinear]]:
     """Put ScoredLinears in the place of `linears` for the duration of the context, then put the Linears back."""
-    layers: dict[str, ScoredLinear] = {}
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
-        for name, linear in linears.items():
-            layers[name] = ScoredLinear(linear, spectra[name], dtype)
-            replace_module(model, name, layers[name])
-        yield layers
-    finally:
-        for name in layers:
-            replace_module(model, name, linears[name])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+    return substituted(model, linears, lambda name, linear: ScoredLinear(linear, spectra[name], dtype))

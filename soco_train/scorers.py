@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from soco_train.acip import train_masks
 from soco_train.artifacts import LayerScores, Scores, Spectrum
@@ -25,17 +24,14 @@ from soco_train.events import Event, Notify, silent
 from soco_train.objective import divergence
 from soco_train.scored import ScoreBank, scored_model
 from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.subject import Subject
 from soco_train.trainer import DTYPES, TrainingTask, train_spectrum
 
 
 @dataclass(frozen=True)
-class ScoringTask:
+class ScoringTask(Subject):
     """What a scorer works on: a dense model, its participating Linears, their spectra and calibration blocks [n, t]."""
 
-    model: nn.Module
-    linears: Mapping[str, nn.Linear]
-    spectra: Mapping[str, Spectrum]
-    tokens: torch.Tensor
     train: TrainSettings
     plan: PlanSettings
     workdir: Path

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from soco_train.artifacts import Spectrum
-from soco_train.events import Notify
 
 
 @dataclass(frozen=True)
@@ -20,4 +19,3 @@ class Subject:
     linears: Mapping[str, nn.Linear]
     spectra: Mapping[str, Spectrum]
     tokens: torch.Tensor
-    notify: Notify

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from soco_train import parallel
-from soco_train.artifacts import LayerScores, Scores, Spectrum, read_tensors, write_tensors
+from soco_train.allocation import layer_cost
+from soco_train.artifacts import LayerScores, Scores, read_tensors, write_tensors
 from soco_train.batches import batch
-from soco_train.budget import kept, layer_cost, plan_ranks
+from soco_train.budget import kept, plan_ranks
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
@@ -30,22 +30,19 @@ from soco_train.phases import Orders, PressureController, StoppingRules, Timetab
 from soco_train.recompute import recomputing
 from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.subject import Subject
 
 CHECKPOINT = "training.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class TrainingTask:
+class TrainingTask(Subject):
     """All that score training needs. tokens: [n, block] int64; start: s₀ by layer ([k] each) or None for s ≡ 1.
 
     `workdir` receives checkpoints; `fingerprint` names this exact task, a checkpoint of another one is ignored.
     """
 
-    model: nn.Module
-    linears: Mapping[str, nn.Linear]
-    spectra: Mapping[str, Spectrum]
-    tokens: torch.Tensor
     train: TrainSettings
     plan: PlanSettings
     workdir: Path

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soco_train.budget import Limit
+from soco_train.allocation import Limit
 from soco_train.errors import DataError
 from soco_train.settings import Storage
 

@@ -30,7 +30,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import Form
 from soco_export.validate.session import DEVICES, check_provider, session_options
 from soco_export.validate.settings import CPU
-from soco_train.budget import layer_cost
+from soco_train.allocation import layer_cost
 from soco_train.events import Event, Notify
 from soco_train.settings import Storage
 

@@ -59,7 +59,7 @@ def subject(model, tokens, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     linears = select_linears(model, LayerSettings())
     store = SpectrumStore(tmp_path_factory.mktemp("spectrum"))
     decompose_model(model, linears, tokens, TRAIN, store, silent)
-    return Subject(model, linears, store, tokens, silent)
+    return Subject(model, linears, store, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from soco_train.allocation import layer_cost
 from soco_train.artifacts import LayerScores, Scores
-from soco_train.budget import RankPlan, kept, layer_cost, plan_ranks
+from soco_train.budget import RankPlan, kept, plan_ranks
 from soco_train.errors import DataError, RecipeError
 from soco_train.settings import PlanSettings
 

@@ -14,8 +14,9 @@ from soco_export.bench.layer_timing import Device, measure_profile, rank_grid
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe import load_recipe
 from soco_export.run.planning import plan_for
+from soco_train.allocation import layer_cost
 from soco_train.artifacts import LayerScores, Scores
-from soco_train.budget import layer_cost, plan_ranks
+from soco_train.budget import plan_ranks
 from soco_train.errors import DataError, RecipeError
 from soco_train.settings import PlanSettings
 
