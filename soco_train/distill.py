@@ -4,6 +4,7 @@
 model is the same model with its dense Linears switched back on, so there is no second copy. With
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
+With `teacher_top` the dense model's predictions are remembered (teacher.py).
 Several processes share each batch (parallel.py); each holds all factors: nothing is sharded.
 """
 
@@ -28,6 +29,7 @@ from soco_train.layers import teaching
 from soco_train.objective import divergence
 from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.settings import DistillSettings
+from soco_train.teacher import Teacher, teacher_folder
 
 CHECKPOINT = "distillation.safetensors"
 _BEST = "best/"
@@ -35,7 +37,10 @@ _BEST = "best/"
 
 @dataclass(frozen=True)
 class DistillTask:
-    """All that distillation needs. tokens: [n, t]; `workdir` receives checkpoints of the task named `fingerprint`."""
+    """All that distillation needs. tokens: [n, t]; `workdir` receives checkpoints of the task named `fingerprint`.
+
+    `remember_in`: the folder whose tasks share what the dense model predicts; None: that is in `workdir` too.
+    """
 
     model: nn.Module
     linears: Mapping[str, nn.Linear]
@@ -45,6 +50,7 @@ class DistillTask:
     notify: Notify
     seed: int = 0
     fingerprint: str = ""
+    remember_in: Path | None = None
 
 
 def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[str, StackedFactors]:
@@ -61,16 +67,25 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
             where="recipe: refine.distill",
         )
     task.model.eval()
+    top = task.settings.teacher_top
+    folder = teacher_folder(task.remember_in or task.workdir, task.model, top) if top else task.workdir
     with factored(task.model, task.linears, factors) as layers:
-        _Distillation(task, layers).run()
+        teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), top, folder)
+        _Distillation(task, layers, teacher).run()
         return {name: layer.factors() for name, layer in layers.items()}
+
+
+def _dense_logits(model: nn.Module, layers: Mapping[str, FactorLinear], tokens: torch.Tensor) -> torch.Tensor:
+    with teaching(layers.values()):
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
 
 
 class _Distillation:
     """The state of one distillation and its step."""
 
-    def __init__(self, task: DistillTask, layers: Mapping[str, FactorLinear]) -> None:
-        self.task, self.layers, self.settings = task, layers, task.settings
+    def __init__(self, task: DistillTask, layers: Mapping[str, FactorLinear], teacher: Teacher) -> None:
+        self.task, self.teacher, self.settings = task, teacher, task.settings
         held_out = task.settings.held_out_blocks
         self.tokens = task.tokens[: len(task.tokens) - held_out]
         self.held_out = task.tokens[len(task.tokens) - held_out :]
@@ -130,8 +145,7 @@ class _Distillation:
         self._report({"kl": float(kl)})
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with teaching(self.layers.values()):
-            teacher = self.task.model(input_ids=tokens, use_cache=False).logits
+        teacher = self.teacher(tokens)
         student = self.task.model(input_ids=tokens, use_cache=False).logits
         return divergence(student, teacher, tokens, self.settings.ce_weight)
 

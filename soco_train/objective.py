@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from soco_train.settings import Storage
+from soco_train.teacher import TopPredictions
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -23,9 +24,14 @@ class ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weight: float, chunk: int
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor | TopPredictions,
+        labels: torch.Tensor,
+        weight: float,
+        chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """student, teacher: [T, V], labels: [T] (-100: not scored) → (loss, KL), both scalars."""
+        """student: [T, V], teacher: [T, V] or [T, k], labels: [T] (-100: not scored) → (loss, KL), both scalars."""
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device, dtype=torch.float64)
         entropy = torch.zeros_like(total)
@@ -33,7 +39,7 @@ class ChunkedDivergence(torch.autograd.Function):
         for part in torch.arange(len(student), device=student.device).split(chunk):
             window = slice(int(part[0]), int(part[-1]) + 1)
             log_q = student[window].float().log_softmax(-1)
-            log_p = teacher[window].float().log_softmax(-1)
+            log_p = _log_p(teacher, window, log_q)
             p, gap = log_p.exp(), log_p.sub_(log_q)
             total += gap.mul_(p).sum(dtype=torch.float64)
             kept = labels[window] >= 0
@@ -57,16 +63,27 @@ class ChunkedDivergence(torch.autograd.Function):
         return gradient * gradients[0].to(gradient.dtype), None, None, None, None
 
 
+def _log_p(teacher: torch.Tensor | TopPredictions, window: slice, log_q: torch.Tensor) -> torch.Tensor:
+    if isinstance(teacher, TopPredictions):
+        return TopPredictions(teacher.log_p[window], teacher.index[window]).completed(log_q)
+    return teacher[window].float().log_softmax(-1)
+
+
 def divergence(
-    student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, ce_weight: float = 0.0, chunk: int = 2048
+    student: torch.Tensor,
+    teacher: torch.Tensor | TopPredictions,
+    tokens: torch.Tensor,
+    ce_weight: float = 0.0,
+    chunk: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (loss, KL) of logits [b, t, V] over all positions; CE is on the next token of `tokens`: [b, t]."""
     labels = torch.full_like(tokens, -100)
     labels[:, :-1] = tokens[:, 1:]
-    vocabulary = student.shape[-1]
-    loss, kl = ChunkedDivergence.apply(
-        student.reshape(-1, vocabulary), teacher.reshape(-1, vocabulary), labels.reshape(-1), ce_weight, chunk
-    )
+    if isinstance(teacher, TopPredictions):
+        teacher = TopPredictions(teacher.log_p.flatten(0, -2), teacher.index.flatten(0, -2))
+    else:
+        teacher = teacher.flatten(0, -2)
+    loss, kl = ChunkedDivergence.apply(student.flatten(0, -2), teacher, labels.flatten(), ce_weight, chunk)
     return loss, kl.detach()
 
 

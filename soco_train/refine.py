@@ -26,7 +26,8 @@ from soco_train.subject import Subject
 class RefineTask(Subject):
     """A subject whose scores are known.
 
-    `workdir` receives the distillation's checkpoints; `fingerprint` names the task beyond settings, scores and plan.
+    `workdir` receives the distillation's checkpoints; `fingerprint` names the task beyond settings, scores and plan;
+    `remember_in`: see DistillTask.
     """
 
     settings: RefineSettings
@@ -34,6 +35,7 @@ class RefineTask(Subject):
     notify: Notify
     seed: int = 0
     fingerprint: str = ""
+    remember_in: Path | None = None
 
 
 def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping[str, object]) -> Factors:
@@ -63,6 +65,7 @@ def _distilled(task: RefineTask, factors: Mapping[str, StackedFactors]) -> dict[
             notify=task.notify,
             seed=task.seed,
             fingerprint=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+            remember_in=task.remember_in,
         ),
         factors,
     )

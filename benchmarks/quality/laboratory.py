@@ -174,6 +174,7 @@ class Laboratory:
             notify=self.notify,
             seed=recipe.train.seed,
             fingerprint=key,
+            remember_in=self.work,
         )
         factors = refine(task, scores, plan_ranks(scores, recipe.plan), {})
         shutil.rmtree(workspace, ignore_errors=True)

@@ -268,3 +268,18 @@ def test_an_interrupted_distillation_remembers_its_best(subject, cut, tmp_path: 
 def test_holding_everything_out_is_refused(subject, cut, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none is left"):
         distill(distillation(subject, tmp_path, held_out_blocks=24)[0], cut[2])
+
+
+def test_distilling_from_remembered_predictions_is_distilling_from_the_model(subject, cut, tmp_path: Path) -> None:
+    settings = {"steps": 4, "evaluate_every": 2, "lr": 1e-3}
+    expected = distill(distillation(subject, tmp_path / "afresh", **settings)[0], cut[2])
+    remembering, events = distillation(subject, tmp_path / "kept", **settings, teacher_top=64)
+    shared = DistillTask(**{**vars(remembering), "remember_in": tmp_path / "shared"})
+    for task in (remembering, shared, shared):
+        found = distill(task, cut[2])
+        for name, layer in expected.items():
+            assert torch.allclose(found[name].up, layer.up, atol=1e-5)
+            assert torch.allclose(found[name].down, layer.down, atol=1e-5)
+    assert events
+    assert len(list((tmp_path / "kept").glob("teacher-*/*.safetensors"))) > 0
+    assert len(list((tmp_path / "shared").glob("teacher-*/*.safetensors"))) > 0

@@ -1,0 +1,85 @@
+"""What distillation imitates: the dense model's predictions, made afresh or remembered block by block.
+
+A dense forward pass is a third of a distillation step, and it says the same each time the block comes back: in another
+epoch, at another size, after an interruption. With `top` > 0 the `top` likeliest tokens of every position are kept in a
+folder, a file per block, named by its content. They are exact; the rest of the vocabulary is one bucket of its true
+weight, so the divergence from them is a lower bound of the whole one, close where the rest is light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from soco_train.artifacts import read_tensors, write_tensors
+
+_KIND = "predictions"
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """The likeliest tokens of every position; log_p: [..., k] in fp32, index: [..., k] int32."""
+
+    log_p: torch.Tensor
+    index: torch.Tensor
+
+    @staticmethod
+    def of(logits: torch.Tensor, top: int) -> TopPredictions:
+        """Keep the `top` largest of logits [..., V], at most V - 1: then the rest is one token and nothing is lost."""
+        log_p, index = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1] - 1))
+        return TopPredictions(log_p, index.int())
+
+    def completed(self, log_q: torch.Tensor) -> torch.Tensor:
+        """Return a distribution over the vocabulary, [T, V]: the kept tokens as they are, the rest in the shape of q.
+
+        Against q it has the divergence of the two with the rest as one bucket, and that divergence's gradient.
+        """
+        index = self.index.long()
+        scale = _rest(self.log_p) - _rest(log_q.gather(1, index))
+        return (log_q + scale[:, None]).scatter_(1, index, self.log_p)
+
+
+def _rest(log_p: torch.Tensor) -> torch.Tensor:
+    """Return log(1 - Σ p) of [T, k]; what fp32 rounds to nothing counts as its rounding."""
+    return torch.log((1 - log_p.exp().sum(1)).clamp(min=torch.finfo(torch.float32).eps))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model as a function of tokens; `answer` maps [b, t] to logits [b, t, V]."""
+
+    answer: Callable[[torch.Tensor], torch.Tensor]
+    top: int
+    folder: Path
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor | TopPredictions:
+        """Return the predictions for tokens [b, t]: logits [b, t, V], or the kept ones, each [b, t, top]."""
+        if not self.top:
+            return self.answer(tokens)
+        paths = [self.folder / f"{_name(row)}.safetensors" for row in tokens]
+        missing = [row for row, path in enumerate(paths) if not path.exists()]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            made = TopPredictions.of(self.answer(tokens[missing]), self.top)
+            for row, log_p, index in zip(missing, made.log_p, made.index, strict=True):
+                write_tensors(paths[row], {"log_p": log_p, "index": index}, {"kind": _KIND})
+        kept = [read_tensors(path, _KIND)[0] for path in paths]
+        log_p, index = (torch.stack([block[part] for block in kept]).to(tokens.device) for part in ("log_p", "index"))
+        return TopPredictions(log_p, index)
+
+
+def teacher_folder(parent: Path, model: nn.Module, top: int) -> Path:
+    """Name the folder after the weights, so that predictions of another model are never taken for this one's."""
+    digest = hashlib.sha256(str(top).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {float(parameter.detach().float().norm())}\n".encode())
+    return parent / f"teacher-{digest.hexdigest()[:16]}"
+
+
+def _name(row: torch.Tensor) -> str:
+    return hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:32]
