@@ -70,6 +70,9 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
     top = task.settings.teacher_top
     folder = teacher_folder(task.remember_in or task.workdir, task.model, top) if top else task.workdir
     with factored(task.model, task.linears, factors) as layers:
+        parallel.agree(parameter for layer in layers.values() for parameter in layer.pair.parameters())
+        if task.settings.shard:
+            parallel.shard(layer.pair for layer in layers.values())
         teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), top, folder)
         _Distillation(task, layers, teacher).run()
         return {name: layer.factors() for name, layer in layers.items()}
@@ -92,8 +95,7 @@ class _Distillation:
         self.parameters = {
             f"{name}:{part}": parameter
             for name, layer in layers.items()
-            for part, parameter in layer.named_parameters()
-            if parameter.requires_grad
+            for part, parameter in layer.pair.named_parameters()
         }
         self.device = next(iter(self.parameters.values())).device
         self.optimiser = torch.optim.AdamW(
@@ -104,7 +106,6 @@ class _Distillation:
         self.best_loss, self.misses = math.inf, 0
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
-        parallel.agree(self.parameters.values())
 
     def run(self) -> None:
         """Train until the last step, or until the held-out loss has stopped falling; end at the best factors."""
@@ -116,8 +117,9 @@ class _Distillation:
                 self._evaluate()
             if self.step % self.settings.checkpoint_every == 0 and not self._at_end():
                 self._save()
-        for name, tensor in self.best.items():
-            self.parameters[name].data.copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in self.best.items():
+                self.parameters[name].copy_(tensor)
 
     def _at_end(self) -> bool:
         return self.step == self.settings.steps
@@ -126,8 +128,7 @@ class _Distillation:
         sequences = batch(self.tokens, self.settings.batch_tokens, self.step, self.task.seed + 1)
         own, weight = parallel.share(sequences)
         loss, kl = self._loss(own.to(self.device))
-        loss.backward()
-        parallel.combine_gradients(self.parameters.values(), weight)
+        parallel.backward(loss, self.parameters.values(), weight)
         kl = parallel.combine(kl, weight)
         if not math.isfinite(float(kl)):
             raise DataError(
@@ -170,8 +171,6 @@ class _Distillation:
         self.task.notify(Event("distill", self.step, self.settings.steps, {**values, "tokens/s": speed}))
 
     def _save(self) -> None:
-        if not parallel.leading():
-            return
         header = {
             "kind": "distillation",
             "fingerprint": self.task.fingerprint,
@@ -179,7 +178,10 @@ class _Distillation:
             "best_loss": self.best_loss if self.best else None,
             "misses": self.misses,
         }
-        tensors = pack(self.parameters, self.optimiser) | {_BEST + name: best for name, best in self.best.items()}
+        tensors = pack(self.parameters, self.optimiser)
+        tensors |= {_BEST + name: parallel.gathered(best) for name, best in self.best.items()}
+        if not parallel.leading():
+            return
         self.task.workdir.mkdir(parents=True, exist_ok=True)
         write_tensors(self.task.workdir / CHECKPOINT, tensors, header)
 
@@ -194,4 +196,7 @@ class _Distillation:
         self.step, self.misses = header["step"], header["misses"]
         if header["best_loss"] is not None:
             self.best_loss = header["best_loss"]
-            self.best = {name: tensors[_BEST + name].to(self.device) for name in self.parameters}
+            self.best = {
+                name: parallel.divided_like(tensors[_BEST + name], parameter)
+                for name, parameter in self.parameters.items()
+            }

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from soco_train import parallel
 from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors
 from soco_train.budget import RankPlan, kept
 from soco_train.layers import substituted
@@ -58,37 +59,55 @@ def store_as(factors: Mapping[str, StackedFactors], storage: Storage, provenance
     return Factors(layers, provenance)
 
 
-class FactorLinear(nn.Module):
-    """A pruned layer: y = up (down x) + bias, or the dense layer in teacher mode."""
+class FactorPair(nn.Module):
+    """The factors of one layer as what is trained: y = up (down x) + bias."""
 
-    def __init__(self, dense: nn.Linear, factors: StackedFactors) -> None:
+    def __init__(self, factors: StackedFactors, device: torch.device) -> None:
         super().__init__()
-        self.dense = dense.requires_grad_(False)
-        self.teaching = False
-        device = dense.weight.device
         self.up = nn.Parameter(factors.up.clone().to(device))
         self.down = nn.Parameter(factors.down.clone().to(device))
         self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
-        if self.teaching:
-            return self.dense(x)
         z = functional.linear(x, self.down.to(x.dtype))
         return functional.linear(z, self.up.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class FactorLinear(nn.Module):
+    """A pruned layer: its pair of factors, or the dense layer in teacher mode.
+
+    The pair is a module of its own so that sharding it (parallel.py) leaves the dense layer, and its passes, alone.
+    """
+
+    def __init__(self, dense: nn.Linear, factors: StackedFactors) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.pair = FactorPair(factors, dense.weight.device)
+        self.teaching = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        y: torch.Tensor = self.dense(x) if self.teaching else self.pair(x)
+        return y
 
     @torch.no_grad()
     def load(self, factors: StackedFactors) -> None:
         """Take other factors of the same shapes."""
-        self.up.copy_(factors.up)
-        self.down.copy_(factors.down)
-        if self.bias is not None and factors.bias is not None:
-            self.bias.copy_(factors.bias)
+        self.pair.up.copy_(factors.up)
+        self.pair.down.copy_(factors.down)
+        if self.pair.bias is not None and factors.bias is not None:
+            self.pair.bias.copy_(factors.bias)
 
     def factors(self) -> StackedFactors:
-        """Return the factors as they are now."""
-        bias = None if self.bias is None else self.bias.detach().cpu().clone()
-        return StackedFactors(self.up.detach().cpu().clone(), self.down.detach().cpu().clone(), bias)
+        """Return the factors as they are now, whole."""
+        up, down, bias = (
+            None if part is None else parallel.whole(part.detach()).cpu().clone()
+            for part in (self.pair.up, self.pair.down, self.pair.bias)
+        )
+        assert up is not None
+        assert down is not None
+        return StackedFactors(up, down, bias)
 
 
 def factored(

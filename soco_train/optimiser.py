@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from soco_train import parallel
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -21,12 +23,15 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 
 
 def pack(parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return parameters and AdamW moments as tensors named `parameter/…`, `exp_avg/…`, `exp_avg_sq/…`, `step/…`."""
+    """Return parameters and AdamW moments as tensors named `parameter/…`, `exp_avg/…`, `exp_avg_sq/…`, `step/…`.
+
+    Whole, where processes have divided them: then all of them must call this, and process 0 has them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach()
+        tensors[f"parameter/{name}"] = parallel.gathered(parameter.detach())
         for key, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value
+            tensors[f"{key}/{name}"] = parallel.gathered(value)
     return tensors
 
 
@@ -35,7 +40,8 @@ def unpack(
 ) -> None:
     """Undo `pack`, in place and bit for bit."""
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"parameter/{name}"])
+        with torch.no_grad():
+            parameter.copy_(parallel.divided_like(tensors[f"parameter/{name}"], parameter))
         if f"step/{name}" in tensors:
-            moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in MOMENTS}
+            moments = {key: parallel.divided_like(tensors[f"{key}/{name}"], parameter) for key in MOMENTS}
             optimiser.state[parameter] = {**moments, "step": tensors[f"step/{name}"].cpu()}

@@ -5,6 +5,7 @@
 Process 0 leads: it does everything that is not training, alone, and it alone writes. The others wait until it calls
 them to a piece of work that is shared, and read what they need from the run folder, which all of them must see. A batch
 is the same batch whatever the number of processes: gradients are summed, weighted by the sequences they came from.
+Parameters are whole in every process, or divided between them by `shard`.
 
 There is no launcher here. Without one every function below is that of a single process. Importing this is light: the
 command line asks `leading` before it imports anything else.
@@ -117,6 +118,62 @@ def combine_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None
         for parameter in parameters:
             if parameter.grad is not None:
                 combine(parameter.grad, weight)
+
+
+def shard(modules: Iterable[nn.Module]) -> None:
+    """Divide the parameters of each module, and so their gradients and optimiser state, between the processes (FSDP2).
+
+    A module's parameters are new objects from then on. Alone, a process keeps them whole.
+    """
+    if _processes() > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for module in modules:
+            fully_shard(module)
+
+
+def backward(loss: torch.Tensor, parameters: Iterable[nn.Parameter], weight: float) -> None:
+    """Give every process the gradients of the whole batch, of whose mean loss `loss` is the part that weighs `weight`.
+
+    A divided parameter gets the mean over the processes from its own backward pass; what it misses to the weighted sum
+    is their number.
+    """
+    whole_ones = [parameter for parameter in parameters if not _divided(parameter)]
+    if whole_ones:
+        loss.backward()
+        combine_gradients(whole_ones, weight)
+    else:
+        (loss * (weight * _processes())).backward()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor that may be divided. Every process has to ask for it."""
+    return tensor.full_tensor() if _divided(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor that may be divided, on the host, to process 0, and nothing to the others.
+
+    Every process has to ask for it.
+    """
+    if not _divided(tensor):
+        return tensor
+    found = whole(tensor)
+    return found.cpu() if leading() else found.new_empty(0)
+
+
+def divided_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, which is whole, on the device of `parameter` and divided as it is."""
+    if not _divided(parameter):
+        return tensor.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    layout: Any = parameter
+    return distribute_tensor(tensor.to(parameter.device), layout.device_mesh, layout.placements)
+
+
+def _divided(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def agree(tensors: Iterable[torch.Tensor]) -> None:

@@ -137,6 +137,9 @@ class DistillSettings(Section):
     teacher_top: int = Field(
         default=0, ge=0, description="likeliest tokens remembered of the dense model's predictions; 0: made afresh"
     )
+    shard: bool = Field(
+        default=False, description="several processes divide the factors and their optimiser state (FSDP2)"
+    )
     held_out_blocks: int = Field(default=0, ge=0, description="last calibration blocks kept to stop early by; 0: off")
     evaluate_every: int = Field(default=25, ge=1, description="steps between two looks at the held-out blocks")
     patience: int = Field(default=3, ge=1, description="looks without a better loss that end the distillation")

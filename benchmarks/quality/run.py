@@ -6,7 +6,7 @@ Every cell is a file in OUT/cells as soon as it is done; the same command skips 
 OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from the cells that are there, so that a
 benchmark stopped at any moment has a table; --report writes them and measures nothing.
 More texts: --evaluate wikitext2=wiki.test.raw:2048 (or :2048:8 for the first 8 blocks). Tasks are the recipe's:
---set 'validation.tasks=[{path: piqa.jsonl, limit: 200}]'.
+--set 'validate.tasks=[{path: piqa.jsonl, limit: 200}]'.
 """
 
 from __future__ import annotations

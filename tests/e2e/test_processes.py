@@ -37,11 +37,20 @@ def arguments(out: Path) -> list[str]:
     return [*form, "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
 
 
-def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(shard: str, tmp_path: Path) -> None:
     code = soco(*arguments(tmp_path / "one"), "-q").code
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "-m", "soco_export", *arguments(tmp_path / "two"), "--json"],
+        [
+            *launcher,
+            "-m",
+            "soco_export",
+            *arguments(tmp_path / "two"),
+            "--json",
+            "--set",
+            f"refine.distill.shard={shard}",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
