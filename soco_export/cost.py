@@ -206,14 +206,17 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
     # fp32 factors: value, gradient and AdamW's two moments; and a copy of them in the model's dtype
     factors = (16 + (width if width < DENSE_BYTES else 0)) * kept
+    if settings.held_out_blocks:
+        factors += DENSE_BYTES * kept  # the best so far
     memory = BASE_DEVICE + width * shape.parameters + factors + _logits(tokens, shape, recipe.train.logit_chunk, width)
-    return memory + tokens * _activations(saved, shape, width, checkpointed=False)
+    return memory + tokens * _activations(saved, shape, width, settings.checkpoint_activations)
 
 
 def _distillation_flops(recipe: Recipe, shape: ModelShape, kept: int) -> float:
     settings = recipe.refine.distill
     student = kept + shape.parameters - shape.selected
-    return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + 3 * student)
+    passes = 4 if settings.checkpoint_activations else 3
+    return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + passes * student)
 
 
 def _saved_by_the_rest(shape: ModelShape, width: int) -> int:
@@ -281,7 +284,10 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "factors": 4 * kept,
     }
     if recipe.refine.distill.steps:
-        disk["distillation checkpoint"] = 12 * kept
+        disk["distillation checkpoint"] = (16 if recipe.refine.distill.held_out_blocks else 12) * kept
+        if recipe.refine.distill.teacher_top:
+            seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
+            disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new
     disk["hf"] = outputs["hf"]
     if format == "dense":
         disk["dense"] = BYTES[recipe.model.dtype] * shape.parameters

@@ -79,7 +79,7 @@ class MaskedLinear(nn.Module):
 
 def masked_model(task: TrainingTask) -> AbstractContextManager[dict[str, MaskedLinear]]:
     """Put MaskedLinears in the place of the task's Linears for the duration of the context, all else frozen."""
-    seeds = {name: seed for seed, name in enumerate(task.linears, start=task.train.seed)}
+    seeds = {name: task.train.seed * 1_000_003 + number for number, name in enumerate(task.linears)}
     dtype = DTYPES[task.train.factor_dtype]
     return substituted(
         task.model, task.linears, lambda name, linear: MaskedLinear(linear, task.spectra[name], dtype, seeds[name])

@@ -72,8 +72,9 @@ def cut_factors(
 ) -> Factors:
     """Cut every pruned layer of `plan`, refine the factors as `refine` asks, and store them as planned.
 
-    model: the dense model that `scores` were learnt on, left as it was; `workdir`: the one of `learn_scores`. The
-    layers that `plan` leaves dense are not in the result. Raises DataError for a loss that is not finite.
+    model: the dense model that `scores` were learnt on, left as it was; `workdir`: the one of `learn_scores`.
+    The seed that trained the scores orders the batches here too. The layers that `plan` leaves dense are not in the
+    result. Raises DataError for a loss that is not finite.
     """
     linears = {name: model.get_submodule(name) for name in plan.layers}
     dense = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Linear)}
@@ -85,6 +86,7 @@ def cut_factors(
         settings=refine or RefineSettings(),
         workdir=workdir / "factors",
         notify=notify,
+        seed=int(scores.provenance.get("train", {}).get("seed", 0)),
         fingerprint=fingerprint(tokens),
     )
     provenance = {"keep_params": plan.keep_params, "scores": dict(scores.provenance)}

@@ -182,8 +182,11 @@ class SpectrumStore(Mapping[str, Spectrum]):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write safetensors atomically, with `header` as JSON in the file's metadata."""
-    partial = path.with_name(path.name + ".partial")
+    """Write safetensors atomically, with `header` as JSON in the file's metadata.
+
+    Processes may write the same file at the same time: each has its own partial one, and the last to finish stays.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, str(partial), metadata={"header": json.dumps(header, sort_keys=True)})
     give_usual_mode(partial)

@@ -106,7 +106,7 @@ def _products(layers: Mapping[str, ScoredLinear]) -> Iterator[dict[str, torch.Te
 
     def listen(name: str, layer: ScoredLinear, x: torch.Tensor, output: torch.Tensor) -> None:
         def add(delta: torch.Tensor) -> None:
-            products = ((delta @ layer.P) * (x.detach() @ layer.B.T)).flatten(0, -2)
+            products = ((delta.to(layer.P) @ layer.P) * (x.detach().to(layer.B) @ layer.B.T)).flatten(0, -2)
             sums[name] += products.T @ products
 
         output.register_hook(add)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from soco_train.errors import DataError, RecipeError
-from soco_train.settings import DataSettings
+from soco_train.settings import SHORTEST_BLOCK, DataSettings
 
 Purpose = Literal["calibration", "evaluation"]
 BUILTIN = Path(__file__).parent / "builtin"
@@ -46,7 +46,8 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
         count = max(tokens for _, tokens in texts)
         raise DataError(
             f"the {purpose} text has {count} tokens, and one block needs {settings.block}",
-            fix=f"give more text, or set {_section(purpose)}.block to {max(count, 8)} or less",
+            fix="give more text"
+            + (f", or set {_section(purpose)}.block to {count} or less" if count >= SHORTEST_BLOCK else ""),
             where=source,
         )
     return Blocks(tokens, source, fingerprint(tokens))

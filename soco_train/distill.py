@@ -28,8 +28,9 @@ from soco_train.factors import FactorLinear, factored
 from soco_train.layers import teaching
 from soco_train.objective import divergence
 from soco_train.optimiser import pack, unpack, warmup_cosine
+from soco_train.recompute import recomputing
 from soco_train.settings import DistillSettings
-from soco_train.teacher import Teacher, teacher_folder
+from soco_train.teacher import Teacher
 
 CHECKPOINT = "distillation.safetensors"
 _BEST = "best/"
@@ -39,7 +40,7 @@ _BEST = "best/"
 class DistillTask:
     """All that distillation needs. tokens: [n, t]; `workdir` receives checkpoints of the task named `fingerprint`.
 
-    `remember_in`: the folder whose tasks share what the dense model predicts; None: that is in `workdir` too.
+    `remember_in`: a folder of this dense model, whose tasks share what it predicts; None: each keeps its own.
     """
 
     model: nn.Module
@@ -67,13 +68,15 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
             where="recipe: refine.distill",
         )
     task.model.eval()
-    top = task.settings.teacher_top
-    folder = teacher_folder(task.remember_in or task.workdir, task.model, top) if top else task.workdir
-    with factored(task.model, task.linears, factors) as layers:
+    folder = task.remember_in or task.workdir / f"teacher-{task.fingerprint[:16]}"
+    with (
+        factored(task.model, task.linears, factors) as layers,
+        recomputing(task.model, task.settings.checkpoint_activations),
+    ):
         parallel.agree(parameter for layer in layers.values() for parameter in layer.pair.parameters())
         if task.settings.shard:
             parallel.shard(layer.pair for layer in layers.values())
-        teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), top, folder)
+        teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), task.settings.teacher_top, folder)
         _Distillation(task, layers, teacher).run()
         return {name: layer.factors() for name, layer in layers.items()}
 
@@ -190,7 +193,9 @@ class _Distillation:
         if not path.exists():
             return
         tensors, header = read_tensors(path, "distillation")
-        if header["fingerprint"] != self.task.fingerprint:
+        own = torch.tensor(header["fingerprint"] == self.task.fingerprint)
+        parallel.agree([own])  # factors measured on several GPUs may differ in their last bits, and so the fingerprints
+        if not own:
             return
         unpack(tensors, self.parameters, self.optimiser)
         self.step, self.misses = header["step"], header["misses"]

@@ -72,8 +72,8 @@ class Timetable:
     def orders(self, step: int, settings: TrainSettings, start_size: float, keep_params: float) -> Orders:
         """Return what is on at `step`; `start_size` is R̂ before the first step."""
         at = self.index(step)
-        end = self.begins[at + 1] if at + 1 < len(self.begins) else self.steps
-        progress = (step - self.begins[at] + 1) / max(1, end - self.begins[at])
+        end = self.begins[at + 1] if at + 1 < len(self.begins) else self.freeze
+        progress = min(1.0, (step - self.begins[at] + 1) / max(1, end - self.begins[at]))
         hot, cold = settings.temperature
         phase = self.phases[at]
         if phase == 1:

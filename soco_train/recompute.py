@@ -22,8 +22,8 @@ def recomputing(model: Any, enabled: bool) -> Iterator[None]:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise RecipeError(
             f"{type(model).__name__} cannot recompute activations",
-            fix="train.checkpoint_activations: false",
-            where="recipe: train.checkpoint_activations",
+            fix="checkpoint_activations: false",
+            where="recipe: train.checkpoint_activations and refine.distill.checkpoint_activations",
         )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

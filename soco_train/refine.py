@@ -53,7 +53,10 @@ def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping
 
 
 def _distilled(task: RefineTask, factors: Mapping[str, StackedFactors]) -> dict[str, StackedFactors]:
-    parts = [task.fingerprint, task.settings.distill.model_dump_json(exclude={"checkpoint_every", "shard"})]
+    parts = [
+        task.fingerprint,
+        task.settings.distill.model_dump_json(exclude={"checkpoint_every", "checkpoint_activations", "shard"}),
+    ]
     parts += [f"{float(layer.up.norm())} {float(layer.down.norm())}" for layer in factors.values()]
     return distill(
         DistillTask(

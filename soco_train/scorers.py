@@ -86,8 +86,7 @@ def fisher(task: ScoringTask) -> Scores:
 @scorer("soco")
 def soco(task: ScoringTask) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
-    if task.train.keep_params is not None:
-        task = replace(task, plan=task.plan.model_copy(update={"keep_params": task.train.keep_params}))
+    task = _sized(task)
     start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
     return attributed(train_spectrum(_training(task, start)), task.spectra, task.train)
 
@@ -95,7 +94,14 @@ def soco(task: ScoringTask) -> Scores:
 @scorer("acip")
 def acip(task: ScoringTask) -> Scores:
     """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
-    return train_masks(_training(task, None))
+    return train_masks(_training(_sized(task), None))
+
+
+def _sized(task: ScoringTask) -> ScoringTask:
+    """Return the task at the size the scores are trained for."""
+    if task.train.keep_params is None:
+        return task
+    return replace(task, plan=task.plan.model_copy(update={"keep_params": task.train.keep_params}))
 
 
 def _training(task: ScoringTask, start: Mapping[str, torch.Tensor] | None) -> TrainingTask:

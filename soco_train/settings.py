@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Storage = Literal["stacked", "pivoted"]
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
+SHORTEST_BLOCK = 8  # tokens
 BuiltinText = Literal["speeches", "time-machine"]
 
 
 class Section(BaseModel):
-    """A recipe section: immutable, and a misspelt key is an error."""
+    """A recipe section: immutable, and a misspelt key or an infinite number is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -34,7 +35,7 @@ class DataSettings(Section):
     hub: str | None = None
     builtin: BuiltinText | tuple[BuiltinText, ...] | None = None
     format: Literal["auto", "text", "jsonl", "wikitext"] = "auto"
-    block: int = Field(default=512, ge=8)
+    block: int = Field(default=512, ge=SHORTEST_BLOCK)
     blocks: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -137,6 +138,7 @@ class DistillSettings(Section):
     teacher_top: int = Field(
         default=0, ge=0, description="likeliest tokens remembered of the dense model's predictions; 0: made afresh"
     )
+    checkpoint_activations: bool = False
     shard: bool = Field(
         default=False, description="several processes divide the factors and their optimiser state (FSDP2)"
     )

@@ -1,9 +1,10 @@
 """What distillation imitates: the dense model's predictions, made afresh or remembered block by block.
 
 A dense forward pass is a third of a distillation step, and it says the same each time the block comes back: in another
-epoch, at another size, after an interruption. With `top` > 0 the `top` likeliest tokens of every position are kept in a
-folder, a file per block, named by its content. They are exact; the rest of the vocabulary is one bucket of its true
-weight, so the divergence from them is a lower bound of the whole one, close where the rest is light.
+epoch, after an interruption, or at another size if that has the same folder. With `top` > 0 the `top` likeliest tokens
+of every position are kept there, a file per block, named by its content. They are exact; the rest of the vocabulary is
+one bucket of its true weight, so the divergence from them is a lower bound of the whole one, close where the rest is
+light.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from soco_train.artifacts import read_tensors, write_tensors
 
@@ -51,7 +51,10 @@ def _rest(log_p: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model as a function of tokens; `answer` maps [b, t] to logits [b, t, V]."""
+    """The dense model as a function of tokens; `answer` maps [b, t] to logits [b, t, V].
+
+    `folder` is this model's alone: a block is all that its files are named by.
+    """
 
     answer: Callable[[torch.Tensor], torch.Tensor]
     top: int
@@ -61,7 +64,7 @@ class Teacher:
         """Return the predictions for tokens [b, t]: logits [b, t, V], or the kept ones, each [b, t, top]."""
         if not self.top:
             return self.answer(tokens)
-        paths = [self.folder / f"{_name(row)}.safetensors" for row in tokens]
+        paths = [self.folder / f"{_name(row)}.top{self.top}.safetensors" for row in tokens]
         missing = [row for row, path in enumerate(paths) if not path.exists()]
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,14 +74,6 @@ class Teacher:
         kept = [read_tensors(path, _KIND)[0] for path in paths]
         log_p, index = (torch.stack([block[part] for block in kept]).to(tokens.device) for part in ("log_p", "index"))
         return TopPredictions(log_p, index)
-
-
-def teacher_folder(parent: Path, model: nn.Module, top: int) -> Path:
-    """Name the folder after the weights, so that predictions of another model are never taken for this one's."""
-    digest = hashlib.sha256(str(top).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {float(parameter.detach().float().norm())}\n".encode())
-    return parent / f"teacher-{digest.hexdigest()[:16]}"
 
 
 def _name(row: torch.Tensor) -> str:

@@ -33,6 +33,7 @@ from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.subject import Subject
 
 CHECKPOINT = "training.safetensors"
+DEAD = 1e-3  # a score at or below it carries nothing
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,6 +75,7 @@ class _Run:
         self.bank = ScoreBank(layers, train.score_function, train.deviation)
         if task.start is not None:
             self.bank.set_scores(torch.cat([task.start[name] for name in self.bank.names]))
+        parallel.agree(self.bank.parameters())  # a start measured on several GPUs may differ in its last bits
         self.shapes = [(layer.dense.out_features, layer.dense.in_features) for layer in layers.values()]
         self.device = self.bank.theta.device
         self.size = SoftSize(self.shapes, self.bank.ranks, task.plan.storage, train.deviation, self.device)
@@ -90,7 +92,6 @@ class _Run:
         self.start_size = float(self.size(self._gates(train.temperature[0])).detach())
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
-        parallel.agree(self.bank.parameters())  # a start measured on several GPUs may differ in its last bits
 
     def finish(self) -> Scores:
         """Run the remaining steps and return the scores."""
@@ -172,9 +173,8 @@ class _Run:
         """Note deaths, apply the stopping rules; return the hard size of the current support."""
         s = self.bank.scores().detach()
         threshold = self.task.train.threshold
-        alive = s > threshold
-        self.died = torch.where(alive, math.inf, torch.where(self.died.isinf(), float(self.step), self.died))
-        ratio = self._hard_size(alive)
+        self.died = torch.where(s > DEAD, math.inf, torch.where(self.died.isinf(), float(self.step), self.died))
+        ratio = self._hard_size(s > threshold)
         schedule = self.task.train.schedule
         limit = self.task.plan.keep_params * (1 + schedule.overshoot)
         if schedule.stop_early and not orders.frozen and self.rules.done(orders, ratio, limit, s, threshold):
@@ -210,7 +210,7 @@ class _Run:
         """
         s = self.bank.function(self.bank.theta.detach())
         age = self.died.clamp(max=float(self.task.train.steps)) / max(1, self.task.train.steps)
-        order = torch.where(s > 1e-3, s + 1.0, age)
+        order = torch.where(s > DEAD, s + 1.0, age)
         importance = torch.where(self.bank.support, order + self.restricted * 4.0, order)
         deviations: Mapping[str, torch.Tensor] = {}
         if self.bank.deviation is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from soco_export.recipe import Recipe, load_recipe
 from soco_export.run.manifest import stage_key, write_atomic
+from soco_train.spectrum import find_basis
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size
 DENSE = "dense"
@@ -69,8 +70,9 @@ class CellResult:
     """What one cell measured.
 
     `stored` and `of`: parameters of the participating layers, pruned and dense; `model_parameters`: of the whole pruned
-    model. `training_tokens`: those that scores and distillation saw together; `saliency_tokens`: those behind a
-    closed-form score. `code`: hash over the training code that made it.
+    model. `training_tokens`: those that scores and distillation saw together; `saliency_tokens`: those that went
+    backward once for a closed-form score or the curvature of a basis. `seconds` by part, in the process that made the
+    cell: what lay in `work` already took none. `code`: hash over the training code that made it.
     """
 
     method: str
@@ -153,11 +155,15 @@ def training_tokens(recipe: Recipe) -> int:
     return scored + distill.steps * _batch(distill.batch_tokens, block)
 
 
-def saliency_tokens(recipe: Recipe) -> int:
-    """Return how many tokens a closed-form score or start is measured on."""
+def saliency_tokens(recipe: Recipe, blocks: int) -> int:
+    """Return how many tokens of `blocks` calibration blocks went backward for a closed-form score, start or basis."""
     train = recipe.train
-    needed = train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher")
-    return train.fisher_blocks * recipe.data.block if needed else 0
+    found = 0
+    if find_basis(train.basis).needs & {"output_curvature", "row_fisher"}:
+        found += min(blocks, train.statistics_blocks or blocks) * recipe.data.block
+    if train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher"):
+        found += min(blocks, train.fisher_blocks) * recipe.data.block
+    return found
 
 
 def _batch(tokens: int, block: int) -> int:

@@ -38,8 +38,7 @@ from soco_train.layers import replace_module, select_linears
 from soco_train.refine import RefineTask, refine
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import DataSettings
-from soco_train.spectrum import decompose_layers, find_basis
-from soco_train.statistics import collect_statistics
+from soco_train.spectrum import decompose_model
 
 T = TypeVar("T")
 
@@ -118,7 +117,7 @@ class Laboratory:
             of=plan.params_before,
             model_parameters=size,
             training_tokens=training_tokens(cell.recipe),
-            saliency_tokens=saliency_tokens(cell.recipe),
+            saliency_tokens=saliency_tokens(cell.recipe, len(self.calibration.tokens)),
             perplexity=found,
             seconds=seconds,
             code=self._code,
@@ -130,10 +129,7 @@ class Laboratory:
         store = SpectrumStore(self.work / f"spectrum-{train.basis}-{self._key(key)}")
         missing = {name: linear for name, linear in linears.items() if name not in store}
         if missing:
-            tokens = self.calibration.tokens[: train.statistics_blocks]
-            needs = find_basis(train.basis).needs
-            statistics = collect_statistics(self.model, missing, tokens, needs, self.notify)
-            decompose_layers(missing, statistics, train.basis, train.ridge, store, self.notify)
+            decompose_model(self.model, missing, self.calibration.tokens, train, store, self.notify)
         return store
 
     def _scores(
@@ -174,7 +170,7 @@ class Laboratory:
             notify=self.notify,
             seed=recipe.train.seed,
             fingerprint=key,
-            remember_in=self.work,
+            remember_in=self.work / f"teacher-{self._weights[:16]}",
         )
         factors = refine(task, scores, plan_ranks(scores, recipe.plan), {})
         shutil.rmtree(workspace, ignore_errors=True)

@@ -129,9 +129,20 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
 
 
 def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
-    """Judge results.json by the run's gates (`request.set_` may change them) and write every report anew."""
+    """Judge results.json by the run's gates (`request.set_` may change them) and write every report anew.
+
+    Raises RecipeError if anything but gates is to change: the report would tell of what was not measured.
+    """
     results = Results.load(run)
-    recipe = read_lock(run).override(request.overrides)
+    measured = read_lock(run)
+    recipe = measured.override(request.overrides)
+    keys = [key for key in differences(measured, recipe) if key.partition(".")[0] != "gates"]
+    if keys:
+        raise RecipeError(
+            f"{', '.join(keys)} cannot change what has been measured",
+            fix="set gates alone, or measure again with soco-export validate or bench",
+            where="--set",
+        )
     with open_folder(run, recipe, request.argv) as folder:
         context = RunContext(folder, results.format, notify)
         rejudged = results.judged(applicable(recipe.gates, results.format))

@@ -118,6 +118,11 @@ class TestGates:
     def test_judging_again_costs_nothing(self, run: Path) -> None:
         assert soco("report", run, "--set", "gates.max_ppl_ratio=0.5").code == 3
         assert soco("report", run, "--set", "gates.max_ppl_ratio=null").code == 0
+        lock = (run / "recipe.lock.yaml").read_text(encoding="utf-8")
+        refused = soco("report", run, "--set", "evaluation.block=16")
+        assert refused.code == 2
+        assert "evaluation.block" in refused.err
+        assert (run / "recipe.lock.yaml").read_text(encoding="utf-8") == lock
 
     def test_gates_on_onnx_are_not_judged_without_onnx(self, run: Path) -> None:
         ran = soco("export", run, "--format", "hf", "--json")

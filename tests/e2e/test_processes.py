@@ -15,7 +15,9 @@ from cli_runner import ROOT, soco
 from soco_train import parallel
 from soco_train.artifacts import Factors, Scores
 from soco_train.errors import RecipeError
+from tests.e2e.sharing import small_distillation
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Three sequences a batch: two for one process, one for the other.
 SETTINGS = (
     "train.steps=8",
@@ -40,10 +42,9 @@ def arguments(out: Path) -> list[str]:
 @pytest.mark.parametrize("shard", ["false", "true"])
 def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(shard: str, tmp_path: Path) -> None:
     code = soco(*arguments(tmp_path / "one"), "-q").code
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [
-            *launcher,
+            *LAUNCHER,
             "-m",
             "soco_export",
             *arguments(tmp_path / "two"),
@@ -70,6 +71,38 @@ def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(
         torch.testing.assert_close(twos[name].up, layer.up, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(twos[name].down, layer.down, rtol=1e-3, atol=1e-5)
     assert max(float((layer.scale - 1).abs().max()) for layer in one.layers.values()) > 0.1, "nothing was learnt"
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from tests.e2e.sharing import Interrupted, small_distillation
+from soco_train import parallel
+with parallel.group():
+    try:
+        small_distillation(Path(sys.argv[1]), until=3, shard=True)
+    except Interrupted:
+        print("interrupted", flush=True)
+"""
+
+
+def test_what_two_sharded_processes_left_one_process_finishes(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    done = subprocess.run(
+        [*LAUNCHER, str(tmp_path / "worker.py"), str(tmp_path / "work")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.count("interrupted") == 2, done.stderr
+    found, steps = small_distillation(tmp_path / "work")
+    assert steps[0] == 3
+    expected, _ = small_distillation(tmp_path / "alone")
+    for name, layer in expected.items():
+        torch.testing.assert_close(found[name].up, layer.up, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name].down, layer.down, rtol=1e-3, atol=1e-5)
 
 
 def test_shares_are_a_partition_and_their_weights_sum_to_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,11 +92,20 @@ def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     untrained = (*certain, "fisher")
     scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
     assert training_tokens(recipe) == (0 if method in untrained else whole / 2 if scores_alone else whole)
-    assert (saliency_tokens(recipe) > 0) == (
-        recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
-    )
+    closed_form = recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
+    assert (saliency_tokens(recipe, 400) > 0) == (closed_form or recipe.train.basis in ("two-sided", "fisher"))
+    assert saliency_tokens(recipe, 400) >= saliency_tokens(recipe, 1)
     assert is_random(recipe) == (method not in certain)
     assert recipe.description != load_recipe("smollm2-135m").description
+
+
+def test_polarisation_is_complete_when_the_support_freezes() -> None:
+    train = load_recipe("tiny", overlay=Path("methods/soco")).train
+    timetable = Timetable.preset(train)
+    last, frozen = (timetable.orders(step, train, 1.0, 0.6) for step in (timetable.freeze - 1, timetable.freeze))
+    assert (last.phase, last.frozen, frozen.frozen) == (3, False, True)
+    assert last.polarise == pytest.approx(train.polarise_weight)
+    assert last.temperature == frozen.temperature == pytest.approx(train.temperature[1])
 
 
 def test_the_attribution_recipes_switch_what_they_say() -> None:
