@@ -100,7 +100,7 @@ class TrainSettings(Section):
     seed: int = 0
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
-    logit_chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at one time in the loss")
+    logit_chunk: int = Field(default=2048, ge=1, description="tokens whose fp32 tables exist at one time in the loss")
 
     @property
     def trains(self) -> bool:
