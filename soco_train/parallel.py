@@ -4,7 +4,7 @@
 
 Process 0 leads: it decomposes, plans, exports and proves alone, and it alone writes results. The others wait until it
 calls them to a piece of work that is shared, and read what they need from the run folder, which all of them must see. A
-batch is the same batch whatever the number of processes: gradients are summed, weighted by the sequences they came from.
+batch is the same one whatever the number of processes: gradients are summed, weighted by the sequences they came from.
 Parameters are whole in every process, or divided between them by `shard`.
 
 There is no launcher here. Without one every function below is that of a single process. Importing this is light: the
