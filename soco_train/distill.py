@@ -5,7 +5,7 @@ model is the same model with its dense Linears switched back on, so there is no 
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
 With `teacher_top` the dense model's predictions are remembered (teacher.py).
-Several processes share each batch (parallel.py); each holds all factors: nothing is sharded.
+Several processes share each batch (parallel.py); each holds all factors, or its part of them with `shard`.
 """
 
 from __future__ import annotations

@@ -101,13 +101,12 @@ class FactorLinear(nn.Module):
 
     def factors(self) -> StackedFactors:
         """Return the factors as they are now, whole."""
-        up, down, bias = (
-            None if part is None else parallel.whole(part.detach()).cpu().clone()
-            for part in (self.pair.up, self.pair.down, self.pair.bias)
-        )
-        assert up is not None
-        assert down is not None
-        return StackedFactors(up, down, bias)
+        bias = None if self.pair.bias is None else _taken(self.pair.bias)
+        return StackedFactors(_taken(self.pair.up), _taken(self.pair.down), bias)
+
+
+def _taken(parameter: nn.Parameter) -> torch.Tensor:
+    return parallel.whole(parameter.detach()).cpu().clone()
 
 
 def factored(

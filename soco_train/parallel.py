@@ -152,7 +152,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor that may be divided, on the host, to process 0, and nothing to the others.
+    """Return a divided tensor whole, on the host, to process 0, and nothing to the others; any other tensor as it is.
 
     Every process has to ask for it.
     """

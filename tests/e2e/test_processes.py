@@ -39,25 +39,22 @@ def arguments(out: Path) -> list[str]:
     return [*form, "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
-def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(shard: str, tmp_path: Path) -> None:
-    code = soco(*arguments(tmp_path / "one"), "-q").code
-    done = subprocess.run(
-        [
-            *LAUNCHER,
-            "-m",
-            "soco_export",
-            *arguments(tmp_path / "two"),
-            "--json",
-            "--set",
-            f"refine.distill.shard={shard}",
-        ],
-        cwd=tmp_path,
+def two_processes(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCHER, *command],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(shard: str, tmp_path: Path) -> None:
+    code = soco(*arguments(tmp_path / "one"), "-q").code
+    settings = ("--set", f"refine.distill.shard={shard}")
+    done = two_processes(tmp_path, "-m", "soco_export", *arguments(tmp_path / "two"), *settings, "--json")
     assert done.returncode == code, done.stderr
     assert json.loads(done.stdout)["run"] == str(tmp_path / "two")
     one, two = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("one", "two"))
@@ -88,14 +85,7 @@ with parallel.group():
 
 def test_what_two_sharded_processes_left_one_process_finishes(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    done = subprocess.run(
-        [*LAUNCHER, str(tmp_path / "worker.py"), str(tmp_path / "work")],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = two_processes(tmp_path, str(tmp_path / "worker.py"), str(tmp_path / "work"))
     assert done.stdout.count("interrupted") == 2, done.stderr
     found, steps = small_distillation(tmp_path / "work")
     assert steps[0] == 3
