@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.artifacts import StackedFactors
 from soco_train.distill import DistillTask, distill
 from soco_train.events import Event
 from soco_train.layers import select_linears
 from soco_train.settings import DistillSettings, LayerSettings
+from tests.e2e.tiny_models import make_model, random_layer
 
 
 class Interrupted(Exception):
@@ -21,27 +21,15 @@ class Interrupted(Exception):
 def small_distillation(
     workdir: Path, until: int | None = None, shard: bool = False
 ) -> tuple[dict[str, StackedFactors], list[int]]:
-    """Distil random factors of a random Llama for 6 steps, a checkpoint every 2; return them and the steps reported.
+    """Distil random factors of a tiny Llama for 6 steps, a checkpoint every 2; return them and the steps reported.
 
     Raises Interrupted when step `until` is done.
     """
     torch.manual_seed(5)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-    )
+    model = make_model("llama-tied")
     linears = select_linears(model, LayerSettings())
-    factors = {
-        name: StackedFactors(0.2 * torch.randn(linear.out_features, 7), 0.2 * torch.randn(7, linear.in_features), None)
-        for name, linear in linears.items()
-    }
+    layers = {name: random_layer("stacked", linear, 7, new_bias=False) for name, linear in linears.items()}
+    factors = {name: layer for name, layer in layers.items() if isinstance(layer, StackedFactors)}
     steps: list[int] = []
 
     def tell(event: Event) -> None:
@@ -52,5 +40,5 @@ def small_distillation(
     settings = DistillSettings(
         steps=6, batch_tokens=48, lr=1e-3, held_out_blocks=2, evaluate_every=2, checkpoint_every=2, shard=shard
     )
-    tokens = torch.randint(64, (14, 16))
+    tokens = torch.randint(model.config.vocab_size, (14, 16))
     return distill(DistillTask(model, linears, tokens, settings, workdir, tell, fingerprint="task"), factors), steps
