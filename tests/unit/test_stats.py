@@ -68,7 +68,8 @@ def test_the_interval_is_the_same_for_the_same_seed():
     rng = np.random.default_rng()
     dense, compressed = rng.uniform(1, 2, (2, 10, 2))
     assert paired_ratio(dense, compressed, seed=3) == paired_ratio(dense, compressed, seed=3)
-    assert paired_ratio(dense, compressed, seed=3) != paired_ratio(dense, compressed, seed=4)
+    # An interval's ends are medians of ten rounds, of which there are few: two seeds may well agree, thirty do not.
+    assert len({paired_ratio(dense, compressed, seed=seed) for seed in range(30)}) > 1
 
 
 @pytest.mark.parametrize(
