@@ -85,17 +85,17 @@ def make_ladder(shape: tuple[int, int], settings: PlanSettings, extra: int, limi
     return Ladder(shape, ranks, costs, rung_of, limit)
 
 
-def refuse_impossible(ladders: Sequence[Ladder], budget: int) -> None:
-    """Raise RecipeError if the first rungs together cost more than `budget`."""
-    least = sum(int(ladder.costs[0]) for ladder in ladders)
-    if least > budget:
-        _raise_impossible(Fraction(least, sum(int(ladder.costs[-1]) for ladder in ladders)))
+def refuse_impossible(ladders: Sequence[Ladder], keep: Fraction) -> None:
+    """Raise RecipeError if the first rungs together cost more than `keep` of all layers."""
+    least, whole = (sum(int(ladder.costs[rung]) for ladder in ladders) for rung in (0, -1))
+    if least > keep * whole:
+        _raise_impossible(Fraction(least, whole), keep)
 
 
-def _raise_impossible(least: Fraction) -> None:
+def _raise_impossible(least: Fraction, keep: Fraction) -> None:
     smallest = -(-least * 10_000 // 1) / 10_000  # rounded up, so that the advice works
     raise RecipeError(
-        "keep_params leaves less than the smallest rank in every layer",
+        f"keep_params {float(keep):g} leaves less than the smallest rank in every layer",
         fix=f"the smallest possible keep_params here is {smallest:.4f}",
         where="recipe: keep_params",
     )
@@ -105,7 +105,7 @@ def uniform_ranks(ladders: Sequence[Ladder], keep: Fraction) -> list[int]:
     """Give each layer the largest rung that costs at most `keep` of it."""
     least = max((Fraction(int(ladder.costs[0]), int(ladder.costs[-1])) for ladder in ladders), default=Fraction(0))
     if least > keep:
-        _raise_impossible(least)
+        _raise_impossible(least, keep)
     rungs = [bisect_right(ladder.costs, int(keep * int(ladder.costs[-1]))) - 1 for ladder in ladders]
     return [int(ladder.ranks[rung]) for ladder, rung in zip(ladders, rungs, strict=True)]
 

@@ -121,7 +121,7 @@ def plan_ranks(
         survivors = uniform_ranks(ladders, keep)
     else:
         budget = int(keep * sum(m * n for m, n in (ladder.shape for ladder in ladders)))
-        refuse_impossible(ladders, budget)
+        refuse_impossible(ladders, keep)
         allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
         survivors = allocate(ladders, importances, budget)
     layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))

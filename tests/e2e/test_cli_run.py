@@ -150,6 +150,11 @@ class TestPlan:
         assert ran.code == 2
         assert "(0, 1]" in ran.err
 
+    def test_of_several_sizes_the_impossible_one_is_named(self, tiny_run: Path) -> None:
+        ran = soco("plan", tiny_run, "--keep-params", "1,0.0001")
+        assert ran.code == 2
+        assert "keep_params 0.0001 leaves less than the smallest rank" in ran.err
+
 
 class TestExport:
     def test_another_size_without_training_again(self, run: Path) -> None:
