@@ -101,7 +101,7 @@ def _prompt(tokens: int, vocabulary: int) -> IntArray:
 
 
 def prepare(decoder: OnnxDecoder, workload: Workload, prompt: IntArray) -> Run:
-    """Bind a workload so that only the pass itself is timed; the cache of a decode step holds a real prefill."""
+    """Bind a workload so that only the pass itself is timed; a decode step follows a real prefill."""
     decoder.release()
     if workload.past:
         decoder.prefill(prompt[:, : workload.past])

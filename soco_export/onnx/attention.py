@@ -39,6 +39,14 @@ class Heads:
     past_value: ir.Value
 
 
+@dataclass(frozen=True)
+class Update:
+    """What a sublayer adds: value [batch, sequence, hidden], and a bias [hidden] that is not in it yet, or None."""
+
+    value: ir.Value
+    bias: ir.Value | None
+
+
 class Flavour(ABC):
     """Emits attention and normalisation; `prepare` is called once, before the first layer."""
 
@@ -61,7 +69,7 @@ class Flavour(ABC):
 
     @abstractmethod
     def add_norm(
-        self, x: ir.Value, update: ir.Value | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Return (norm(x + update), x + update)."""
 
@@ -169,10 +177,13 @@ class Standard(Flavour):
     # x ──┬─ Add ─┬─ norm ── h
     # up ─┘       └───────── x
     def add_norm(
-        self, x: ir.Value, update: ir.Value | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Add, then normalise."""
-        total = x if update is None else self.graph.op("Add", x, update)
+        total = x
+        if update is not None:
+            value = update.value if update.bias is None else self.graph.op("Add", update.value, update.bias)
+            total = self.graph.op("Add", x, value)
         return self.norm(total, scale, bias), total
 
 
@@ -228,16 +239,18 @@ class Contrib(Flavour):
         )
         return output, key, value
 
-    # x ──┬─ Skip(Simplified)LayerNormalization ─┬─ h
-    # up ─┘                                      └─ x
+    # x ──────┬─ Skip(Simplified)LayerNormalization ─┬─ h
+    # update ─┤                                      └─ x
+    # its bias┘
     def add_norm(
-        self, x: ir.Value, update: ir.Value | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
-        """Add and normalise in one node."""
+        """Add and normalise in one node, the bias of the sublayer's last Linear with it."""
         if update is None:
             return self.norm(x, scale, bias), x
         op = "SkipSimplifiedLayerNormalization" if bias is None else "SkipLayerNormalization"
         parameters = [scale] if bias is None else [scale, bias]
-        epsilon = self.architecture.norm.epsilon
-        normed, _, _, total = self.graph.ops(f"{CONTRIB}::{op}", x, update, *parameters, outputs=4, epsilon=epsilon)
+        late = [] if update.bias is None else [update.bias]
+        inputs, epsilon = [x, update.value, *parameters, *late], self.architecture.norm.epsilon
+        normed, _, _, total = self.graph.ops(f"{CONTRIB}::{op}", *inputs, outputs=4, epsilon=epsilon)
         return normed, total

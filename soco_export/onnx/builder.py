@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from soco_export.onnx.architecture import Architecture
-from soco_export.onnx.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs
+from soco_export.onnx.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs, Update
 from soco_export.onnx.embedding import TokenTable
 from soco_export.onnx.graph import Graph
 from soco_export.onnx.linear import Linears
@@ -82,8 +82,8 @@ class DecoderBuilder:
             return graph.op("Add", x, graph.op("Gather", self._stored(f"{self.names.positions}.weight"), rows))
 
     def _layer(
-        self, index: int, x: ir.Value, update: ir.Value | None, past_key: ir.Value, past_value: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        self, index: int, x: ir.Value, update: Update | None, past_key: ir.Value, past_value: ir.Value
+    ) -> tuple[ir.Value, Update, ir.Value, ir.Value]:
         """Return (x, its pending update, present key, present value)."""
         prefix = self.names.layer.format(index)
         with self.graph.scope(prefix):
@@ -94,21 +94,21 @@ class DecoderBuilder:
             key = self._head_norm(key, self.architecture.kv_heads, prefix, self.names.key_norm)
             heads = Heads(query, key, value, past_key, past_value)
             output, *present = self.flavour.attend(heads, self.architecture.windows[index])
-            update = self.linears(output, f"{prefix}.{self.names.output}")
+            update = Update(*self.linears.apart(output, f"{prefix}.{self.names.output}"))
             hidden, x = self._add_norm(x, update, f"{prefix}.{self.names.mlp_norm}")
             return x, self._mlp(hidden, prefix), present[0], present[1]
 
     # gated:  h ─┬─ gate ── activation ─┬─ Mul ── down        plain:  h ── in ── activation ── out
     #            └─ up ─────────────────┘
     # Between in and out everything is elementwise: a pivoted layer's order is undone in the columns of `out`.
-    def _mlp(self, hidden: ir.Value, prefix: str) -> ir.Value:
+    def _mlp(self, hidden: ir.Value, prefix: str) -> Update:
         names = [f"{prefix}.{name}" for name in self.names.mlp_in]
         order = self.linears.native_order(names)
         first, *gated = self.linears.many(hidden, names, rows=order)
         inner = self._activated(first)
         if gated:
             inner = self.graph.op("Mul", inner, gated[0])
-        return self.linears(inner, f"{prefix}.{self.names.mlp_out}", columns=order)
+        return Update(*self.linears.apart(inner, f"{prefix}.{self.names.mlp_out}", columns=order))
 
     # silu: x ─┬─ Sigmoid ─┬─ Mul
     #          └───────────┘
@@ -128,7 +128,7 @@ class DecoderBuilder:
             normed = self.flavour.norm(split, self._stored(f"{prefix}.{name}.weight"), None)
             return graph.op("Reshape", normed, graph.constant([0, 0, heads * head_dim]))
 
-    def _add_norm(self, x: ir.Value, update: ir.Value | None, name: str) -> tuple[ir.Value, ir.Value]:
+    def _add_norm(self, x: ir.Value, update: Update | None, name: str) -> tuple[ir.Value, ir.Value]:
         bias = self._stored(f"{name}.bias") if self.architecture.norm.kind == "layer" else None
         return self.flavour.add_norm(x, update, self._stored(f"{name}.weight"), bias)
 

@@ -64,13 +64,20 @@ class Linears:
         """Return the output of the Linear `name` for the input `x`."""
         return self.many(x, [name], columns=columns)[0]
 
+    def apart(self, x: ir.Value, name: str, columns: Order = None) -> tuple[ir.Value, ir.Value | None]:
+        """Return the output of `name` without its bias, and the bias [m], for whoever adds it on the way."""
+        return self._finished(self._product(x, [name], None, columns), name, None), self.bias(name, None)
+
     def many(self, x: ir.Value, names: Sequence[str], rows: Order = None, columns: Order = None) -> list[ir.Value]:
         """Return the outputs of several Linears that all read `x`."""
         if self.settings.pack and len(names) > 1:
             firsts = self._packed(x, names, rows, columns)
         else:
             firsts = [self._product(x, [name], rows, columns) for name in names]
-        return [self._finished(first, name, rows) for first, name in zip(firsts, names, strict=True)]
+        return [
+            self._biased(self._finished(first, name, rows), name, rows)
+            for first, name in zip(firsts, names, strict=True)
+        ]
 
     def native_order(self, names: Sequence[str]) -> Order:
         """Return the order in which the first pivoted layer among `names` gives its outputs without a Gather."""
@@ -105,11 +112,15 @@ class Linears:
         array = self.source.read(name)
         return array if rows is None else array[rows]
 
-    def bias(self, y: ir.Value, name: str, rows: Order) -> ir.Value:
-        """Add the bias stored as `name`, if there is one."""
-        if name not in self.source:
-            return y
-        return self.graph.op("Add", y, self.graph.weight(name, self.read(name, rows)))
+    def bias(self, name: str, rows: Order) -> ir.Value | None:
+        """Return the bias of the Linear `name`, if there is one."""
+        stored = f"{name}.up.bias" if self.source.form(name).kind == "stacked" else f"{name}.bias"
+        return self.graph.weight(stored, self.read(stored, rows)) if stored in self.source else None
+
+    def _biased(self, y: ir.Value, name: str, rows: Order) -> ir.Value:
+        bias = self.bias(name, rows)
+        with self.graph.scope(name):
+            return y if bias is None else self.graph.op("Add", y, bias)
 
     def quantizes(self, layers: Sequence[str]) -> bool:
         """Whether a matrix of `layers` is stored in blocks."""
@@ -169,22 +180,21 @@ class Linears:
         )
 
 
-# x ── MatMul W ──(Add bias)── y
+# x ── MatMul W ── y
 @finish("dense")
 def _dense(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
-    return linears.bias(first, f"{name}.bias", rows)
+    return first
 
 
-# x ── MatMul down [n,r] ── MatMul up [r,m] ──(Add bias)── y
+# x ── MatMul down [n,r] ── MatMul up [r,m] ── y
 @finish("stacked")
 def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
     up = Matrix([Part(linears.source.read(f"{name}.up.weight"), rows)])
-    y = linears.matmul(first, f"{name}.up.weight", up, [name])
-    return linears.bias(y, f"{name}.up.bias", rows)
+    return linears.matmul(first, f"{name}.up.weight", up, [name])
 
 
 # x ── MatMul pivot [n,r] ─┬───────────────────────┐
-#                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(Gather)──(Add bias)── y
+#                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(Gather)── y
 @finish("pivoted")
 def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
     graph = linears.graph
@@ -196,4 +206,4 @@ def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
     place = place if rows is None else place[rows]
     if not np.array_equal(place, np.arange(len(place))):
         y = graph.op("Gather", y, graph.stored(f"{name}.order", place.astype(np.int64)), axis=-1)
-    return linears.bias(y, f"{name}.bias", rows)
+    return y

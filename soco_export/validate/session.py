@@ -42,8 +42,9 @@ SHAPE_OPS = frozenset(
     | {"MemcpyToHost", "MemcpyFromHost"}
 )
 
-# Contrib attention counts a row's tokens from its start, whatever the mask says.
-RIGHT_PADDING_OPS = frozenset({"GroupQueryAttention"})
+# Contrib attention counts a row's tokens from its start, whatever the mask says, and writes into the cache it was given
+# if past and present are one buffer.
+CONTRIB_ATTENTION = frozenset({"GroupQueryAttention"})
 
 LOAD_ERRORS = (
     ort_errors.Fail,
@@ -91,7 +92,7 @@ class OnnxDecoder(Decoder):
         check_provider(provider)
         graph = _read_graph(folder / MODEL_FILE)
         _refuse_half_on_cpu(graph, provider, folder)
-        self._left_padding = all(node.op_type not in RIGHT_PADDING_OPS for node in graph.node)
+        self._contrib = any(node.op_type in CONTRIB_ATTENTION for node in graph.node)
         with tempfile.TemporaryDirectory() as profiles:
             self._session = _open_session(folder, provider, threads, Path(profiles) / "step")
             self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
@@ -101,7 +102,7 @@ class OnnxDecoder(Decoder):
 
     def prefill(self, ids: IntArray, mask: IntArray | None = None) -> FloatArray:
         """Start a new sequence as `Decoder.prefill` does; RecipeError for padding that the graph gets wrong."""
-        if mask is not None and not self._left_padding and (np.diff(mask, axis=1) > 0).any():
+        if mask is not None and self._contrib and (np.diff(mask, axis=1) > 0).any():
             raise RecipeError(
                 "this graph's attention takes no padding on the left",
                 fix="export.flavour: standard, or one sequence at a time",
@@ -131,12 +132,16 @@ class OnnxDecoder(Decoder):
         return _as_float32(outputs["logits"]), present
 
     def repeatable(self, ids: IntArray) -> Callable[[], None]:
-        """Return a function that runs the same pass from the present cache again and again; for timing.
+        """Return a function that runs the same pass behind the present cache again and again; for timing.
 
-        ids: [b, n]. The cache does not move; inputs are bound to the device once.
+        ids: [b, n]. The cache does not move; inputs are bound to the device once. In a contrib graph past and present
+        are one buffer, as in onnxruntime-genai: of the cache's size, and not with its values, which cost no time.
         """
         mask, positions = self._continue_mask(ids, None)
-        binding = self._bind(ids, mask, positions, self._past)
+        shared = {name: self._buffer(name, *mask.shape) for name in self._cache_names} if self._contrib else None
+        binding = self._bind(ids, mask, positions, shared or self._past)
+        for name, buffer in (shared or {}).items():
+            binding.bind_ortvalue_output(_present_name(name), buffer)
 
         def run() -> None:
             self._session.run_with_iobinding(binding)
@@ -151,7 +156,7 @@ class OnnxDecoder(Decoder):
             if name in feeds:
                 binding.bind_ortvalue_input(name, self._on_device(np.ascontiguousarray(feeds[name])))
         for name in self._cache_names:
-            binding.bind_ortvalue_input(name, past[name] if past else self._empty_cache(name, ids.shape[0]))
+            binding.bind_ortvalue_input(name, past[name] if past else self._buffer(name, ids.shape[0], 0))
         for name in self._outputs:
             binding.bind_output(name, "cpu" if name == "logits" else self._device)
         return binding
@@ -159,13 +164,14 @@ class OnnxDecoder(Decoder):
     def _on_device(self, array: npt.NDArray[Any]) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
-    def _empty_cache(self, name: str, batch: int) -> Any:
+    def _buffer(self, name: str, batch: int, length: int) -> Any:
+        """Return a cache of `length` slots for the input `name`, with zeros in it unless numpy lacks the type."""
         _, heads, _, width = self._inputs[name].shape
-        shape = (batch, heads, 0, width)
-        if self._inputs[name].type == "tensor(bfloat16)":
-            empty = np.zeros(shape, dtype=np.uint16)
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(empty, onnx.TensorProto.BFLOAT16)
-        return self._on_device(np.zeros(shape, dtype=NUMPY_TYPES[self._inputs[name].type]))
+        shape = (batch, heads, length, width)
+        kind = NUMPY_TYPES.get(self._inputs[name].type)
+        if kind is None:
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, onnx.TensorProto.BFLOAT16, self._device, 0)
+        return self._on_device(np.zeros(shape, dtype=kind))
 
 
 def check_provider(provider: str) -> None:

@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from onnx_models import CONFIGS, Decoder, factor, tiny_model
 
 from soco_export.onnx.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
+from soco_export.validate.session import OnnxDecoder
 
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "fc1": ("pivoted", 24)}
 NEW = 32
@@ -42,6 +44,31 @@ def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
     )
     return list(tokens[0].tolist())
+
+
+@pytest.mark.parametrize("past", [0, 16])
+def test_a_timed_pass_of_contrib_writes_into_the_one_cache_it_was_given(exported, prompts, past: int) -> None:
+    """A prefill, or the step after one: the buffer that is past and present ends as the cache of a plain prefill."""
+    ids, buffers = np.array([prompts[-1]]), {}
+    plain, decoder = Decoder(exported[0] / "contrib"), OnnxDecoder(exported[0] / "contrib", threads=1)
+    plain.step(ids[:, :past] if past else ids, np.ones((1, past or ids.shape[1]), np.int64))
+    begun = dict(plain.cache)
+
+    def buffer(name: str, batch: int, length: int) -> onnxruntime.OrtValue:
+        values = np.zeros((batch, begun[name].shape[1], length, begun[name].shape[3]), np.float32)
+        values[:, :, :past] = begun[name][:, :, :past]
+        return buffers.setdefault(name, onnxruntime.OrtValue.ortvalue_from_numpy(values))
+
+    if past:
+        decoder.prefill(ids[:, :past])
+        plain.step(ids[:, past:], np.ones_like(ids))
+    decoder._buffer = buffer  # type: ignore[method-assign]
+    run = decoder.repeatable(ids[:, past:])
+    run()
+    run()
+    assert buffers.keys() == plain.cache.keys()
+    for name, found in buffers.items():
+        np.testing.assert_allclose(found.numpy(), plain.cache[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flavour", ["standard", "contrib"])

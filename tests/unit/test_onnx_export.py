@@ -222,6 +222,7 @@ GRAPHS = {
     "qwen3-standard": ("qwen3", {}),
     "opt-standard": ("opt", {}),
     "opt-contrib": ("opt", {"flavour": "contrib"}),
+    "llama-biased-contrib": ("llama-biased", {"flavour": "contrib"}),
     "llama-standard-int4": ("llama", {"weights": "int4"}),
     "llama-contrib-packed-int4": ("llama", {"flavour": "contrib", "pack": True, "weights": "int4"}),
     "llama-standard-packed-int8": ("llama", {"pack": True, "weights": "int8"}),

@@ -78,7 +78,7 @@ def test_left_padding_changes_nothing(kind, model, folder, llama):
 
 def test_padding_on_the_left_is_refused_where_the_graph_gets_it_wrong(model, folder):
     decoder = OnnxDecoder(folder, threads=1)
-    decoder._left_padding = False  # as for a graph with GroupQueryAttention
+    decoder._contrib = True  # as for a graph with GroupQueryAttention
     ids = random_ids(2, 4)
     with pytest.raises(RecipeError, match="no padding on the left"):
         decoder.logits(ids, np.array([[0, 1, 1, 1], [1, 1, 1, 1]]))
