@@ -28,7 +28,8 @@ class Conditions:
     """Everything that a time depends on but the shape and the rank; a profile serves no other conditions.
 
     `processor`: name of the CPU or GPU; `runtime`: version of ONNX Runtime; `blocks`: how quantised weights are made;
-    `bias`: whether a pruned layer adds one; `tokens`: how many go through the layer at once, one workload for each.
+    `bias`: whether a pruned layer adds one; `tokens`: how many go through the layer at once, one workload for each;
+    `timing`: the version of the measurement itself.
     """
 
     processor: str
@@ -40,6 +41,7 @@ class Conditions:
     blocks: str
     bias: bool
     tokens: tuple[int, ...]
+    timing: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,8 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile, at_rank, dense_from, liked_multiple, limits
-from soco_export.bench.layer_timing import Device, measure_profile, rank_grid
+from soco_export.bench.layer_timing import (
+    CACHE_BYTES,
+    SHARES,
+    CopiedLayer,
+    Device,
+    _copies,
+    measure_profile,
+    rank_grid,
+)
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.weights import Form
 from soco_export.recipe import load_recipe
 from soco_export.run.planning import plan_for
 from soco_train.allocation import layer_cost
@@ -64,7 +75,7 @@ def test_every_pruned_layer_is_faster_and_what_is_left_buys_no_further_step(case
         assert smallest > wanted.keep_params
         plan = plan_ranks(scores, wanted.model_copy(update={"keep_params": smallest}), limits=ends)
         wanted = wanted.model_copy(update={"keep_params": smallest})
-    left = wanted.keep_params * plan.params_before - plan.params_after
+    left = Fraction(str(wanted.keep_params)) * plan.params_before - plan.params_after
     assert left >= 0
     for name, layer in plan.layers.items():
         times = profile.layers[layer.shape][wanted.storage]
@@ -140,6 +151,33 @@ def test_a_profile_survives_its_file_and_grows():
     assert set(both.layers[300, 200]) == {"stacked", "pivoted"}
     with pytest.raises(DataError):
         Profile.from_json('{"layers": 3}')
+
+
+@pytest.mark.parametrize("form", [Form(), Form("stacked", 8), Form("pivoted", 8)], ids=str)
+def test_no_two_copies_of_a_timed_layer_are_equal(form):
+    """ONNX Runtime packs equal matrices once: the copies are there so that weights come from memory."""
+    source = CopiedLayer((24, 16), form, 3, bias=True)
+    arrays = {name: source.read(name) for name in source.shapes}
+    assert {name: array.shape for name, array in arrays.items()} == source.shapes
+    matrices = [array.tobytes() for array in arrays.values() if array.ndim == 2]
+    assert len(set(matrices)) == len(matrices) >= 3
+    assert all(sorted(array) == list(range(24)) for name, array in arrays.items() if name.endswith("order"))
+
+
+@pytest.mark.parametrize("weights", ["same", "int8", "int4"])
+@pytest.mark.parametrize("shape", [(192, 576), (576, 576), (1536, 576), (512, 2048)])
+def test_the_sessions_that_take_turns_do_not_fit_the_cache(shape, weights):
+    export, bits = ExportSettings(weights=weights), {"same": 32, "int8": 8, "int4": 4}[weights]
+    dense = _copies(shape, export) * shape[0] * shape[1] * bits // 8
+    assert dense * sum([1, *SHARES]) > 0.8 * CACHE_BYTES
+
+
+def test_a_profile_that_was_timed_in_another_way_is_not_used():
+    device = Device("CPUExecutionProvider", 1, ExportSettings(), bias=False)
+    document = json.loads(Profile(device.conditions(), 1, {}).to_json())
+    assert Profile.from_json(json.dumps(document)).conditions == device.conditions()
+    del document["conditions"]["timing"]
+    assert Profile.from_json(json.dumps(document)).conditions != device.conditions()
 
 
 def test_layers_are_really_measured(tmp_path):
