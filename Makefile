@@ -39,7 +39,7 @@ check-servers: setup ## start every server installed here on RUN (runs/demo), co
 	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)
 
 bench-onnx: setup ## measure the tables of benchmarks/onnx again (a quarter of an hour on an idle machine)
-	@$(VENV)/bin/python -m benchmarks.onnx --fresh --others
+	@$(VENV)/bin/python -m benchmarks.onnx --fresh --others $(addprefix --optimum-python ,$(wildcard $(VENV_OPTIMUM)/bin/python))
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

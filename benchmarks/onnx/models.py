@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -59,15 +60,15 @@ POOL = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)
 
 
 class RandomModel:
-    """A source of weights for an architecture whose Linears have the given forms; pruned layers have a bias."""
+    """A source of weights for an architecture whose Linears have the given forms; `bias`: pruned layers have one."""
 
-    def __init__(self, architecture: Architecture, forms: Mapping[str, Form]) -> None:
+    def __init__(self, architecture: Architecture, forms: Mapping[str, Form], bias: bool = False) -> None:
         self._forms = forms
         needed, allowed = expected_tensors(architecture, self)
         biases = {
             name: shape for name, shape in allowed.items() if name.rpartition(".")[0].removesuffix(".up") in forms
         }
-        self.shapes = needed | biases
+        self.shapes = needed | (biases if bias else {})
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -77,13 +78,18 @@ class RandomModel:
         return self._forms.get(name, DENSE)
 
     def read(self, name: str) -> Array:
-        """Return a tensor; equal shapes are equal."""
+        """Return a tensor; no two matrices are equal.
+
+        ONNX Runtime packs equal matrices once: a model of equal layers would be read from the cache, not from memory.
+        """
         shape = self.shapes[name]
         if name.endswith(".order"):
             return np.random.default_rng(len(name)).permutation(shape[0])
         if len(shape) == 1:
             return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
-        return (np.resize(POOL, shape[0] * shape[1]) / np.float32(shape[1] ** 0.5)).reshape(shape)
+        start = crc32(name.encode()) % len(POOL)
+        values = np.resize(np.roll(POOL, -start)[: shape[0] * shape[1]], shape)
+        return values / np.float32(shape[1] ** 0.5)
 
 
 def architecture_of(model: str, folder: Path) -> Architecture:
@@ -137,7 +143,8 @@ def write_model(
     weights: str,
     flavour: Literal["contrib"],
     pack: bool,
+    bias: bool,
 ) -> None:
     """Export a random model; `folder` holds its config.json already."""
     settings = ExportSettings(weights=weights, flavour=flavour, last_token_logits=True, pack=pack)
-    write_graph(architecture, RandomModel(architecture, forms), settings, folder, silent)
+    write_graph(architecture, RandomModel(architecture, forms, bias), settings, folder, silent)

@@ -85,7 +85,7 @@ def checkpoints(folder: Path) -> tuple[Path, Path]:
     factors = {}
     for name, layer in uniform_plan(architecture, KEEP, "stacked", MULTIPLE).layers.items():
         (m, n), r = layer.shape, layer.rank
-        factors[name] = StackedFactors(torch.randn(m, r) / r**0.5, torch.randn(r, n) / n**0.5, torch.zeros(m))
+        factors[name] = StackedFactors(torch.randn(m, r) / r**0.5, torch.randn(r, n) / n**0.5, None)
     apply_factors(model, Factors(factors))
     save_checkpoint(model, tokenizer, folder / "hf-low")
     return folder / "hf-dense", folder / "hf-low"

@@ -5,9 +5,11 @@
     python -m benchmarks.onnx --optimum-python .venv-optimum/bin/python
     python -m benchmarks.onnx --table                           the page again from the series at hand
 
-All models of a series are open at once and take turns; only ratios inside one series mean anything. Models have random
-weights (benchmarks/onnx/models.py), a bias on every pruned layer as training leaves it, contrib operators and
-last-token logits. `planned` rows are of the measured plan: dense wherever low rank was timed to be no faster.
+All models of a series are open at once and take turns; only ratios inside one such series mean anything. Models have
+random weights (benchmarks/onnx/models.py), contrib operators with one buffer for past and present, and logits of the
+last token. `planned` rows are of the measured plan: dense wherever low rank was timed to be no faster. The others have
+one share of every layer, their ranks rounded down to multiples of 32, which is less than was asked for where layers are
+narrow.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.run.manifest import write_atomic
 from soco_export.run.planning import read_or_measure
 from soco_export.validate.settings import CPU
+from soco_train.budget import RankPlan
 from soco_train.errors import RecipeError
 from soco_train.events import silent
 
@@ -80,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20, help="for one workload of one series")
     parser.add_argument("--pack", action="store_true", help="q/k/v and gate/up share their first product, dense too")
+    parser.add_argument("--bias", action="store_true", help="every pruned layer has one, as train.deviation leaves it")
     parser.add_argument("--others", action="store_true", help="PyTorch, optimum-onnx and onnxruntime-genai beside ours")
     parser.add_argument("--optimum-python", type=Path, help="interpreter of an environment with soco-export[optimum]")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -91,10 +95,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def pieces(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Entry]]]]:
     """Yield every series that was asked for: its name and how it is measured."""
-    packed = "-packed" if options.pack else ""
+    kind = ("-packed" if options.pack else "") + ("-biased" if options.bias else "")
     for model in options.model:
         for weights in options.weights:
-            yield f"{model}-{weights}{packed}", lambda m=model, w=weights: floor_series(m, w, options)
+            yield f"{model}-{weights}{kind}", lambda m=model, w=weights: floor_series(m, w, options)
     if options.others:
         yield "others-smollm2", lambda: others.series(options.work, options.optimum_python, options.threads)
 
@@ -103,8 +107,9 @@ def _asked(name: str, options: argparse.Namespace) -> str:
     """Return the arguments that measure this one series; where files lie is nobody else's business."""
     if name.startswith("others"):
         return "--weights --others" + (" --optimum-python PYTHON" if options.optimum_python else "")
-    model, weights, *packed = name.split("-")
-    return f"--model {model} --weights {weights} --seconds {options.seconds:g}" + (" --pack" if packed else "")
+    model, weights, *_ = name.split("-")
+    more = (" --pack" if options.pack else "") + (" --bias" if options.bias else "")
+    return f"--model {model} --weights {weights} --seconds {options.seconds:g}{more}"
 
 
 def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[Entry]:
@@ -116,10 +121,11 @@ def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[
     forms = {"dense": {}}
     for keep in KEEPS:
         for form in ("stacked", "pivoted"):
-            forms[f"{keep:g} {form}"] = forms_of(uniform_plan(architecture, keep, form, MULTIPLE))
+            plan = uniform_plan(architecture, keep, form, MULTIPLE)
+            forms[row_name(keep, form, plan)] = forms_of(plan)
         try:
             plan = measured_plan(architecture, keep, profile, "stacked")
-            forms[f"{keep:g} planned ({len(plan.dense_layers)} of {len(plan.layers)} dense)"] = forms_of(plan)
+            forms[row_name(keep, "planned", plan)] = forms_of(plan)
         except RecipeError as error:
             print(f"{model} {weights} keep {keep:g}: no measured plan; {error.fix}", file=sys.stderr)
     folders = {}
@@ -127,17 +133,27 @@ def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[
         folders[name] = work / f"{index}"
         folders[name].mkdir()
         shutil.copyfile(work / "dense" / "config.json", folders[name] / "config.json")
-        write_model(architecture, kinds, folders[name], WEIGHTS[weights], "contrib", options.pack)
+        write_model(architecture, kinds, folders[name], WEIGHTS[weights], "contrib", options.pack, options.bias)
     try:
         return measure(folders, {}, options.threads, options.seconds)
     finally:
         shutil.rmtree(work)
 
 
+def row_name(keep: float, form: str, plan: RankPlan) -> str:
+    """Return what was asked for, what rounded ranks keep of it, and how many layers the plan left dense."""
+    dense = f", {len(plan.dense_layers)} of {len(plan.layers)} dense" if plan.dense_layers else ""
+    return f"{keep:g} {form} ({plan.ratio:.2f} kept{dense})"
+
+
 def _profile(model: str, weights: str, shapes: set[tuple[int, int]], options: argparse.Namespace) -> Profile:
     """Return the measured times of the model's layers, kept beside the results."""
-    device = Device(CPU, options.threads, ExportSettings(weights=WEIGHTS[weights]), bias=True)
-    return read_or_measure(options.out / f"profile-{model}-{weights}.json", shapes, "stacked", device, silent)
+    device = Device(CPU, options.threads, ExportSettings(weights=WEIGHTS[weights]), bias=options.bias)
+    biased = "-biased" if options.bias else ""
+    path = options.out / f"profile-{model}-{weights}{biased}.json"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    return read_or_measure(path, shapes, "stacked", device, silent)
 
 
 def page(folder: Path) -> str:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from benchmarks.onnx.frontier import Point, beaten_by, draw
 from benchmarks.onnx.frontier import markdown as frontier_table
-from benchmarks.onnx.models import MODELS, architecture_of, forms_of, measured_plan, uniform_plan, write_model
+from benchmarks.onnx.models import (
+    MODELS,
+    RandomModel,
+    architecture_of,
+    forms_of,
+    measured_plan,
+    uniform_plan,
+    write_model,
+)
 from benchmarks.onnx.series import prefill_flops
 from benchmarks.onnx.table import floors, markdown
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
@@ -68,13 +76,25 @@ def test_random_models_have_the_planned_size(tmp_path, monkeypatch):
     for keep in (1.0, 0.6):
         plan = uniform_plan(architecture, keep, "stacked", 8)
         assert keep - 0.15 < plan.ratio <= keep
-        write_model(architecture, forms_of(plan), tmp_path, "same", "contrib", False)
+        write_model(architecture, forms_of(plan), tmp_path, "same", "contrib", False, False)
         flops[keep] = prefill_flops(tmp_path, 512)
         linears = sum(layer.params for layer in plan.layers.values())
         head, attention = 2 * 512 * 128, 2 * 4 * 512 * 512 * 128
         assert flops[keep] == 2 * linears * 512 + head + attention
         assert summarise(tmp_path).flops_per_token == 2 * (linears + 512 * 128)
     assert flops[0.6] < flops[1.0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_two_matrices_of_a_random_model_are_equal(tmp_path, bias):
+    """ONNX Runtime packs equal matrices once, and what then comes from the cache says nothing about memory."""
+    architecture = architecture_of("smollm2", tmp_path)
+    forms = forms_of(uniform_plan(architecture, 0.6, "stacked", 32))
+    model = RandomModel(architecture, forms, bias)
+    names = [name for name in model.shapes if name.startswith(("model.layers.0.", "model.layers.1."))]
+    arrays = [model.read(name) for name in names if len(model.shapes[name]) == 2]
+    assert len({array.tobytes() for array in arrays}) == len(arrays) == 28
+    assert any(name.endswith("up.bias") for name in names) == bias
 
 
 def test_the_measured_plan_leaves_slow_shapes_dense(tmp_path):
