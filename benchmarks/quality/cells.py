@@ -41,9 +41,13 @@ class Cell:
         values = self.recipe.model_dump(mode="json", include=set(SETTINGS))
         return stage_key(values, inputs)
 
+    def stem(self, inputs: Mapping[str, str]) -> str:
+        """Return what the cell's file and the folder of its model are called."""
+        return f"{self.title}.{self.key(inputs)[:8]}"
+
     def path(self, folder: Path, inputs: Mapping[str, str]) -> Path:
         """Return the file of the finished cell."""
-        return folder / f"{self.title}.{self.key(inputs)[:8]}.json"
+        return folder / f"{self.stem(inputs)}.json"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One cell's work: spectrum → scores → plan → factors → perplexity, by the very calls that a run makes.
 
-What cells have in common is made once and kept in `work`, by hash: the spectrum of a basis, and the scores of a
-training (which the cut with and without distillation share). Deleting `work` costs time, nothing else.
+What cells have in common is made once and kept in `work`, by a hash over settings, inputs and training code: the
+spectrum of a basis, and the scores of a training (which the cut with and without distillation share). Deleting `work`
+costs time, nothing else.
 
 The seed orders the batches, of scores and of distillation, and says where the calibration text begins: a closed-form
 score is measured on the first few blocks, and which ones those are is chance too. Seed 0 is what a run does.
@@ -23,6 +24,7 @@ import torch
 
 import soco_train
 from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
+from soco_export.checkpoint import save_checkpoint
 from soco_export.lowrank import apply_factors, count_parameters, record_layers
 from soco_export.models import load_model
 from soco_export.recipe import Recipe
@@ -45,7 +47,10 @@ T = TypeVar("T")
 
 @dataclass
 class Laboratory:
-    """A dense model with its texts, and what its cells share. `texts` and `tasks`: what to measure on, by name."""
+    """A dense model with its texts, and what its cells share. `texts` and `tasks`: what to measure on, by name.
+
+    `models`: where each cell's model is written, in a Hugging Face folder named as the cell's file; None: nowhere.
+    """
 
     model: Any
     tokenizer: Any
@@ -53,10 +58,17 @@ class Laboratory:
     texts: Mapping[str, Blocks]
     work: Path
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
+    models: Path | None = None
     notify: Notify = field(default=silent)
 
     @staticmethod
-    def open(recipe: Recipe, texts: Mapping[str, DataSettings], work: Path, notify: Notify = silent) -> Laboratory:
+    def open(
+        recipe: Recipe,
+        texts: Mapping[str, DataSettings],
+        work: Path,
+        models: Path | None = None,
+        notify: Notify = silent,
+    ) -> Laboratory:
         """Load the model, the texts and the tasks of `recipe`; `texts` are more of them to measure on, by name."""
         model, tokenizer = load_model(recipe)
         wanted = {"evaluation": recipe.evaluation, **texts}
@@ -65,7 +77,7 @@ class Laboratory:
         tasks = {task.name or task.path.stem: load_items(task) for task in recipe.validation.tasks}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.to(device).requires_grad_(False)
-        return Laboratory(model, tokenizer, calibration, evaluation, work, tasks, notify)
+        return Laboratory(model, tokenizer, calibration, evaluation, work, tasks, models, notify)
 
     def __post_init__(self) -> None:
         self._weights = weights_hash(self.model)
@@ -85,6 +97,10 @@ class Laboratory:
         """Return the dense model's answers by task."""
         return self._kept("answers", lambda: self._answers(DENSE), lambda found: TaskAnswers(**found))
 
+    def done(self, path: Path) -> bool:
+        """Tell whether a cell's file is there, and its model where models are kept."""
+        return path.exists() and (self.models is None or (self.models / path.stem / "config.json").exists())
+
     def measure(self, cell: Cell) -> CellResult:
         """Do the whole cell; raises what the calls below raise."""
         recipe, clock = cell.recipe, _Clock()
@@ -97,9 +113,12 @@ class Laboratory:
         plan = plan_ranks(scores, recipe.plan)
         with clock("factors"):
             factors = self._factors(recipe, linears, spectra, scores, tokens)
-        with clock("evaluation"), pruned(self.model, linears, factors):
-            size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
-            answers = self._answers(cell.title)
+        with pruned(self.model, linears, factors):
+            with clock("evaluation"):
+                size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
+                answers = self._answers(cell.title)
+            if self.models is not None:
+                save_checkpoint(self.model, self.tokenizer, self.models / cell.stem(self.inputs()))
         result = self._result(cell, plan, size, perplexity, clock.seconds)
         return replace(result, tasks=self._compared(answers)) if answers else result
 
@@ -207,7 +226,8 @@ class Laboratory:
         return {name: read(entry) for name, entry in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def _key(self, *settings: Any) -> str:
-        return stage_key(settings, {"weights": self._weights, "calibration": self.calibration.fingerprint})[:16]
+        inputs = {"weights": self._weights, "calibration": self.calibration.fingerprint, "code": self._code}
+        return stage_key(settings, inputs)[:16]
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="tables of the cells that are there; measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=None, help="shared spectra and scores; default runs/quality/MODEL")
+    parser.add_argument("--models", type=Path, help="write each cell's model there, as a Hugging Face folder")
     return parser.parse_args(argv)
 
 
@@ -102,13 +103,13 @@ def run(options: argparse.Namespace, say: Say) -> list[CellResult]:
     base = load_recipe(options.model, options.set)
     work = options.work or Path("runs") / "quality" / base.name
     texts = dict(_text(given) for given in options.evaluate)
-    laboratory = Laboratory.open(base, texts, work)
+    laboratory = Laboratory.open(base, texts, work, options.models)
     work.mkdir(parents=True, exist_ok=True)
     header = Header(_command(), base.name, machine())
     files = {cell: cell.path(options.out / "cells", laboratory.inputs()) for cell in grid.cells()}
     dense = laboratory.dense()
     for number, (cell, path) in enumerate(files.items(), start=1):
-        started, there = time.monotonic(), path.exists()
+        started, there = time.monotonic(), path.exists() if options.report else laboratory.done(path)
         if not there and not options.report:
             laboratory.measure(cell).save(path)
             write_results(options.out, header, laboratory, dense, files)

@@ -13,16 +13,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from benchmarks.quality import run as command
 from benchmarks.quality.cells import CONTROL, CellResult, Grid, Perplexity, is_random, saliency_tokens, training_tokens
 from benchmarks.quality.laboratory import Laboratory, rotated
 from benchmarks.quality.table import markdown, rows
+from soco_export.checkpoint import load_checkpoint
 from soco_export.recipe import list_recipes, load_recipe
+from soco_export.validate.decoder import TorchDecoder
+from soco_export.validate.perplexity import measure_perplexity
+from soco_train.corpus import load_blocks
 from soco_train.errors import RecipeError
 from soco_train.phases import Timetable
 
 METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]
+EVALUATION = load_recipe("tiny", ["evaluation.blocks=2"]).evaluation
 SHORT = ("data.blocks=8", "evaluation.blocks=2", "train.statistics_blocks=2", "train.fisher_blocks=2")
 
 
@@ -185,6 +191,21 @@ def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest
     assert more[0].perplexity["evaluation"] == cells[0].perplexity["evaluation"]
     assert set(more[1].perplexity) == {"evaluation", "more"}
     assert not [line for line in said if line.endswith("(there)")]
+
+
+def test_the_model_of_a_cell_can_be_kept_and_is_what_was_measured(tmp_path: Path) -> None:
+    out, work, models = tmp_path / "results", tmp_path / "work", tmp_path / "models"
+    cells, _ = bench(out, work)
+    _, said = bench(out, work, "--models", str(models))  # the cells are there, their models are not
+    assert not [line for line in said if line.endswith("(there)")]
+    names = sorted(path.stem for path in (out / "cells").iterdir())
+    assert sorted(path.name for path in models.iterdir()) == names
+    folder = models / names[0]
+    texts = load_blocks(AutoTokenizer.from_pretrained(folder), EVALUATION, "evaluation")
+    found = measure_perplexity(TorchDecoder(load_checkpoint(folder)), texts.tokens)
+    assert found.value == pytest.approx(cells[1].perplexity["evaluation"].value, rel=1e-5)
+    _, said = bench(out, work, "--models", str(models))
+    assert all(line.endswith("(there)") for line in said)
 
 
 def cell_files(out: Path) -> Sequence[str]:
