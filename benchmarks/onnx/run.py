@@ -46,10 +46,12 @@ from soco_export.validate.settings import CPU
 from soco_train.budget import RankPlan
 from soco_train.errors import RecipeError
 from soco_train.events import silent
+from soco_train.settings import Storage
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = {"fp32": "same", "int8": "int8", "int4": "int4"}
 KEEPS = (0.8, 0.6)
+FORMS: tuple[Storage, ...] = ("stacked", "pivoted")
 MULTIPLE = 32
 
 
@@ -120,14 +122,14 @@ def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[
     profile = _profile(model, weights, set(linear_shapes(architecture).values()), options)
     forms = {"dense": {}}
     for keep in KEEPS:
-        for form in ("stacked", "pivoted"):
+        for form in FORMS:
             plan = uniform_plan(architecture, keep, form, MULTIPLE)
             forms[row_name(keep, form, plan)] = forms_of(plan)
-        try:
-            plan = measured_plan(architecture, keep, profile, "stacked")
-            forms[row_name(keep, "planned", plan)] = forms_of(plan)
-        except RecipeError as error:
-            print(f"{model} {weights} keep {keep:g}: no measured plan; {error.fix}", file=sys.stderr)
+            try:
+                plan = measured_plan(architecture, keep, profile, form)
+                forms[row_name(keep, f"{form}, planned", plan)] = forms_of(plan)
+            except RecipeError as error:
+                print(f"{model} {weights} keep {keep:g} {form}: no measured plan; {error.fix}", file=sys.stderr)
     folders = {}
     for index, (name, kinds) in enumerate(forms.items()):
         folders[name] = work / f"{index}"
@@ -153,7 +155,8 @@ def _profile(model: str, weights: str, shapes: set[tuple[int, int]], options: ar
     path = options.out / f"profile-{model}-{weights}{biased}.json"
     if options.fresh:
         path.unlink(missing_ok=True)
-    return read_or_measure(path, shapes, "stacked", device, silent)
+    read_or_measure(path, shapes, "stacked", device, silent)
+    return read_or_measure(path, shapes, "pivoted", device, silent)  # of both: each adds to the file
 
 
 def page(folder: Path) -> str:

@@ -194,16 +194,26 @@ def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
 
 
 # x ── MatMul pivot [n,r] ─┬───────────────────────┐
-#                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(Gather)── y
+#                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(into order)── y
 @finish("pivoted")
 def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
-    graph = linears.graph
     mix = Matrix([Part(linears.source.read(f"{name}.mix.weight"))])
     rest = linears.matmul(first, f"{name}.mix.weight", mix, [name])
-    y = graph.op("Concat", first, rest, axis=-1)
+    y = linears.graph.op("Concat", first, rest, axis=-1)
     # `order` says where each entry goes; Gather wants where each output comes from.
     place = np.argsort(linears.read(f"{name}.order", None), kind="stable")
     place = place if rows is None else place[rows]
-    if not np.array_equal(place, np.arange(len(place))):
-        y = graph.op("Gather", y, graph.stored(f"{name}.order", place.astype(np.int64)), axis=-1)
-    return y
+    return y if np.array_equal(place, np.arange(len(place))) else _into_order(linears, y, name, place)
+
+
+# float32:  y [b,s,m] ── Transpose ── Gather rows of [b,m,s] ── Transpose ── [b,s,m]
+# else:     y [b,s,m] ── Gather ── [b,s,m]
+#
+# ONNX Runtime's CPU kernel copies the last axis one number at a time, which for a prompt costs as much as the products;
+# rows it copies whole. Half precision is for a GPU, which does not mind.
+def _into_order(linears: Linears, y: ir.Value, name: str, place: Array) -> ir.Value:
+    graph, indices = linears.graph, linears.graph.stored(f"{name}.order", place.astype(np.int64))
+    if linears.settings.dtype != "float32":
+        return graph.op("Gather", y, indices, axis=-1)
+    across = graph.op("Transpose", y, perm=[0, 2, 1])
+    return graph.op("Transpose", graph.op("Gather", across, indices, axis=1), perm=[0, 2, 1])
