@@ -34,13 +34,9 @@ PACKAGES = {"CUDAExecutionProvider": "gpu", "TensorrtExecutionProvider": "gpu"}
 HALF_TYPES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
-# Integer bookkeeping that accelerators leave to the CPU on purpose; anything else that lands there has fallen back.
-SHAPE_OPS = frozenset(
-    {"Shape", "Size", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Reshape", "Cast", "Range", "Constant"}
-    | {"ConstantOfShape", "Identity", "Expand", "Add", "Sub", "Mul", "Div", "Min", "Max", "Equal", "Less", "Greater"}
-    | {"GreaterOrEqual", "LessOrEqual", "Not", "And", "Or", "Where", "ReduceSum", "ReduceMax", "CumSum"}
-    | {"MemcpyToHost", "MemcpyFromHost"}
-)
+# Copies between a device and the host, which the runtime puts in itself.
+COPIES = frozenset({"MemcpyToHost", "MemcpyFromHost"})
+FLOATS = frozenset({"float", "float16", "bfloat16", "double"})
 
 # Contrib attention counts a row's tokens from its start, whatever the mask says, and writes into the cache it was given
 # if past and present are one buffer.
@@ -59,19 +55,15 @@ LOAD_ERRORS = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Which provider ran which operators in one profiled step: {provider: {operator: nodes}}."""
+    """Which provider ran which operators in one profiled step: {provider: {operator: nodes}}.
+
+    `fallen`: the operators {operator: nodes} that computed with floating-point numbers elsewhere. Integers are
+    bookkeeping (shapes, masks, positions), which accelerators leave to the CPU on purpose.
+    """
 
     requested: str
     nodes: Mapping[str, Mapping[str, int]]
-
-    @property
-    def fallen(self) -> dict[str, int]:
-        """Operators that ran elsewhere although they are no shape arithmetic: {operator: nodes}."""
-        elsewhere: Counter[str] = Counter()
-        for provider, operators in self.nodes.items():
-            if provider != self.requested:
-                elsewhere.update({op: count for op, count in operators.items() if op not in SHAPE_OPS})
-        return dict(elsewhere)
+    fallen: Mapping[str, int]
 
     def summary(self) -> str:
         """Say it in a line: "420 nodes on CUDAExecutionProvider, 12 on CPUExecutionProvider"."""
@@ -240,11 +232,23 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def read_placement(requested: str, events: list[dict[str, Any]]) -> Placement:
     """Count the nodes of an ONNX Runtime profile by provider and operator (pure)."""
     nodes: dict[str, Counter[str]] = {}
+    fallen: Counter[str] = Counter()
     for event in events:
         details = event.get("args", {})
-        if event.get("cat") == "Node" and details.get("provider"):
-            nodes.setdefault(details["provider"], Counter())[details["op_name"]] += 1
-    return Placement(requested, nodes)
+        if event.get("cat") == "Node" and (provider := details.get("provider")):
+            op = details["op_name"]
+            nodes.setdefault(provider, Counter())[op] += 1
+            if provider != requested and op not in COPIES and _computes_floats(details):
+                fallen[op] += 1
+    return Placement(requested, nodes, fallen)
+
+
+def _computes_floats(details: Mapping[str, Any]) -> bool:
+    """Whether a profiled node takes and gives floating-point tensors: a Cast of positions does not."""
+    return all(
+        any(not FLOATS.isdisjoint(tensor) for tensor in details.get(side, ()))
+        for side in ("input_type_shape", "output_type_shape")
+    )
 
 
 def _present_name(past_name: str) -> str:

@@ -142,18 +142,25 @@ def test_bfloat16_outputs_are_read():
     np.testing.assert_array_equal(_as_float32(value), [[1.5, -2.0]])
 
 
-def test_shape_arithmetic_on_the_cpu_is_no_fallback():
+def ran(op: str, provider: str, inputs: str, outputs: str) -> dict:
+    shapes = {"input_type_shape": [{inputs: [1, 4]}], "output_type_shape": [{outputs: [1, 4]}]}
+    return {"cat": "Node", "args": {"provider": f"{provider}ExecutionProvider", "op_name": op, **shapes}}
+
+
+def test_integer_arithmetic_on_the_cpu_is_no_fallback_and_floating_point_is():
     events = [
-        {"cat": "Node", "args": {"provider": "CUDAExecutionProvider", "op_name": "MatMul"}},
-        {"cat": "Node", "args": {"provider": "CPUExecutionProvider", "op_name": "Shape"}},
+        ran("MatMul", "CUDA", "float16", "float16"),
+        ran("Add", "CPU", "int64", "int64"),
+        ran("Cast", "CPU", "int64", "float"),
+        ran("MemcpyToHost", "CPU", "float", "float"),
         {"cat": "Session", "args": {}},
     ]
     assert read_placement("CUDAExecutionProvider", events).fallen == {}
-    events.append({"cat": "Node", "args": {"provider": "CPUExecutionProvider", "op_name": "Softmax"}})
+    # Whatever its name: a residual Add or a pivoted layer's Gather on the CPU is a fallback.
+    events += [ran("Add", "CPU", "float16", "float16"), ran("Gather", "CPU", "float", "float")]
     placement = read_placement("CUDAExecutionProvider", events)
-    assert placement.fallen == {"Softmax": 1}
-    assert placement.summary() == "2 nodes on CPUExecutionProvider, 1 nodes on CUDAExecutionProvider"
-    assert Placement("CPUExecutionProvider", {}).fallen == {}
+    assert placement.fallen == {"Add": 1, "Gather": 1}
+    assert placement.summary() == "5 nodes on CPUExecutionProvider, 1 nodes on CUDAExecutionProvider"
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
