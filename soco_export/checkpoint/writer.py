@@ -88,11 +88,12 @@ def check_finite(model: nn.Module) -> None:
 def replacing_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
 
-    RecipeError if `out` holds files but no config.json: then it is not ours to replace.
+    RecipeError if `out` holds files, but neither a config.json nor a model.onnx: then it is not ours to replace.
     """
-    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
-        raise RecipeError(f"{out} holds something that is not a checkpoint", fix="choose another --out", where=str(out))
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    _put_back(old, out)
+    if out.exists() and not _is_ours(out):
+        raise RecipeError(f"{out} holds something that is not a checkpoint", fix="choose another --out", where=str(out))
     for stale in (partial, old):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -102,8 +103,22 @@ def replacing_folder(out: Path) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(partial, out)
     finally:
+        _put_back(old, out)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, out: Path) -> None:
+    """Undo the first of the two renames if the second never happened: `old` is then the last good folder there is."""
+    if old.exists() and not out.exists():
+        os.rename(old, out)
+
+
+def _is_ours(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    # An ONNX folder has a config.json only in the optimum layout.
+    return not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "model.onnx"))
 
 
 def _finish(

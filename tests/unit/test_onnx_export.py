@@ -100,6 +100,13 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").exists()
 
 
+def test_an_export_without_the_optimum_layout_can_be_made_again(tmp_path: Path) -> None:
+    folder, out = hf_folder(tmp_path), tmp_path / "onnx"
+    for weights in ("same", "int8"):
+        export_onnx(folder, out, ExportSettings(layouts=("genai",), weights=weights))
+    assert not (out / "config.json").exists()
+
+
 def test_unknown_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="torchserve"):
         export_onnx(hf_folder(tmp_path), tmp_path / "onnx", ExportSettings(layouts=("torchserve",)))
