@@ -44,8 +44,14 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
 
 
 def check_precision(recipe: Recipe) -> None:
-    """Raise RecipeError for float16 or bfloat16 on the CPU provider."""
+    """Raise RecipeError for a dtype that the provider lacks kernels for: half precision on the CPU, or the reverse."""
     dtype, provider = recipe.export.dtype, recipe.validation.provider
+    if provider == "CUDAExecutionProvider" and dtype == "float32" and recipe.export.flavour == "contrib":
+        raise RecipeError(
+            f"export.flavour is contrib, whose GroupQueryAttention {provider} has in half precision only",
+            fix="export.dtype: float16 or bfloat16, or export.flavour: standard",
+            where="recipe: export.flavour",
+        )
     if provider == CPU_PROVIDER and dtype != "float32":
         raise RecipeError(
             f"export.dtype is {dtype}, but {CPU_PROVIDER} runs that unfused and slowly, or not at all",

@@ -70,7 +70,8 @@ class Linears:
 
     def many(self, x: ir.Value, names: Sequence[str], rows: Order = None, columns: Order = None) -> list[ir.Value]:
         """Return the outputs of several Linears that all read `x`."""
-        if self.settings.pack and len(names) > 1:
+        alike = len({self.quantizes([name]) for name in names}) == 1  # one of `quantize.keep` must not spare the others
+        if self.settings.pack and len(names) > 1 and alike:
             firsts = self._packed(x, names, rows, columns)
         else:
             firsts = [self._product(x, [name], rows, columns) for name in names]
@@ -206,8 +207,8 @@ def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
     return y if np.array_equal(place, np.arange(len(place))) else _into_order(linears, y, name, place)
 
 
-# float32:  y [b,s,m] ── Transpose ── Gather rows of [b,m,s] ── Transpose ── [b,s,m]
-# else:     y [b,s,m] ── Gather ── [b,s,m]
+# float32   y [b,s,m] ── Transpose ── Gather rows of [b,m,s] ── Transpose ── [b,s,m]
+# others    y [b,s,m] ── Gather ── [b,s,m]
 #
 # ONNX Runtime's CPU kernel copies the last axis one number at a time, which for a prompt costs as much as the products;
 # rows it copies whole. Half precision is for a GPU, which does not mind.

@@ -73,6 +73,14 @@ def test_kept_layers_are_not_rounded(tmp_path: Path) -> None:
     assert summary.graph.ops["MatMul"] == 2 * (2 + 3) + 1
 
 
+def test_a_kept_layer_does_not_spare_those_it_would_be_packed_with(tmp_path: Path) -> None:
+    how = QuantizeSettings(keep=("*.q_proj",))
+    folder = save_dense(tiny_model("llama"), tmp_path / "hf")
+    summary = export_onnx(folder, tmp_path / "onnx", ExportSettings(weights="int4", quantize=how, pack=True))
+    assert summary.graph.ops["MatMul"] == 2
+    assert summary.graph.ops["MatMulNBits"] == 2 * (3 + 1 + 1) + 1  # k, v, o; gate with up; down; the head
+
+
 def test_a_tied_head_shares_a_quantised_table(tmp_path: Path) -> None:
     folder = save_dense(tiny_model("qwen3"), tmp_path / "hf")
     sizes = {}

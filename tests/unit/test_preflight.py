@@ -135,3 +135,11 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(b"12")
     assert bytes_in(tmp_path) == 7
     assert bytes_in(tmp_path / "absent") == 0
+
+
+def test_contrib_in_float32_is_refused_for_cuda_before_anything_starts():
+    recipe = load_recipe("tiny", ["validate.provider=CUDAExecutionProvider", "export.flavour=contrib"])
+    with pytest.raises(RecipeError, match="half precision only") as caught:
+        preflight.check_precision(recipe)
+    assert "standard" in caught.value.fix
+    preflight.check_precision(load_recipe("tiny", ["validate.provider=CUDAExecutionProvider"]))
