@@ -1,9 +1,11 @@
-"""Bytes on disk against perplexity: each Hugging Face folder in fp32, int8 and int4.
+"""Bytes on disk against perplexity: each Hugging Face folder in fp32, int8, int4 and int4 throughout.
 
     python -m benchmarks.onnx.frontier dense=FOLDER 0.8=RUN/hf 0.6=OTHER/hf --out OUT
     python -m benchmarks.onnx.frontier dense=FOLDER 0.8=RUN/hf --evaluate wiki.test.raw --block 2048 --out OUT
 
-A point is beaten if another one is no larger and no worse. Every point is a file in OUT as soon as it is measured.
+`int4-all` is the least that 4 bits come to: blocks of 64, and the token table too, which int4 leaves in int8. A point
+is beaten if another one is no larger and no worse. OUT/frontier.json holds every point as soon as it is measured, and
+keeps those that a later command does not name.
 """
 
 from __future__ import annotations
@@ -17,21 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.onnx.export import export_onnx
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.report.plots import svg
-from soco_export.run.manifest import write_atomic
+from soco_export.run.manifest import record_file, stage_key, write_atomic
 from soco_export.validate.perplexity import measure_perplexity
 from soco_export.validate.session import OnnxDecoder
 from soco_export.validate.settings import CPU
 from soco_train.corpus import load_blocks
 from soco_train.settings import DataSettings
 
-WEIGHTS = {"fp32": "same", "int8": "int8", "int4": "int4"}
+WEIGHTS = {
+    "fp32": ExportSettings(layouts=("optimum",)),
+    "int8": ExportSettings(layouts=("optimum",), weights="int8"),
+    "int4": ExportSettings(layouts=("optimum",), weights="int4"),
+    "int4-all": ExportSettings(
+        layouts=("optimum",), weights="int4", quantize=QuantizeSettings(block=64, embedding="int4")
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model in one weight type. `bytes`: of model.onnx and its data."""
+    """One model in one weight type. `bytes`: of model.onnx and its data; `key`: hash of the weights and the text."""
 
     model: str
     weights: str
@@ -39,19 +48,38 @@ class Point:
     perplexity: float
     tokens: int
     text: str
+    key: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing; write frontier.json, .md and .svg."""
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    points = [_kept(name, folder, weights, options) for name, folder in options.models for weights in options.weights]
-    write_atomic(options.out / "frontier.json", json.dumps([asdict(point) for point in points], indent=1) + "\n")
-    write_atomic(options.out / "frontier.md", markdown(points))
+    known = read(options.out)
+    for name, folder in options.models:
+        key = _key(folder, options)
+        for weights in options.weights:
+            before = known.get((name, weights))
+            if before is None or before.key != key:
+                known[name, weights] = measure(name, folder, weights, options, key)
+                write(options.out, list(known.values()))
+    print(markdown(list(known.values())))
+
+
+def read(out: Path) -> dict[tuple[str, str], Point]:
+    """Return the points of `out` by model and weight type."""
+    path = out / "frontier.json"
+    points = [Point(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return {(point.model, point.weights): point for point in points}
+
+
+def write(out: Path, points: Sequence[Point]) -> None:
+    """Write frontier.json, .md and .svg."""
+    write_atomic(out / "frontier.json", json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    write_atomic(out / "frontier.md", markdown(points))
     drawing = draw(points)
     if drawing:
-        write_atomic(options.out / "frontier.svg", drawing)
-    print(markdown(points))
+        write_atomic(out / "frontier.svg", drawing)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,14 +102,15 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _kept(name: str, folder: Path, weights: str, options: argparse.Namespace) -> Point:
-    path = options.out / f"point-{name}-{weights}.json"
-    if not path.exists():
-        write_atomic(path, json.dumps(asdict(measure(name, folder, weights, options)), indent=1) + "\n")
-    return Point(**json.loads(path.read_text()))
+def _key(folder: Path, options: argparse.Namespace) -> str:
+    """Hash what a point of `folder` depends on beside its weight type."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    texts = [options.evaluate] if options.evaluate else []
+    inputs = {path.name: record_file(path).sha256 for path in [*files, *texts]}
+    return stage_key([options.block, options.blocks], inputs)[:16]
 
 
-def measure(name: str, folder: Path, weights: str, options: argparse.Namespace) -> Point:
+def measure(name: str, folder: Path, weights: str, options: argparse.Namespace, key: str) -> Point:
     """Export and score one point."""
     from transformers import AutoTokenizer
 
@@ -90,10 +119,10 @@ def measure(name: str, folder: Path, weights: str, options: argparse.Namespace) 
     blocks = load_blocks(AutoTokenizer.from_pretrained(folder), data, "evaluation")
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "onnx"
-        export_onnx(folder, out, ExportSettings(weights=WEIGHTS[weights], layouts=("optimum",)))
+        export_onnx(folder, out, WEIGHTS[weights])
         size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
         found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), blocks.tokens)
-    return Point(name, weights, size, found.value, found.tokens, blocks.source)
+    return Point(name, weights, size, found.value, found.tokens, blocks.source, key)
 
 
 def beaten_by(point: Point, points: Sequence[Point]) -> Point | None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.onnx import frontier
 from benchmarks.onnx.frontier import Point, beaten_by, draw
 from benchmarks.onnx.frontier import markdown as frontier_table
 from benchmarks.onnx.models import (
@@ -66,6 +67,34 @@ def test_the_frontier_is_drawn_the_same_twice():
     points = [Point("dense", "fp32", 100, 9.0, 1, "t"), Point("0.8", "int4", 20, 12.0, 1, "t")]
     assert draw(points) == draw(points)
     assert "<svg" in str(draw(points))
+
+
+def test_points_are_kept_until_their_model_or_text_is_another(tmp_path, monkeypatch):
+    """A killed command goes on, a changed model is measured again, and a point nobody names stays."""
+    measured = []
+
+    def measure(name, folder, weights, options, key):
+        measured.append((name, weights))
+        return Point(name, weights, 10, 2.0, 1, "t", key)
+
+    monkeypatch.setattr(frontier, "measure", measure)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(name)
+
+    def command(*names, weights=("fp32", "int4")):
+        measured.clear()
+        models = [f"{name}={tmp_path / name}" for name in names]
+        frontier.main([*models, "--weights", *weights, "--out", str(tmp_path / "out")])
+        return list(measured)
+
+    assert command("a", weights=["fp32"]) == [("a", "fp32")]
+    assert command("a", "b") == [("a", "int4"), ("b", "fp32"), ("b", "int4")]
+    assert command("a", "b") == []
+    (tmp_path / "b" / "model.safetensors").write_text("another")
+    assert command("b") == [("b", "fp32"), ("b", "int4")]
+    assert len(frontier.read(tmp_path / "out")) == 4
 
 
 def test_random_models_have_the_planned_size(tmp_path, monkeypatch):
