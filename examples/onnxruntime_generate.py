@@ -13,7 +13,28 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 from tokenizers import Tokenizer
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of the cache; numpy has no bfloat16
+
+
+def open_session(path: Path) -> Any:
+    """Return the session, or say why this model cannot run here."""
+    try:
+        # By path: model.onnx.data is looked for beside model.onnx.
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except NoKernel as error:
+        raise SystemExit(f"{error}\nbfloat16 is not supported on the CPU: export float32 or float16") from error
+
+
+def end_tokens(folder: Path) -> set[int]:
+    """Return the ids that end an answer; none where no file names them."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if end is not None:
+            return set(end if isinstance(end, list) else [end])
+    return set()
 
 
 def generate(session: Any, ids: list[int], tokens: int, ends: set[int]) -> Iterator[int]:
@@ -21,7 +42,7 @@ def generate(session: Any, ids: list[int], tokens: int, ends: set[int]) -> Itera
     # The cache starts empty: [batch 1, key/value heads, 0 tokens so far, head size].
     inputs = {entry.name: entry for entry in session.get_inputs()}
     cache = {
-        name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), TYPES[entry.type])
         for name, entry in inputs.items()
         if name.startswith("past_key_values.")
     }
@@ -52,13 +73,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON per prompt, with the token ids")
     arguments = parser.parse_args()
 
-    # By path: model.onnx.data is looked for beside model.onnx.
-    session = onnxruntime.InferenceSession(str(arguments.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session, ends = open_session(arguments.folder / "model.onnx"), end_tokens(arguments.folder)
     tokenizer = Tokenizer.from_file(str(arguments.folder / "tokenizer.json"))
-    end = json.loads((arguments.folder / "config.json").read_text())["eos_token_id"]
     for prompt in arguments.prompts:
         ids = tokenizer.encode(prompt).ids
-        found = list(generate(session, ids, arguments.tokens, set(end if isinstance(end, list) else [end])))
+        found = list(generate(session, ids, arguments.tokens, ends))
         print(json.dumps({"ids": ids, "tokens": found}) if arguments.json else tokenizer.decode(ids + found))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,8 +10,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from onnx_models import Decoder
+
+from soco_export.onnx.export import export_onnx
+from soco_export.onnx.settings import ExportSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "My fellow citizens of the Senate"
@@ -21,6 +27,45 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True
     )
+
+
+NODE = EXAMPLES / "node" / "generate.mjs"
+NEEDS_NODE = pytest.mark.skipif(
+    shutil.which("node") is None or not (NODE.parent / "node_modules").exists(),
+    reason="no onnxruntime-node here: npm install --prefix examples/node --ignore-scripts",
+)
+# The two examples that have a loop of their own, and so choose the cache's type and the end themselves.
+LOOPS = pytest.mark.parametrize(
+    "loop",
+    [
+        pytest.param((sys.executable, EXAMPLES / "onnxruntime_generate.py"), id="python"),
+        pytest.param(("node", NODE), id="node", marks=NEEDS_NODE),
+    ],
+)
+Loop = tuple[str | Path, ...]
+
+
+def tokens_of(loop: Loop, folder: Path) -> list[int]:
+    done = run(*loop, folder, PROMPT, "--tokens", "16", "--json")
+    assert done.returncode == 0, done.stderr
+    return [int(token) for token in json.loads(done.stdout)["tokens"]]
+
+
+def greedy(folder: Path, ids: list[int]) -> list[int]:
+    """Return 16 tokens of the graph, whatever they are."""
+    decoder, found = Decoder(folder), list[int]()
+    new = np.array([ids], np.int64)
+    while len(found) < 16:
+        mask = np.ones((1, len(ids) + len(found)), np.int64)
+        found.append(int(decoder.step(new, mask)[0, -1].argmax()))
+        new = np.array([found[-1:]], np.int64)
+    return found
+
+
+def prompt_ids(folder: Path) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids)
 
 
 def generate(example: str, tiny_run: Path) -> str:
@@ -59,6 +104,48 @@ def test_pick_a_size(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_plain_onnxruntime_gives_the_tokens_of_torch(tiny_run: Path) -> None:
     assert generate("onnxruntime_generate.py", tiny_run) == torch_continuation(tiny_run)
+
+
+@LOOPS
+def test_the_generation_config_says_first_what_ends_an_answer(loop: Loop, tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(tiny_run / "onnx", folder, ignore=shutil.ignore_patterns("triton"))
+    whole = greedy(folder, prompt_ids(folder))
+    early, late = whole[0], list(dict.fromkeys(whole))[-1]
+    assert early != late
+    to_late = whole[: whole.index(late) + 1]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    def ended_by(generation: dict[str, object] | None, end: object) -> list[int]:
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+        config.pop("eos_token_id", None)
+        named = {} if end is None else {"eos_token_id": end}
+        (folder / "config.json").write_text(json.dumps(config | named), encoding="utf-8")
+        return tokens_of(loop, folder)
+
+    assert ended_by({"eos_token_id": late}, early) == to_late
+    assert ended_by({"eos_token_id": [10**6, late]}, early) == to_late
+    assert ended_by({}, late) == ended_by(None, [late]) == to_late
+    assert ended_by(None, None) == whole
+
+
+@LOOPS
+def test_the_cache_has_the_type_of_the_graph(loop: Loop, tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    export_onnx(tiny_run / "hf", folder, ExportSettings(dtype="float16"))
+    found = tokens_of(loop, folder)
+    assert found == greedy(folder, prompt_ids(folder))[: len(found)]
+
+
+@LOOPS
+def test_a_bfloat16_export_is_refused_in_words(loop: Loop, tiny_run: Path, tmp_path: Path) -> None:
+    export_onnx(tiny_run / "hf", tmp_path / "onnx", ExportSettings(dtype="bfloat16"))
+    done = run(*loop, tmp_path / "onnx", PROMPT)
+    assert done.returncode == 1
+    assert "bfloat16 is not supported" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(find_spec("onnxruntime_genai") is None, reason="no onnxruntime-genai here")
