@@ -33,14 +33,21 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         text, count = (triton.get_input_tensor_by_name(request, name) for name in ("text_input", "max_tokens"))
-        ids = self.tokenizer.encode(text.as_numpy().item().decode("utf-8")).ids
         try:
+            ids = self._tokens(text)
             found = self._generate(ids, int(count.as_numpy().item()))
-        except triton.TritonModelException as error:
+        # ValueError: the text has no token or is not UTF-8, or an input does not hold exactly one value.
+        except (triton.TritonModelException, ValueError) as error:
             return triton.InferenceResponse(error=triton.TritonError(str(error)))
         said = np.array([self.tokenizer.decode(found).encode("utf-8")], dtype=object)
         answer = {"text_output": said, "prompt_token_ids": np.array(ids), "token_ids": np.array(found, np.int64)}
         return triton.InferenceResponse([triton.Tensor(name, value) for name, value in answer.items()])
+
+    def _tokens(self, text: Any) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text.as_numpy().item().decode("utf-8")).ids
+        if not ids:
+            raise ValueError("text_input holds no token to begin with")
+        return ids
 
     def _generate(self, ids: list[int], count: int) -> list[int]:
         cache = dict.fromkeys(self.past, self.empty)

@@ -352,7 +352,7 @@ def imitation(session: Any) -> ModuleType:
     module.TritonModelException, module.TritonError = RuntimeError, str
     module.TRITONSERVER_MEMORY_CPU, module.PreferredMemory = 0, lambda *place: place
     module.triton_string_to_numpy = {"TYPE_FP32": np.float32}.__getitem__
-    module.InferenceResponse = lambda tensors: {tensor.name: tensor.value for tensor in tensors}
+    module.InferenceResponse = lambda tensors=(), error=None: error or {one.name: one.value for one in tensors}
     module.get_input_tensor_by_name = lambda given, name: given[name]
     module.get_output_tensor_by_name = lambda given, name: next(one for one in given.tensors if one.name == name)
 
@@ -364,9 +364,9 @@ def imitation(session: Any) -> ModuleType:
     return module  # type: ignore[no-any-return]
 
 
-def test_the_triton_model_gives_the_tokens_of_torch(
-    models: Path, tiny_run: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def triton_answers(models: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[bytes]], list[Any]]:
+    """Return what Triton does with texts: one call of the model `generate` for all of them."""
     session = onnxruntime.InferenceSession(str(tiny_run / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     module = imitation(session)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
@@ -376,14 +376,24 @@ def test_the_triton_model_gives_the_tokens_of_torch(
     parameters = {"decoder": {"string_value": config.parameters["decoder"].string_value}}
     model = names["TritonPythonModel"]()
     model.initialize({"model_config": json.dumps({"parameters": parameters})})
-    asked = [
-        {
-            "text_input": module.Tensor("", np.array([text.encode()], object)),
-            "max_tokens": module.Tensor("", np.array([TOKENS])),
-        }
-        for text in SOME
-    ]
-    for number, found in enumerate(model.execute(asked)):
+
+    def answers(texts: list[bytes]) -> list[Any]:
+        count = module.Tensor("", np.array([TOKENS]))
+        inputs = [module.Tensor("", np.array([text], object)) for text in texts]
+        return list(model.execute([{"text_input": text, "max_tokens": count} for text in inputs]))
+
+    return answers
+
+
+def test_the_triton_model_gives_the_tokens_of_torch(triton_answers: Any, reference: Reference) -> None:
+    for number, found in enumerate(triton_answers([text.encode() for text in SOME])):
         answer = Answer(found["prompt_token_ids"].tolist(), found["token_ids"].tolist())
         assert reference.judge(number, answer).why == ""
         assert found["text_output"][0].decode() == reference.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("text", "said"), [(b"", "no token"), (b"\xff", "utf-8")])
+def test_a_text_that_triton_cannot_begin_with_spoils_no_other(text: bytes, said: str, triton_answers: Any) -> None:
+    before, failed, after = triton_answers([SOME[0].encode(), text, SOME[0].encode()])
+    assert said in failed
+    assert before["token_ids"].tolist() == after["token_ids"].tolist() != []
