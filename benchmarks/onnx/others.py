@@ -1,6 +1,7 @@
-"""What others make of the same model: PyTorch, optimum-onnx and onnxruntime-genai, in turns with ours.
+"""What others make of the same model: PyTorch, optimum-onnx, onnxruntime-genai and llama.cpp, in turns with ours.
 
-All in fp32 with logits of every position, on a SmolLM2-135M with random weights, dense and at keep 0.6.
+All with logits of every position, on a SmolLM2-135M with random weights, dense and at keep 0.6; in int4 only those that
+have it: onnxruntime-genai's builder, and llama.cpp's Q4_0.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import onnx
+from benchmarks.onnx import llamacpp
 from benchmarks.onnx.models import MODELS, architecture_of, uniform_plan
 from benchmarks.onnx.series import Entry, measure
 from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
@@ -54,26 +57,37 @@ class TimedTorch(TorchDecoder):
         return run
 
 
-def series(work: Path, optimum_python: Path | None, threads: int) -> list[Entry]:
+def series(weights: str, work: Path, optimum_python: Path | None, threads: int) -> list[Entry]:
     """Write everything, then time it; what cannot be made here is left out and named on stderr."""
     folder = work / "others"
     shutil.rmtree(folder, ignore_errors=True)
     dense, low = checkpoints(folder)
-    folders = ours(folder, dense, low)
-    for name, make in foreign(folder, dense, low, optimum_python).items():
+    folders = ours(folder, weights, dense, low)
+    for name, make in foreign(folder, weights, dense, low, optimum_python).items():
         try:
             folders[name] = with_cache_sizes(make())
         except subprocess.CalledProcessError as error:
             print(f"{name} is left out: {(error.stderr or '').strip().splitlines()[-1:]}", file=sys.stderr)
-    torch.set_num_threads(threads)
-    eager = {
-        "dense, PyTorch eager": TimedTorch(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)),
-        f"{KEEP:g} stacked, PyTorch eager": TimedTorch(load_checkpoint(low)),
-    }
     try:
-        return measure(folders, eager, threads, SECONDS)
+        return measure(folders, engines(folder, weights, dense, low, threads), threads, SECONDS)
     finally:
         shutil.rmtree(folder)
+
+
+def engines(folder: Path, weights: str, dense: Path, low: Path, threads: int) -> dict[str, Any]:
+    """Return what does not run in ONNX Runtime, as Decoders by name."""
+    found: dict[str, Any] = {}
+    if llamacpp.installed():
+        path = llamacpp.write_gguf(dense, weights, folder / "dense.gguf")
+        found[f"dense, llama.cpp {llamacpp.KINDS[weights]}"] = llamacpp.LlamaCpp(path, threads)
+    else:
+        print("llama.cpp is left out: pip install llama-cpp-python gguf", file=sys.stderr)
+    if weights == "same":
+        torch.set_num_threads(threads)
+        eager = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        found["dense, PyTorch eager"] = TimedTorch(eager)
+        found[f"{KEEP:g} stacked, PyTorch eager"] = TimedTorch(load_checkpoint(low))
+    return found
 
 
 def checkpoints(folder: Path) -> tuple[Path, Path]:
@@ -91,21 +105,25 @@ def checkpoints(folder: Path) -> tuple[Path, Path]:
     return folder / "hf-dense", folder / "hf-low"
 
 
-def ours(folder: Path, dense: Path, low: Path) -> dict[str, Path]:
+def ours(folder: Path, weights: str, dense: Path, low: Path) -> dict[str, Path]:
     """Export both in both flavours; the first is what everything is compared with."""
     found = {}
     for flavour in ("contrib", "standard"):
-        settings = ExportSettings(flavour=flavour, layouts=("optimum",))
+        settings = ExportSettings(flavour=flavour, weights=weights, layouts=("optimum",))
         for name, source in (("dense", dense), (f"{KEEP:g} stacked", low)):
             out = folder / f"ours-{flavour}-{source.name}"
             found[f"{name}, ours, {flavour}"] = export_onnx(source, out, settings).folder
     return found
 
 
-def foreign(folder: Path, dense: Path, low: Path, optimum_python: Path | None) -> dict[str, Callable[[], Path]]:
+def foreign(
+    folder: Path, weights: str, dense: Path, low: Path, optimum_python: Path | None
+) -> dict[str, Callable[[], Path]]:
     """Return what to call for each export by others."""
-    found: dict[str, Callable[[], Path]] = {"dense, onnxruntime-genai": lambda: _genai(dense, folder / "genai")}
-    if optimum_python is not None:
+    found: dict[str, Callable[[], Path]] = {
+        "dense, onnxruntime-genai": lambda: _genai(dense, weights, folder / "genai")
+    }
+    if optimum_python is not None and weights == "same":
         found["dense, optimum-onnx"] = lambda: _optimum(optimum_python, dense, folder / "optimum-dense")
         found[f"{KEEP:g} stacked, optimum-onnx"] = lambda: _optimum(optimum_python, low, folder / "optimum-low")
     return found
@@ -124,10 +142,11 @@ def with_cache_sizes(folder: Path) -> Path:
     return folder
 
 
-def _genai(source: Path, out: Path) -> Path:
+def _genai(source: Path, weights: str, out: Path) -> Path:
+    precision = "fp32" if weights == "same" else weights
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smollm2", "-i", str(source)]
     subprocess.run(
-        [*builder, "-o", str(out), "-p", "fp32", "-e", "cpu", "-c", str(out.with_suffix(".cache"))],
+        [*builder, "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out.with_suffix(".cache"))],
         check=True,
         capture_output=True,
         text=True,

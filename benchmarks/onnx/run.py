@@ -86,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="for one workload of one series")
     parser.add_argument("--pack", action="store_true", help="q/k/v and gate/up share their first product, dense too")
     parser.add_argument("--bias", action="store_true", help="every pruned layer has one, as train.deviation leaves it")
-    parser.add_argument("--others", action="store_true", help="PyTorch, optimum-onnx and onnxruntime-genai beside ours")
+    parser.add_argument("--others", action="store_true", help="PyTorch, optimum-onnx, genai and llama.cpp beside ours")
     parser.add_argument("--optimum-python", type=Path, help="interpreter of an environment with soco-export[optimum]")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-onnx"))
@@ -101,8 +101,11 @@ def pieces(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list
     for model in options.model:
         for weights in options.weights:
             yield f"{model}-{weights}{kind}", lambda m=model, w=weights: floor_series(m, w, options)
-    if options.others:
-        yield "others-smollm2", lambda: others.series(options.work, options.optimum_python, options.threads)
+    for weights in ("fp32", "int4") if options.others else ():
+        yield (
+            f"others-smollm2-{weights}",
+            lambda w=WEIGHTS[weights]: others.series(w, options.work, options.optimum_python, options.threads),
+        )
 
 
 def _asked(name: str, options: argparse.Namespace) -> str:
@@ -153,7 +156,7 @@ def _profile(model: str, weights: str, shapes: set[tuple[int, int]], options: ar
     device = Device(CPU, options.threads, ExportSettings(weights=WEIGHTS[weights]), bias=options.bias)
     biased = "-biased" if options.bias else ""
     path = options.out / f"profile-{model}-{weights}{biased}.json"
-    if options.fresh:
+    if options.fresh and not options.pack:  # packing is not seen by one layer: the series share the profile
         path.unlink(missing_ok=True)
     read_or_measure(path, shapes, "stacked", device, silent)
     return read_or_measure(path, shapes, "pivoted", device, silent)  # of both: each adds to the file
@@ -168,9 +171,10 @@ def page(folder: Path) -> str:
         found = json.loads(path.read_text())
         machine = found["machine"]
         parts.append(markdown(path.stem, found["entries"], found["bandwidth"]))
+        rounds = ", ".join(f"{work} {count} rounds" for work, count in found["entries"][0]["rounds"].items())
         parts.append(
             f"`{found['command'].strip()}` on {machine['cores']} cores of {machine['cpu']}, ONNX Runtime "
             f"{machine['versions'].get('onnxruntime', '')}, {machine['threads']} threads, "
-            f"{found['bandwidth'] / 2**30:.1f} GiB/s\n"
+            f"{rounds}, {found['bandwidth'] / 2**30:.1f} GiB/s\n"
         )
     return "\n".join(parts)

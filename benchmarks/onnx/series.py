@@ -20,13 +20,15 @@ from soco_export.validate.settings import CPU
 
 WORKLOADS = (Workload(1, 128), Workload(512, 0))
 SAMPLES = {"decode_128": 4, "prefill_512": 1}
+ROUNDS = (10, 40)  # fewer say little about a shared machine
 
 
 @dataclass(frozen=True)
 class Entry:
     """One model of a series. `bytes`: read for a decode step; `flops`: of a prefill; both None outside our graphs.
 
-    `milliseconds`: median of a pass by workload; `speedups`: (value, low, high) against the first model, by workload.
+    `milliseconds`: median of a pass by workload; `speedups`: (value, low, high) against the first model, by workload;
+    `rounds`: how often it had its turn.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Entry:
     flops: int | None
     milliseconds: Mapping[str, float]
     speedups: Mapping[str, tuple[float, float, float]]
+    rounds: Mapping[str, int]
     remark: str = ""
 
 
@@ -58,7 +61,7 @@ def _rounds(runs: list[Run], samples: int, seconds: float) -> int:
     for run in runs:
         run()
     once = (time.perf_counter() - start) * samples
-    return int(np.clip(seconds / once, 4, 40))
+    return int(np.clip(seconds / once, *ROUNDS))
 
 
 def _entry(
@@ -72,6 +75,7 @@ def _entry(
         flops=prefill_flops(folder, WORKLOADS[1].tokens) if folder else None,
         milliseconds={work: float(np.median(rounds)) for work, rounds in times.items()},
         speedups={work: (ratio.value, ratio.low, ratio.high) for work, ratio in ratios.items()},
+        rounds={work: len(rounds) for work, rounds in times.items()},
     )
 
 

@@ -137,15 +137,16 @@ def limits(profile: Profile, shapes: Mapping[str, Shape], form: Storage, multipl
     return {name: limit for name, shape in shapes.items() if (limit := found[shape]) is not None}
 
 
-def liked_multiple(times: Mapping[int, float], rank: int, tolerance: float = 0.03) -> int:
+def liked_multiple(times: Mapping[int, float], tolerance: float = 0.03) -> int:
     """Return the smallest step of ranks that the kernels do not punish, from the times just below an aligned `rank`.
 
     times[q] was measured at rank - q, a multiple of q and of nothing larger that was tried; times[0] at `rank`. A
-    smaller rank should cost no more: where it does, beyond `tolerance`, its alignment is what costs.
+    smaller rank should cost no more: where it does, beyond `tolerance`, its alignment is what costs. The largest step
+    is never punished: what is slower there is the machine's doing, and a larger step would leave narrow layers no rank.
     """
-    fine = [step for step in sorted(times) if step and times[step] <= times[0] * (1 + tolerance)]
-    punished = [step for step in times if step and step not in fine]
-    return min((step for step in fine if step > max(punished, default=0)), default=rank)
+    steps = sorted(step for step in times if step)
+    slow = [step for step in steps[:-1] if times[step] > times[0] * (1 + tolerance)]
+    return min(step for step in steps if step > max(slow, default=0))
 
 
 def _us(value: float) -> str:

@@ -154,7 +154,7 @@ def _measure_multiple(shape: Shape, form: Storage, device: Device) -> int:
     forms = [Form(form, aligned - step) for step in (0, *STEPS)]
     with tempfile.TemporaryDirectory() as work:
         found = _time([_open(shape, one, device, Path(work)) for one in forms], 1, shape, device)
-    return liked_multiple(dict(zip((0, *STEPS), found, strict=True)), aligned)
+    return liked_multiple(dict(zip((0, *STEPS), found, strict=True)))
 
 
 @dataclass(frozen=True)

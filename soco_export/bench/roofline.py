@@ -15,7 +15,8 @@ from soco_export.bench.figures import Roofline
 
 BUFFER_BYTES = 256 * 2**20  # well beyond the last-level cache
 REPEATS = 7
-TABLE_OPS = {"Gather", "GatherBlockQuantized"}
+# Of these a step reads some rows only: of a token table, of the cosines and sines of all positions.
+TABLE_OPS = {"Gather", "GatherBlockQuantized", "RotaryEmbedding", "GroupQueryAttention"}
 
 
 def roofline(bytes_per_step: int, bandwidth: float, measured_ms: float) -> Roofline:

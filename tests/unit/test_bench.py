@@ -85,6 +85,14 @@ def test_a_table_that_a_product_reads_too_counts_in_its_own_type(tmp_path, kind,
     assert bytes_per_decode_step(tmp_path / "model.onnx", 5) == 0
 
 
+@pytest.mark.parametrize("op", ["RotaryEmbedding", "GroupQueryAttention"])
+def test_of_the_cosines_of_all_positions_a_step_reads_one_row(tmp_path, op):
+    table = helper.make_tensor("cos", TensorProto.FLOAT, [8192, 32], bytes(8192 * 32 * 4), raw=True)
+    graph = helper.make_graph([helper.make_node(op, ["x", "cos"], ["y"])], "rope", [], [], [table])
+    onnx.save(helper.make_model(graph), str(tmp_path / "model.onnx"))
+    assert bytes_per_decode_step(tmp_path / "model.onnx", 5) == 0
+
+
 def test_roofline_is_bytes_over_bandwidth_over_time():
     found = roofline(bytes_per_step=200_000_000, bandwidth=20e9, measured_ms=12.5)
     assert found.ideal_ms == pytest.approx(10)

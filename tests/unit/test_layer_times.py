@@ -126,10 +126,10 @@ def test_a_larger_rank_never_counts_as_faster(times, one, other):
 
 
 def test_the_step_of_ranks_is_the_smallest_that_is_not_punished():
-    assert liked_multiple({0: 10.0, 1: 9.9, 8: 9.5, 16: 9.3, 32: 8.8}, 256) == 1
-    assert liked_multiple({0: 10.0, 1: 12.0, 8: 11.0, 16: 9.3, 32: 8.8}, 256) == 16
-    assert liked_multiple({0: 10.0, 1: 9.0, 8: 11.0, 16: 12.0, 32: 8.8}, 256) == 32
-    assert liked_multiple({0: 10.0, 1: 12.0, 8: 12.0, 16: 12.0, 32: 12.0}, 256) == 256
+    assert liked_multiple({0: 10.0, 1: 9.9, 8: 9.5, 16: 9.3, 32: 8.8}) == 1
+    assert liked_multiple({0: 10.0, 1: 12.0, 8: 11.0, 16: 9.3, 32: 8.8}) == 16
+    assert liked_multiple({0: 10.0, 1: 9.0, 8: 11.0, 16: 12.0, 32: 8.8}) == 32
+    assert liked_multiple({0: 10.0, 1: 12.0, 8: 12.0, 16: 12.0, 32: 12.0}) == 32
 
 
 @pytest.mark.parametrize("form", ["stacked", "pivoted"])
