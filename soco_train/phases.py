@@ -60,11 +60,14 @@ class Timetable:
         """Return which entry of `phases` `step` belongs to."""
         return max(i for i, begin in enumerate(self.begins) if begin <= step)
 
+    def _end(self, at: int) -> int:
+        """Return the step at which entry `at` of `phases` is over; one that would begin in the frozen finish never runs."""
+        return min([*self.begins[at + 1 : at + 2], self.freeze])
+
     def end_phase(self, step: int) -> None:
         """Let the phase of `step` end after it: everything later moves forward by what is saved."""
         at = self.index(step)
-        following = self.begins[at + 1] if at + 1 < len(self.begins) else self.freeze
-        saved = max(0, following - step - 1)
+        saved = max(0, self._end(at) - step - 1)
         self.begins = [begin - saved if i > at else begin for i, begin in enumerate(self.begins)]
         self.freeze -= saved
         self.steps -= saved
@@ -72,7 +75,7 @@ class Timetable:
     def orders(self, step: int, settings: TrainSettings, start_size: float, keep_params: float) -> Orders:
         """Return what is on at `step`; `start_size` is R̂ before the first step."""
         at = self.index(step)
-        end = self.begins[at + 1] if at + 1 < len(self.begins) else self.freeze
+        end = self._end(at)
         progress = min(1.0, (step - self.begins[at] + 1) / max(1, end - self.begins[at]))
         hot, cold = settings.temperature
         phase = self.phases[at]
