@@ -55,7 +55,18 @@ def collect(context: RunContext) -> Results:
         "notes": tuple(_notes(context)),
         "provenance": _provenance(context),
     }
-    return Results.model_validate(document)
+    results = Results.model_validate(document)
+    return results.model_copy(update={"notes": (*results.notes, *slower(results))})
+
+
+def slower(results: Results) -> Iterator[str]:
+    """Yield a note if the export lost to dense by more than noise, and what there is to do."""
+    workloads = results.latency.workloads if results.latency else {}
+    lost = [f"{name} {work.speedup.value:.2f}×" for name, work in workloads.items() if work.speedup.high < 1]
+    if lost:
+        known = results.recipe["optimise_for"] == "latency"
+        advice = "" if known else "; optimise_for: latency leaves a layer dense where its low-rank form is no faster"
+        yield f"slower than dense: {', '.join(lost)}{advice}"
 
 
 def _model(context: RunContext) -> ModelFigures:

@@ -25,6 +25,7 @@ from soco_export.report.schema import (
     SizeFigures,
 )
 from soco_export.report.tables import headline, number, percent, size, verdict_line
+from soco_export.run.results import slower
 from soco_export.validate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
 from soco_train.errors import DataError
 
@@ -139,6 +140,20 @@ def test_the_ratio_is_of_what_ships():
     dense, low_rank = PerplexityFigures(10.0, 2.3, 5), PerplexityFigures(12.0, 2.5, 5)
     assert PerplexityResults.of((dense, low_rank, None), "", "", 8).ratio == 1.2
     assert PerplexityResults.of((dense, low_rank, PerplexityFigures(13.0, 2.6, 5)), "", "", 8).ratio == 1.3
+
+
+def test_a_workload_that_low_rank_loses_is_a_note_with_advice(results):
+    def timed(low, high, optimise_for):
+        work = results.latency.workloads["decode_128"]
+        work = replace(work, speedup=replace(work.speedup, value=(low + high) / 2, low=low, high=high))
+        latency = replace(results.latency, workloads={"decode_128": work})
+        recipe = {**results.recipe, "optimise_for": optimise_for}
+        return list(slower(results.model_copy(update={"latency": latency, "recipe": recipe})))
+
+    assert timed(0.9, 1.1, "params") == []  # within noise
+    assert timed(0.7, 0.9, "latency") == ["slower than dense: decode_128 0.80×"]
+    assert "optimise_for: latency leaves" in timed(0.7, 0.9, "params")[0]
+    assert list(slower(results.model_copy(update={"latency": None}))) == []
 
 
 def test_every_gate_finds_its_figure_in_full_results(results):
