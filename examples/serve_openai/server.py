@@ -4,7 +4,8 @@
 
 POST /v1/completions and /v1/chat/completions, plain or streamed; GET /v1/models and /health. One thread owns the model
 (worker.py). `--parallel` requests run, `--queue` more wait; who comes after that gets 429 and a Retry-After. SIGTERM
-and Ctrl-C let what runs finish. A parameter that is not implemented is refused by name, never ignored.
+and Ctrl-C let what runs finish. A parameter that is not implemented is refused by name, never ignored. A request that
+fails is answered with 500, or with an error event in its stream, and spoils no other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from worker import Job, Piece, Worker
+from worker import Failed, Job, Piece, Worker
+
+DEAD = "the model's thread has ended: restart the server"
 
 
 class Options(BaseModel):
@@ -84,9 +87,12 @@ class Gate:
 
 
 def failure(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(
-        {"error": {"message": message, "type": "invalid_request_error", "code": status}}, status, headers
-    )
+    return JSONResponse(error_body(status, message), status, headers)
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "code": status}}
 
 
 class Api:
@@ -95,9 +101,9 @@ class Api:
     def __init__(self, worker: Worker, name: str) -> None:
         self.worker, self.name = worker, name
 
-    async def health(self) -> dict[str, str]:
-        """GET /health."""
-        return {"status": "ok"}
+    async def health(self) -> Any:
+        """GET /health; without the model's thread nothing is served."""
+        return {"status": "ok"} if self.worker.is_alive() else failure(503, DEAD)
 
     async def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -115,6 +121,8 @@ class Api:
         return await self._answer(body, self.worker.encode_chat(turns), request, chat=True)
 
     async def _answer(self, body: Options, ids: list[int], request: Request, chat: bool) -> Any:
+        if not self.worker.is_alive():
+            return failure(503, DEAD)
         room = self.worker.context
         if not ids or len(ids) + body.max_tokens > room:
             return failure(400, f"{len(ids)} tokens and max_tokens {body.max_tokens}: there is room for 1 to {room}")
@@ -138,17 +146,32 @@ class Api:
     async def _events(self, job: Job, head: dict[str, Any], body: Options, chat: bool) -> AsyncIterator[str]:
         """Server-sent events; a client that leaves ends the iteration, and so the job."""
         head["object"] = "chat.completion.chunk" if chat else "text_completion"
-        async for piece in self.worker.pieces(job):
-            said = {"delta": {"role": "assistant", "content": piece.text}} if chat else {"text": piece.text}
-            extra = {"token_ids": [piece.token]} if body.return_token_ids else {}
-            choice = {"index": 0, **said, "finish_reason": piece.finish, **extra}
-            yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+        try:
+            async for piece in self.worker.pieces(job):
+                yield event({**head, "choices": [self._delta(piece, body, chat)]})
+        except Failed as failed:
+            # The status is sent already. No [DONE] follows: the answer is not whole.
+            yield event(error_body(500, str(failed)))
+            return
         yield "data: [DONE]\n\n"
+
+    def _delta(self, piece: Piece, body: Options, chat: bool) -> dict[str, Any]:
+        said = {"delta": {"role": "assistant", "content": piece.text}} if chat else {"text": piece.text}
+        extra = {"token_ids": [piece.token]} if body.return_token_ids else {}
+        return {"index": 0, **said, "finish_reason": piece.finish, **extra}
+
+
+def event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
 
 
 async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     return failure(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+
+async def confess(request: Request, failed: Failed) -> JSONResponse:
+    return failure(500, str(failed))
 
 
 def create_app(folder: Path, parallel: int, queue: int) -> FastAPI:
@@ -163,7 +186,8 @@ def create_app(folder: Path, parallel: int, queue: int) -> FastAPI:
     app, api = FastAPI(title="soco-export", lifespan=lifespan), Api(worker, folder.resolve().name)
     app.add_middleware(Gate, places=parallel + queue)
     app.add_exception_handler(RequestValidationError, refuse)
-    app.add_api_route("/health", api.health)
+    app.add_exception_handler(Failed, confess)
+    app.add_api_route("/health", api.health, response_model=None)
     app.add_api_route("/v1/models", api.models)
     app.add_api_route("/v1/completions", api.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/chat/completions", api.converse, methods=["POST"], response_model=None)

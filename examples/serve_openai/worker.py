@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import queue
 import threading
 import time
@@ -18,6 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnxruntime_genai as genai
+
+
+class Failed(Exception):
+    """This request gets no answer, or no more of it."""
 
 
 class Piece(NamedTuple):
@@ -67,7 +72,7 @@ class Worker(threading.Thread):
         return self.encode(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
-        """Yield the job's answer token by token; leaving the loop early cancels it."""
+        """Yield the job's answer token by token, or raise Failed; leaving the loop early cancels it."""
         loop, box = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
         job.send = lambda found: loop.call_soon_threadsafe(box.put_nowait, found)
         self.inbox.put(job)
@@ -75,7 +80,7 @@ class Worker(threading.Thread):
             while True:
                 found = await box.get()
                 if isinstance(found, Exception):
-                    raise found
+                    raise Failed(f"{type(found).__name__}: {found}") from found
                 yield found
                 if found.finish:
                     return
@@ -90,26 +95,47 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """One token for each running job, then the next round."""
         running: list[Job] = []
-        while True:
-            while len(running) < self.parallel and (not running or not self.inbox.empty()):
-                job = self.inbox.get()
-                if job is None:
-                    return
-                running.append(job)
-            running = [job for job in running if self._goes_on(job)]
-            time.sleep(0)  # the event loop must have Python's lock too, or it delivers in lumps
+        try:
+            while self._admit(running):
+                running[:] = [job for job in running if self._goes_on(job)]
+                time.sleep(0)  # the event loop must have Python's lock too, or it delivers in lumps
+        finally:
+            self._turn_away(running)
+
+    def _admit(self, running: list[Job]) -> bool:
+        """Let jobs in where there are places, waiting if none runs; say whether to go on."""
+        while len(running) < self.parallel and (not running or not self.inbox.empty()):
+            job = self.inbox.get()
+            if job is None:
+                return False
+            running.append(job)
+        return True
+
+    def _turn_away(self, running: list[Job]) -> None:
+        """Tell those who still wait that the thread is at its end, or they would wait for ever."""
+        waiting: list[Job | None] = [*running]
+        while not self.inbox.empty():
+            waiting.append(self.inbox.get())
+        for job in waiting:
+            if job is not None and not job.cancelled:
+                job.send(RuntimeError("the model's thread has ended"))
 
     def _goes_on(self, job: Job) -> bool:
         """Compute the job's next token and say whether another one follows."""
         if job.cancelled:
             return False
         try:
-            if job.generator is None:
-                self._begin(job)
-            job.generator.generate_next_token()
-        except RuntimeError as error:  # what genai raises; it ends this request, not the server
+            return self._step(job)
+        # Whatever it is, it belongs to this request: the others share the thread, which must go on for them.
+        except Exception as error:
+            logging.getLogger(__name__).exception("a request failed")
             job.send(error)
             return False
+
+    def _step(self, job: Job) -> bool:
+        if job.generator is None:
+            self._begin(job)
+        job.generator.generate_next_token()
         job.max_tokens -= 1
         token = int(job.generator.get_next_tokens()[0])
         finish = "stop" if token in self.ends else "length" if job.max_tokens == 0 else None

@@ -45,11 +45,11 @@ def reference(tiny_run: Path) -> Reference:
 
 
 @contextmanager
-def server(folder: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def server(folder: Path, *options: str, script: Path = SERVER) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     for module in ("fastapi", "uvicorn", "onnxruntime_genai"):
         pytest.importorskip(module, reason=f"no {module} here: pip install 'soco-export[serve]'")
     port = free_port()
-    command = [sys.executable, str(SERVER), str(folder), "--port", str(port), *options]
+    command = [sys.executable, str(script), str(folder), "--port", str(port), *options]
     with serving(command, port, "/health") as process:
         yield port, process
 
@@ -250,6 +250,58 @@ def test_an_answer_that_nobody_reads_is_not_computed(tiny_run: Path, monkeypatch
     assert asyncio.run(both()) == 3
     assert left.max_tokens > 450
     worker.stop()
+
+
+# The server as it is, but for seeds that break what comes after the second token: BAD the request, FATAL the thread.
+BAD, FATAL = 13, 666
+UNLUCKY = f"""
+import sys
+sys.path.insert(0, {str(SERVER.parent)!r})
+import server, worker
+begin = worker.Worker._begin
+class Stream:
+    def __init__(self, error, stream):
+        self.error, self.stream, self.left = error, stream, 2
+    def decode(self, token):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.stream.decode(token)
+def unlucky(self, job):
+    begin(self, job)
+    error = {{{BAD}: UnicodeError("bad luck"), {FATAL}: SystemExit()}}.get(job.seed)
+    if error is not None:
+        job.stream = Stream(error, job.stream)
+worker.Worker._begin = unlucky
+server.main()
+"""
+
+
+@pytest.fixture
+def unlucky(tiny_run: Path, tmp_path: Path) -> Iterator[int]:
+    (tmp_path / "unlucky.py").write_text(UNLUCKY, encoding="utf-8")
+    with server(tiny_run / "onnx", script=tmp_path / "unlucky.py") as (port, _):
+        yield port
+
+
+def test_a_request_that_fails_spoils_no_other_and_a_dead_thread_is_not_healthy(unlucky: int) -> None:
+    right = post(unlucky)[2]["choices"][0]["text"]
+    status, _, found = post(unlucky, seed=BAD)
+    assert (status, found["error"]["type"]) == (500, "server_error")
+    assert "bad luck" in found["error"]["message"]
+    with stream(unlucky, 9, seed=BAD) as response:
+        *pieces, last = (json.loads(event) for event in events(response))
+    assert len(pieces) == 2
+    assert "bad luck" in last["error"]["message"]
+    assert request(unlucky, "/health")[0] == 200
+    assert post(unlucky)[2]["choices"][0]["text"] == right
+
+    with stream(unlucky, 900) as other:  # shares the thread with the one that ends it
+        other.readline()
+        assert post(unlucky, seed=FATAL)[0] == 500
+        assert "error" in json.loads(events(other)[-1])
+    assert request(unlucky, "/health")[0] == 503
+    assert post(unlucky)[0] == 503
 
 
 def test_sigterm_lets_an_answer_finish(narrow: tuple[int, Any]) -> None:
