@@ -20,7 +20,7 @@ from soco_train import parallel
 from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors
 from soco_train.budget import RankPlan, kept
 from soco_train.layers import substituted
-from soco_train.pivot import pivot_factors
+from soco_train.pivot import largest_coefficient, pivot_factors
 from soco_train.settings import Storage
 
 
@@ -52,11 +52,16 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
 
 
 def store_as(factors: Mapping[str, StackedFactors], storage: Storage, provenance: Mapping[str, object]) -> Factors:
-    """Write stacked factors in the form the plan counted on; lossless."""
-    layers: dict[str, LayerFactors] = dict(factors)
-    if storage == "pivoted":
-        layers = {name: pivot_factors(layer) for name, layer in factors.items()}
-    return Factors(layers, provenance)
+    """Write stacked factors in the form the plan counted on; lossless.
+
+    The provenance of pivoted ones says by how much rounding of the pivots can grow: the largest coefficient of each.
+    """
+    if storage == "stacked":
+        layers: dict[str, LayerFactors] = dict(factors)
+        return Factors(layers, provenance)
+    pivoted = {name: pivot_factors(layer) for name, layer in factors.items()}
+    largest = {name: largest_coefficient(layer) for name, layer in pivoted.items()}
+    return Factors(dict(pivoted), {**provenance, "largest_coefficients": largest})
 
 
 class FactorPair(nn.Module):

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from soco_train.artifacts import PivotedFactors, StackedFactors
+from soco_train.artifacts import Factors, PivotedFactors, StackedFactors
+from soco_train.factors import store_as
 from soco_train.pivot import LARGEST, _swap_until_small, largest_coefficient, pivot_factors, unpivot
 
 SHAPES = [(40, 24, 10), (24, 40, 10), (32, 32, 31), (32, 32, 32), (9, 30, 9), (30, 9, 9), (20, 20, 1), (1, 5, 1)]
@@ -127,3 +128,15 @@ def test_the_published_size_and_quality_on_a_real_shape():
     half = PivotedFactors(pivoted.pivot.half().float(), pivoted.mix.half().float(), pivoted.order, None)
     assert relative_error(unpivot(half), exact) < 1.2e-3
     assert largest_coefficient(pivoted) < 1.13
+
+
+def test_pivoted_storage_reports_the_largest_coefficient_of_every_layer(tmp_path) -> None:
+    factors = {name: StackedFactors(spread(24, 7, 1e3), torch.randn(7, 16), None) for name in ("a", "b")}
+    stored = store_as(factors, "pivoted", {"seed": 3})
+    stored.save(tmp_path / "factors.safetensors")
+    found = Factors.load(tmp_path / "factors.safetensors").provenance
+    assert found["seed"] == 3
+    assert found["largest_coefficients"] == {
+        name: pytest.approx(float(layer.mix.abs().max())) for name, layer in stored.layers.items()
+    }
+    assert store_as(factors, "stacked", {"seed": 3}).provenance == {"seed": 3}
