@@ -102,7 +102,7 @@ class _Run:
         self.masks: list[torch.Tensor] = [layer.p for layer in layers.values()]
         self.device = self.masks[0].device
         ranks = [p.numel() for p in self.masks]
-        self.size = SoftSize(self.shapes, ranks, task.plan.storage, False, self.device)
+        self.size = SoftSize(self.shapes, ranks, task.plan, False, self.device)
         self.parameters = {f"{name}:{part}": p for name, x in layers.items() for part, p in _trained(x).items()}
         adapters = [p for name, p in self.parameters.items() if not name.endswith(":p")]
         groups: list[dict[str, Any]] = [
@@ -127,7 +127,7 @@ class _Run:
 
     def _one_step(self) -> None:
         train, keep = self.task.train, self.task.plan.keep_params
-        ratio = float(self.size((torch.cat(self.masks) > 0).float()))
+        ratio = float(self.size.whole(self.size((torch.cat(self.masks) > 0).float())))
         if not self.frozen and (ratio <= keep or self.step >= MASKS_STOP * train.steps):
             self._freeze()
         loss = self._backward()

@@ -61,7 +61,7 @@ class Timetable:
         return max(i for i, begin in enumerate(self.begins) if begin <= step)
 
     def _end(self, at: int) -> int:
-        """Return the step at which entry `at` of `phases` is over; one that would begin in the frozen finish never runs."""
+        """Return the step at which entry `at` of `phases` is over: the next begins or the support freezes."""
         return min([*self.begins[at + 1 : at + 2], self.freeze])
 
     def end_phase(self, step: int) -> None:

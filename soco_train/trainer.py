@@ -3,7 +3,8 @@
 One step: a batch → teacher logits (the same modules, dense) → KL and its gradient on θ and d → plus the gradients of
 the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the typical entry
 of the KL gradient before being weighted [ours]: λ_d and λ_s mean the same for every model, and a controller moves λ_d
-so that R̂ follows the schedule. fp32 scores always. Any number of processes learns the same scores (parallel.py).
+so that R̂ follows the schedule. Where every layer has a budget of its own, each has its own scale, λ_d and controller.
+fp32 scores always. Any number of processes learns the same scores (parallel.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 
 from soco_train import parallel
-from soco_train.allocation import layer_cost
 from soco_train.artifacts import LayerScores, Scores, read_tensors, write_tensors
 from soco_train.batches import batch
 from soco_train.budget import kept, plan_ranks
@@ -78,7 +78,7 @@ class _Run:
         parallel.agree(self.bank.parameters())  # a start measured on several GPUs may differ in its last bits
         self.shapes = [(layer.dense.out_features, layer.dense.in_features) for layer in layers.values()]
         self.device = self.bank.theta.device
-        self.size = SoftSize(self.shapes, self.bank.ranks, task.plan.storage, train.deviation, self.device)
+        self.size = SoftSize(self.shapes, self.bank.ranks, task.plan, train.deviation, self.device)
         groups: list[dict[str, Any]] = [{"params": [self.bank.theta], "peak": train.lr}]
         if self.bank.deviation is not None:
             groups.append({"params": [self.bank.deviation], "peak": train.lr_deviation})
@@ -86,10 +86,10 @@ class _Run:
         self.timetable = Timetable.preset(train)
         self.rules = StoppingRules()
         self.step = 0
-        self.controller = PressureController()
+        self.controllers = [PressureController() for _ in self.size.shares]
         self.restricted = False
         self.died = torch.full_like(self.bank.theta.detach(), math.inf)
-        self.start_size = float(self.size(self._gates(train.temperature[0])).detach())
+        self.start_size = float(self.size.whole(self.size(self._gates(train.temperature[0]))).detach())
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
 
@@ -152,43 +152,43 @@ class _Run:
         return float(kl)
 
     def _add_pressures(self, orders: Orders) -> float:
-        """Add the gradients of L_dec and L_sp to θ.grad; return the soft size R̂."""
-        gates = self._gates(orders.temperature)
-        soft = self.size(gates)
+        """Add the gradients of L_dec and L_sp to θ.grad; return the soft size R̂ of all layers."""
+        sizes = self.size(self._gates(orders.temperature))
+        soft = self.size.whole(sizes)
         value = float(soft.detach())
-        coming = self.controller.observe(value, orders.target)
+        weights = self._size_weights(sizes.tolist(), orders.target)
         if orders.frozen:
             return value
         theta = self.bank.theta
         assert theta.grad is not None
-        unit = _typical(theta.grad)
-        if coming > 0:
-            weight = self.task.train.size_weight * self.controller.weight
-            theta.grad += weight * _scaled(soft, theta, unit, retain=True)
+        inc = theta.grad.clone()
+        (smaller,) = torch.autograd.grad(soft, theta)
+        parts = (gradient.split(self.size.spans) for gradient in (theta.grad, inc, smaller))
+        for weight, total, own, pull in zip(weights, *parts, strict=True):
+            total += weight * _scaled(pull, own)
         if orders.polarise > 0:
-            theta.grad += orders.polarise * _scaled(polarisation(self.bank.scores()), theta, unit, retain=False)
+            (decided,) = torch.autograd.grad(polarisation(self.bank.scores()), theta)
+            theta.grad += orders.polarise * _scaled(decided, inc)
         return value
 
+    def _size_weights(self, sizes: list[float], target: float) -> list[float]:
+        """Return λ_d of each budget: 0 where its size, as it will be, is within the target."""
+        return [
+            self.task.train.size_weight * controller.weight if controller.observe(size, target) > 0 else 0.0
+            for controller, size in zip(self.controllers, sizes, strict=True)
+        ]
+
     def _after_step(self, orders: Orders) -> float:
-        """Note deaths, apply the stopping rules; return the hard size of the current support."""
+        """Note deaths, apply the stopping rules; return the hard size of the current support, in its fullest budget."""
         s = self.bank.scores().detach()
         threshold = self.task.train.threshold
         self.died = torch.where(s > DEAD, math.inf, torch.where(self.died.isinf(), float(self.step), self.died))
-        ratio = self._hard_size(s > threshold)
+        ratio = float(self.size((s > threshold).float()).max())
         schedule = self.task.train.schedule
         limit = self.task.plan.keep_params * (1 + schedule.overshoot)
         if schedule.stop_early and not orders.frozen and self.rules.done(orders, ratio, limit, s, threshold):
             self.timetable.end_phase(self.step)
         return ratio
-
-    def _hard_size(self, alive: torch.Tensor) -> float:
-        counts = torch.zeros(len(self.shapes), device=self.device).index_add(0, self.size.layer, alive.float()).tolist()
-        deviation = self.task.train.deviation
-        stored = 0
-        for count, (m, n) in zip(counts, self.shapes, strict=True):
-            low_rank = layer_cost(int(count), m, n, self.task.plan.storage) + (m if deviation else 0)
-            stored += min(low_rank, m * n)
-        return stored / float(self.size.area.sum())
 
     def _freeze_support(self) -> None:
         """Cut to exactly R by the scores of now; only survivors train on, and the rest is dropped physically."""
@@ -238,7 +238,7 @@ class _Run:
             "kind": "training",
             "fingerprint": self.task.fingerprint,
             "step": self.step,
-            "controller": vars(self.controller),
+            "controllers": [vars(controller) for controller in self.controllers],
             "restricted": self.restricted,
             "timetable": vars(self.timetable),
             "rules": self.rules.state(),
@@ -255,7 +255,7 @@ class _Run:
             return
         unpack(tensors, dict(self.bank.named_parameters()), self.optimiser)
         self.died, self.step = tensors["died"].to(self.device), header["step"]
-        self.controller = PressureController(**header["controller"])
+        self.controllers = [PressureController(**state) for state in header["controllers"]]
         self.timetable = Timetable(**header["timetable"])
         peak = tensors.get("peak")
         self.rules = StoppingRules(**header["rules"], peak=None if peak is None else peak.to(self.device))
@@ -270,7 +270,6 @@ def _typical(gradient: torch.Tensor) -> torch.Tensor:
     return moving.median() if moving.numel() else gradient.new_zeros(())
 
 
-def _scaled(term: torch.Tensor, theta: torch.Tensor, unit: torch.Tensor, retain: bool) -> torch.Tensor:
-    """Return ∂term/∂θ scaled so that its typical entry is `unit`."""
-    (gradient,) = torch.autograd.grad(term, theta, retain_graph=retain)
-    return gradient * (unit / _typical(gradient).clamp(min=1e-30))
+def _scaled(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `gradient` scaled so that its typical entry is that of `like`."""
+    return gradient * (_typical(like) / _typical(gradient).clamp(min=1e-30))

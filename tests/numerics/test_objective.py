@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
+from soco_train.settings import PlanSettings
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.7])
@@ -32,16 +33,32 @@ def test_divergence_matches_the_textbook(ce_weight: float, chunk: int) -> None:
 @pytest.mark.parametrize("storage", ["stacked", "pivoted"])
 def test_soft_size_of_decided_gates_is_the_stored_size(storage: str) -> None:
     shapes, ranks = [(8, 6), (4, 10)], [6, 4]
-    size = SoftSize(shapes, ranks, storage, deviation=False, device=torch.device("cpu"))
     gates = torch.tensor([1, 1, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.float32)
-    expected = 2 * 14 + 14 if storage == "stacked" else 2 * 12 + 13
-    assert float(size(gates)) == pytest.approx(expected / (48 + 40))
+    first, second = (2 * 14, 14) if storage == "stacked" else (2 * 12, 13)
+    together, each = (
+        SoftSize(shapes, ranks, PlanSettings(storage=storage, allocation=allocation), False, torch.device("cpu"))
+        for allocation in ("global", "uniform")
+    )
+    assert together(gates).tolist() == pytest.approx([(first + second) / (48 + 40)])
+    assert each(gates).tolist() == pytest.approx([first / 48, second / 40])
+    assert float(each.whole(each(gates))) == pytest.approx(float(together.whole(together(gates))))
+
+
+def test_the_size_of_all_layers_pulls_a_gate_alike_however_many_budgets_there_are() -> None:
+    shapes, ranks = [(8, 6), (4, 10)], [6, 4]
+    pulls = []
+    for allocation in ("global", "uniform"):
+        size = SoftSize(shapes, ranks, PlanSettings(allocation=allocation), True, torch.device("cpu"))
+        gates = torch.linspace(0, 1, 10, requires_grad=True)
+        size.whole(size(gates)).backward()
+        pulls.append(gates.grad)
+    torch.testing.assert_close(*pulls)
 
 
 def test_full_gates_cost_no_more_than_dense_and_still_feel_pressure() -> None:
-    size = SoftSize([(8, 6)], [6], "stacked", deviation=True, device=torch.device("cpu"))
+    size = SoftSize([(8, 6)], [6], PlanSettings(), deviation=True, device=torch.device("cpu"))
     gates = torch.ones(6, requires_grad=True)
-    value = size(gates)
+    value = size.whole(size(gates))
     value.backward()
     assert float(value) == 1.0
     assert (gates.grad > 0).all()

@@ -15,7 +15,7 @@ from soco_train.factors import factored, make_factors
 from soco_train.layers import select_linears
 from soco_train.objective import divergence
 from soco_train.scorers import ScoringTask, attributed, saliency, train_scores
-from soco_train.settings import DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
+from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectrum import decompose_layers, find_basis
 from soco_train.statistics import collect_statistics
 
@@ -45,14 +45,19 @@ def tokens() -> torch.Tensor:
 
 
 def task(
-    model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path, train: TrainSettings = TRAIN, keep: float = 0.6
+    model: LlamaForCausalLM,
+    tokens: torch.Tensor,
+    folder: Path,
+    train: TrainSettings = TRAIN,
+    keep: float = 0.6,
+    allocation: Allocation = "global",
 ) -> tuple[ScoringTask, list[Event]]:
     linears = select_linears(model, LayerSettings())
     store = SpectrumStore(folder / "spectrum")
     statistics = collect_statistics(model, linears, tokens, find_basis(train.basis).needs)
     decompose_layers(linears, statistics, train.basis, train.ridge, store)
     events: list[Event] = []
-    plan = PlanSettings(keep_params=keep, storage="pivoted")
+    plan = PlanSettings(keep_params=keep, storage="pivoted", allocation=allocation)
     return ScoringTask(model, linears, store, tokens, train, plan, folder / "work", events.append), events
 
 
@@ -67,8 +72,20 @@ def test_the_size_reaches_the_budget_and_the_last_support_is_exact(model, tokens
     assert plan_ranks(scores, work.plan).ratio <= 0.6
 
 
-def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path) -> None:
-    whole, _ = task(model, tokens, tmp_path / "whole")
+def test_with_uniform_ranks_every_layer_meets_the_size_by_itself(model, tokens, tmp_path: Path) -> None:
+    """Before the cut: the scores above τ are about as many as will be cut, in each layer."""
+    train = TRAIN.model_copy(update={"steps": 60, "schedule": PhaseSettings(freeze=0)})
+    work, events = task(model, tokens, tmp_path, train, allocation="uniform")
+    scores = train_scores(work)
+    for name, layer in plan_ranks(scores, work.plan).layers.items():
+        alive = int((scores.layers[name].scale > train.threshold).sum())
+        assert abs(alive - layer.rank) <= 0.15 * min(layer.shape), name
+    assert 0.5 < events[-1].values["soft"] < 0.65
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path, allocation: Allocation) -> None:
+    whole, _ = task(model, tokens, tmp_path / "whole", allocation=allocation)
     expected = train_scores(whole)
 
     class Killed(Exception):
@@ -78,11 +95,11 @@ def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path) 
         if event.step == 29:  # inside the frozen finish, after a checkpoint made there
             raise Killed
 
-    broken, _ = task(model, tokens, tmp_path / "broken")
+    broken, _ = task(model, tokens, tmp_path / "broken", allocation=allocation)
     broken = ScoringTask(**{**vars(broken), "notify": kill})
     with pytest.raises(Killed):
         train_scores(broken)
-    resumed, events = task(model, tokens, tmp_path / "broken")
+    resumed, events = task(model, tokens, tmp_path / "broken", allocation=allocation)
     found = train_scores(resumed)
     assert [event.step for event in events if event.stage == "train"] == [29, 30]
     for name, layer in expected.layers.items():
