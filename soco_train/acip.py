@@ -34,6 +34,7 @@ from soco_train.events import Event
 from soco_train.layers import substituted
 from soco_train.objective import SoftSize, divergence
 from soco_train.optimiser import pack, unpack
+from soco_train.recompute import recomputing
 from soco_train.trainer import DTYPES, TrainingTask
 
 CHECKPOINT = "masks.safetensors"
@@ -89,7 +90,7 @@ def masked_model(task: TrainingTask) -> AbstractContextManager[dict[str, MaskedL
 def train_masks(task: TrainingTask) -> Scores:
     """Learn masks and adapters; goes on from its checkpoint. Raises DataError if the loss is not finite."""
     task.model.eval()
-    with masked_model(task) as layers:
+    with masked_model(task) as layers, recomputing(task.model, task.train.checkpoint_activations):
         return _Run(task, layers).finish()
 
 

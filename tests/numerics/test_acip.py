@@ -108,6 +108,22 @@ def test_the_cut_is_the_support_and_the_adapter_in_it_and_costs_nothing(model, t
         torch.testing.assert_close(layer.up.double() @ layer.down.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_recomputed_activations_learn_the_same_masks(model, tmp_path: Path) -> None:
+    found = []
+    for enabled in (False, True):
+        work, _ = task(model, tmp_path / str(enabled))
+        recomputing: list[bool] = []
+        train = TRAIN.model_copy(update={"steps": 6, "checkpoint_activations": enabled})
+        changes = {"train": train, "notify": lambda _, seen=recomputing: seen.append(model.is_gradient_checkpointing)}
+        found.append(train_scores(ScoringTask(**{**vars(work), **changes})))
+        assert recomputing == [enabled] * 6
+    plain, lean = found
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(layer.importance, lean.layers[name].importance)
+        torch.testing.assert_close(layer.correction, lean.layers[name].correction)
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_killed_run_continues_to_the_same_bits(model, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
