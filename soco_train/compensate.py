@@ -8,6 +8,9 @@ when the survivors S move by
 H = E[g gᵀ] is summed position by position, g_i = h_i z_i with h = Pᵀ δ: as many samples as calibration tokens, for k
 scores. In a whitened basis z is white and H nearly diagonal, so there is little to compensate; in the plain basis there
 is. Survivors stay in [0, `ceiling`].
+
+Only for scores that were not trained: trained survivors have learnt to do without the removed components, which come
+back at s = 1 for larger sizes. To let survivors answer for those once more would count them twice.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from soco_train.artifacts import Scores, Spectrum
+from soco_train.artifacts import LayerScores, Scores, Spectrum
 from soco_train.budget import RankPlan, kept
 from soco_train.events import Event, Notify, silent
 from soco_train.objective import divergence
@@ -28,12 +31,19 @@ from soco_train.settings import CompensateSettings
 from soco_train.subject import Subject
 
 _BYTES_AT_ONCE = 4 * 2**30
+SKIPPED = "skipped: the scores were trained, their survivors do without the removed components already"
 
 
 def compensate(
     subject: Subject, scores: Scores, plan: RankPlan, settings: CompensateSettings, notify: Notify = silent
 ) -> Scores:
-    """Return `scores` with the scale of every survivor of `plan` compensated; importances stay as they are."""
+    """Return `scores` with the scale of every survivor of `plan` compensated; importances stay as they are.
+
+    Trained scores are returned as they are, with an event that says why.
+    """
+    if not all(map(_untrained, scores.layers.values())):
+        notify(Event("compensate", 1, 1, {"": SKIPPED}))
+        return scores
     layers = dict(scores.layers)
     chosen = [name for name, layer in plan.layers.items() if not layer.dense]
     tokens = subject.tokens[: settings.blocks]
@@ -48,6 +58,11 @@ def compensate(
         done += len(group)
         notify(Event("compensate", done, len(chosen)))
     return Scores(layers, {**scores.provenance, "compensated": settings.blocks})
+
+
+def _untrained(layer: LayerScores) -> bool:
+    """Return whether all components together are the dense layer."""
+    return layer.deviation is None and layer.correction is None and bool((layer.scale == 1).all())
 
 
 def compensated(

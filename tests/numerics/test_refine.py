@@ -1,6 +1,7 @@
 """The rungs after the cut, each against a plain reference: compensation, refit, distillation with early stop."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_train.artifacts import SpectrumStore, StackedFactors
+from soco_train.artifacts import Scores, SpectrumStore, StackedFactors
 from soco_train.budget import plan_ranks
-from soco_train.compensate import compensate, compensated, score_fisher
+from soco_train.compensate import SKIPPED, compensate, compensated, score_fisher
 from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
@@ -144,6 +145,33 @@ def test_compensation_moves_survivors_only_and_stays_under_its_ceiling(subject, 
         assert float(layer.scale.max()) <= 1.05
         changed += int((layer.scale != scores.layers[name].scale).sum())
     assert changed
+
+
+@pytest.mark.parametrize(
+    "learnt",
+    [
+        {"scale": torch.full((32,), 1.1)},
+        {"deviation": torch.zeros(48)},
+        {"correction": (torch.zeros(32, 2), torch.zeros(2, 32))},
+    ],
+    ids=["scale", "deviation", "correction"],
+)
+def test_trained_scores_are_not_compensated_again_and_the_reason_is_told(subject, cut, learnt: dict) -> None:
+    scores, plan, _ = cut
+    name = "model.layers.0.mlp.up_proj"
+    trained = Scores({**scores.layers, name: replace(scores.layers[name], **learnt)})
+    events: list[Event] = []
+    assert compensate(subject, trained, plan, CompensateSettings(blocks=4), events.append) is trained
+    assert [event.values for event in events] == [{"": SKIPPED}]
+
+
+def test_the_scores_of_a_training_are_not_compensated(subject, tmp_path: Path) -> None:
+    train = TrainSettings(scorer="soco", steps=4, batch_tokens=64, lr=0.1)
+    task = ScoringTask(subject.model, subject.linears, subject.spectra, subject.tokens, train, PLAN, tmp_path)
+    scores = train_scores(task)
+    events: list[Event] = []
+    assert compensate(subject, scores, plan_ranks(scores, PLAN), CompensateSettings(blocks=4), events.append) is scores
+    assert events
 
 
 def reference(weight, down, x_dense, x, alpha):
