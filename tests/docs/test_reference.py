@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
 from soco_export.cli import app
-from soco_export.recipe import keys
+from soco_export.recipe import Recipe, keys
+from soco_export.recipe_yaml import read_yaml_value
 
 COMMON = {"--json", "--quiet", "--verbose"}
 DOCS = Path(__file__).parents[2] / "docs"
+REQUIRED = {"name": "any", "model": {}, "data": {"builtin": "speeches"}, "evaluation": {"builtin": "speeches"}}
+NOTHING = re.compile(r"\b(all|none|off)\b")  # how the table writes None
+IN_WORDS = ('the file\'s name, ""', "latency.json in the run", "blocks; heads, embeddings, norms")
 
 
 def test_every_recipe_key_is_documented_and_no_other() -> None:
@@ -21,6 +26,22 @@ def test_every_recipe_key_is_documented_and_no_other() -> None:
     every = list(keys())
     leaves = {key for key in every if not any(other.startswith(f"{key}.") for other in every)}
     assert sorted(documented) == sorted(leaves)
+
+
+def test_every_default_in_the_table_is_that_of_the_code() -> None:
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    values = Recipe.model_validate(REQUIRED).model_dump(mode="json", by_alias=True)
+    compared = 0
+    for names, cell in re.findall(r"^\| (`[^|]*) \| ?([^|]*?) ?\|", page, re.MULTILINE):
+        if not cell or cell in IN_WORDS:
+            continue
+        told = read_yaml_value(f"[{NOTHING.sub('null', cell)}]", "docs/recipes.md")
+        own = re.findall(r"`([^`]+)`", names)
+        for key, value in zip(own, told * len(own) if len(told) == 1 else told, strict=True):
+            found = reduce(lambda section, part: section[part], key.split("."), values)
+            assert found == value, key
+            compared += 1
+    assert compared > 70
 
 
 def test_every_verb_and_flag_is_documented_and_no_other() -> None:
