@@ -13,6 +13,8 @@ nothing, so `apply_factors` puts a plain nn.Linear there.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -189,21 +191,50 @@ def from_factors(
     return PivotedLinear.from_factors(factors, dtype, device)
 
 
-def apply_factors(model: nn.Module, factors: Factors) -> None:
-    """Replace each Linear that `factors` names, keeping its dtype, device and mode.
+class StoredFactors(Mapping[str, LayerFactors]):
+    """The layers of a `factors.safetensors`, read when asked for, so that one at a time is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._names = tuple(Factors.load(path).layers)  # views of the file: no number is read
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        return Factors.load(self.path).layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def apply_factors(
+    model: nn.Module, factors: Factors | Mapping[str, LayerFactors], dtype: torch.dtype | None = None
+) -> None:
+    """Replace each Linear that `factors` names, keeping its device and mode, and its dtype unless `dtype` is given.
 
     A layer of full rank becomes one dense nn.Linear. Raises DataError, with the model untouched, if a name is not a
     Linear of the model or a shape differs.
     """
+    layers = factors.layers if isinstance(factors, Factors) else factors
     modules = dict(model.named_modules())
-    linears = {name: _same_layer(name, modules.get(name), layer) for name, layer in factors.layers.items()}
-    for name, linear in linears.items():
-        module = from_factors(factors.layers[name], linear.weight.dtype, linear.weight.device).train(linear.training)
-        replace_module(model, name, module if module.rank < module.out_features else module.to_linear())
+    for name, layer in layers.items():
+        _check_same_layer(name, modules.get(name), layer)
+    del modules  # with it the dense weights, one at a time as they are replaced
+    for name, layer in layers.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        replace_module(model, name, _replacement(linear, layer, dtype or linear.weight.dtype))
     record_layers(model)
 
 
-def _same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> nn.Linear:
+def _replacement(linear: nn.Linear, layer: LayerFactors, dtype: torch.dtype) -> nn.Module:
+    module = from_factors(layer, device=linear.weight.device).train(linear.training)
+    # a product is formed before anything is rounded
+    return (module if module.rank < module.out_features else module.to_linear()).to(dtype)
+
+
+def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
     if isinstance(layer, StackedFactors):
         m, n = layer.up.shape[0], layer.down.shape[1]
     else:
@@ -214,7 +245,6 @@ def _same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> nn.
             fix="use the factors of this model's own run",
             where=name,
         )
-    return module
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:

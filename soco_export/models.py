@@ -254,14 +254,39 @@ def load_model(recipe: Recipe) -> tuple[Any, Any]:
     return read_weights(fetch_folder(recipe), config, recipe.model.trust_remote_code), tokenizer
 
 
+def open_model(recipe: Recipe) -> Any:
+    """Return the dense model on the CPU as its files have it, next to nothing of it in memory; values unchecked.
+
+    Random weights are made, in fp32. Errors as `load_model`, short of values that are not finite.
+    """
+    if recipe.model.weights == "random":
+        return load_model(recipe)[0]
+    from soco_export.weights import map_weights
+
+    config, _ = dense_config(recipe), check_model(recipe)
+    return map_weights(fetch_folder(recipe), config, recipe.model.trust_remote_code)
+
+
+def load_onto(recipe: Recipe, device: str, dtype: Any) -> Any:
+    """Return the dense model on `device` in `dtype`, in eval mode; weights go there from their files one at a time.
+
+    Errors as `load_model`.
+    """
+    from soco_export.weights import check_finite
+
+    model = put_on(open_model(recipe), device, dtype)
+    check_finite(model, recipe.name)
+    return model
+
+
 def put_on(model: Any, device: str, dtype: Any) -> Any:
     """Return `model`, changed in place, on `device` with its parameters in `dtype`; ties stay ties.
 
-    Buffers keep their dtype: `model.to(dtype)` would round the rotary frequencies as well, which puts late positions
-    wrong by whole turns.
+    One parameter after the other, so that the host never holds the model in `dtype`. Buffers keep their dtype:
+    `model.to(dtype)` would round the rotary frequencies as well, which puts late positions wrong by whole turns.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(device, dtype)
     return model.to(device)
 
 

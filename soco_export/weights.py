@@ -1,6 +1,8 @@
 """Reading a dense model's weights: safetensors only, and every way they can be broken is named.
 
-Headers are checked first (whole files, all shards there), then everything is read once, then NaN and infinity refused.
+Headers are checked first (whole files, all shards there), then the model is made, then NaN and infinity refused. A
+weight that keeps the dtype it is stored in is a view of its file: it takes memory only where it is used, and only such
+as the system may take back.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from soco_export.checkpoint.reader import open_shards
 from soco_train.errors import DataError, RecipeError
+
+# half precisions by their name in a safetensors header
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def check_weight_files(folder: Path) -> list[Path]:
@@ -55,17 +61,41 @@ def _weight_files(folder: Path) -> list[Path]:
     raise RecipeError(f"{folder} holds no weights", fix="give a folder with model.safetensors", where=str(folder))
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype that all weights in `folder` are stored in, fp32 if it is not one half precision; headers only."""
+    found = {tensor.dtype for tensor in open_shards(_weight_files(folder)).values() if "F" in tensor.dtype}
+    return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def map_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    """Return the causal LM in `folder` on the CPU as it is stored, in eval mode, its weights views of the files.
+
+    No number is read: what uses them must `check_finite`. Errors as `read_weights`.
+    """
+    model = _build(folder, config, trust_remote_code, stored_dtype(folder))
+    if all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point()):
+        return model
+    # constants that the architecture computes in the weights' dtype would stay rounded in a wider one
+    return _build(folder, config, trust_remote_code, torch.float32)
+
+
 def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     """Return the causal LM in `folder` in fp32 on the CPU, in eval mode, every weight present and finite.
 
     The files have passed `check_weight_files`. Raises DataError for a weight that is missing, misshapen or broken.
     """
+    model = _build(folder, config, trust_remote_code, torch.float32)
+    check_finite(model, str(folder))
+    return model
+
+
+def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -81,7 +111,6 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )
-    check_finite(model, str(folder))
     return model.eval()
 
 

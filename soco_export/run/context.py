@@ -47,29 +47,38 @@ class RunContext:
         nothing from models that were published in it.
         """
         if self._model is None:
-            import torch
-
-            from soco_export.models import put_on
-
-            model = self._read_model()
-            if torch.cuda.is_available():
-                model = put_on(model, "cuda", getattr(torch, self.recipe.train.factor_dtype))
-            self._model = model
+            self._model = self._load(self.recipe.train.factor_dtype)
         return self._model
 
     def take_model(self) -> Any:
-        """Return the dense model in fp32 on the CPU, as its files have it, for good: the caller may change it."""
+        """Return the dense model where it runs, in fp32 as its files have it, for good: the caller may change it."""
+        import torch
+
         model, self._model = self._model, None
-        if model is None or model.device.type != "cpu":
+        if model is None or torch.cuda.is_available():
             del model  # frees the GPU; its weights may have been rounded there
-            model = self._read_model()
+            model = self._load("float32")
         return model
 
-    def _read_model(self) -> Any:
-        from soco_export.models import load_model
+    def take_stored_model(self) -> Any:
+        """Return the dense model on the CPU as its files have it, next to nothing of it in memory, for good.
 
-        model, self._tokenizer = load_model(self.recipe)
-        return model
+        The one that trains is let go.
+        """
+        from soco_export.models import open_model
+
+        self._model = None
+        return open_model(self.recipe)
+
+    def _load(self, dtype: str) -> Any:
+        """Read the dense model: onto the GPU in `dtype`, else in fp32 on the CPU, which computes in nothing less."""
+        import torch
+
+        from soco_export.models import load_model, load_onto
+
+        if torch.cuda.is_available():
+            return load_onto(self.recipe, "cuda", getattr(torch, dtype))
+        return load_model(self.recipe)[0]
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer."""

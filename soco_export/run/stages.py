@@ -104,13 +104,14 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     import torch
 
     from soco_export.checkpoint import save_checkpoint
-    from soco_export.lowrank import apply_factors, count_parameters
+    from soco_export.lowrank import StoredFactors, apply_factors, count_parameters
     from soco_export.run.card import model_card, summary_json
 
-    model = context.take_model()
+    dtype = getattr(torch, context.recipe.model.dtype)
+    model = context.take_stored_model()
     before = count_parameters(model)
-    apply_factors(model, Factors.load(context.path("factors", "factors.safetensors")))
-    model.to(dtype=getattr(torch, context.recipe.model.dtype))
+    apply_factors(model, StoredFactors(context.path("factors", "factors.safetensors")), dtype)
+    model.to(dtype=dtype)
     summary = summary_json(context.recipe, model, before)
     save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, summary))
     write_evidence(out / CARD_FILE, summary)
@@ -139,7 +140,7 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
 
     if context.recipe.model.weights == "random":
         source = out / "model"
-        save_dense(context.take_model(), context.tokenizer(), source)
+        save_dense(context.take_stored_model(), context.tokenizer(), source)
     else:
         source = fetch_folder(context.recipe)
     export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)

@@ -54,10 +54,20 @@ def test_a_gpu_holds_it_as_the_factors_are_and_gives_it_away_exact(
 ) -> None:
     put_on = models.put_on
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models, "put_on", lambda model, device, dtype: put_on(model, {"cuda": "meta"}[device], dtype))
+    monkeypatch.setattr(models, "put_on", lambda model, device, dtype: put_on(model, {"cuda": "cpu"}[device], dtype))
     context = a_context(tmp_path, **{"train.factor_dtype": str(dtype).removeprefix("torch.")})
     assert dtypes(context.model()) == {dtype}
-    assert context.model().device.type == "meta"
+    assert context.model() is context.model()
     taken = context.take_model()
-    assert taken.device.type == "cpu"
+    assert dtypes(taken) == {torch.float32}
     assert as_published(taken)
+
+
+def test_the_stored_model_is_as_its_files_have_it(tmp_path: Path) -> None:
+    context = a_context(tmp_path)
+    context.model()
+    stored = context.take_stored_model()
+    weights = load_file(models.BUILTIN_MODEL / "model.safetensors")
+    assert dtypes(stored) == {weight.dtype for weight in weights.values()}
+    assert as_published(stored.float())
+    assert context._model is None

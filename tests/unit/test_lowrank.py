@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from soco_export.lowrank import (
     FactoredLinear,
     LowRankLinear,
+    StoredFactors,
     PivotedLinear,
     apply_factors,
     count_parameters,
@@ -124,6 +126,21 @@ def test_full_rank_becomes_dense(kind: str) -> None:
     apply_factors(model, factors)
     assert type(model[2]) is nn.Linear
     torch.testing.assert_close(model[2].weight, plain_weight(factors.layers["2"]))
+
+
+@pytest.mark.parametrize("kind", ["stacked", "pivoted"])
+def test_factors_of_a_file_are_those_in_memory_and_rounded_last(kind: str, tmp_path: Path) -> None:
+    layers = {"0": random_factors(kind, 8, 6, 2, True), "2": random_factors(kind, 5, 8, 5, False)}
+    Factors(layers).save(tmp_path / "factors.safetensors")
+    model, expected = network(), network()
+    stored = StoredFactors(tmp_path / "factors.safetensors")
+    assert (list(stored), len(stored)) == (["0", "2"], 2)
+    apply_factors(model, stored, torch.bfloat16)
+    apply_factors(expected, Factors(layers))
+    expected.to(torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+        assert tensor.dtype == expected.state_dict()[name].dtype
 
 
 @pytest.mark.parametrize("name", ["2", "1", "7"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soco_export.models import (
     architecture_fields,
@@ -19,6 +19,8 @@ from soco_export.models import (
     fetch_folder,
     find_folder,
     load_model,
+    load_onto,
+    open_model,
     put_on,
     read_architecture,
     recipe_for,
@@ -208,6 +210,38 @@ def test_half_precision_is_read_as_float32(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model, _ = load_model(recipe_for(str(folder)))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_opened_model_has_the_dtype_of_its_files_or_one_that_holds_it(folder: Path, dtype: torch.dtype) -> None:
+    weights = {name: weight.to(dtype) for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = open_model(recipe_for(str(folder)))
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if dtype == torch.float64 else dtype}
+    assert all(torch.equal(model.state_dict()[name], weight.to(model.dtype)) for name, weight in weights.items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_weights_of_several_dtypes_are_opened_without_rounding(folder: Path) -> None:
+    rewrite(folder, "model.norm.weight", torch.full((32,), 1 + 2**-9, dtype=torch.bfloat16))
+    assert {p.dtype for p in open_model(recipe_for(str(folder))).parameters()} == {torch.float32}
+
+
+def test_constants_of_the_architecture_are_not_rounded_with_the_weights(tmp_path: Path) -> None:
+    """Gemma 3 keeps the factor of its embedding in the dtype of the weights."""
+    config = AutoConfig.for_model("gemma3_text", **SIZES, head_dim=8)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    recipe = recipe_for(str(tmp_path))
+    placed, read = load_onto(recipe, "cpu", torch.float32), load_model(recipe)[0]
+    ids = torch.arange(20)[None]
+    assert torch.equal(placed(ids).logits, read(ids).logits)
+
+
+def test_a_broken_value_is_found_where_the_model_goes(folder: Path) -> None:
+    rewrite(folder, "model.norm.weight", torch.full((32,), torch.inf))
+    with pytest.raises(DataError, match=r"model\.norm\.weight holds 32 values"):
+        load_onto(recipe_for(str(folder)), "cpu", torch.bfloat16)
 
 
 def test_a_model_placed_in_bfloat16_keeps_its_rotary_frequencies(folder: Path) -> None:
