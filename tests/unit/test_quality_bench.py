@@ -25,7 +25,8 @@ from soco_export.validate.decoder import TorchDecoder
 from soco_export.validate.perplexity import measure_perplexity
 from soco_train.corpus import load_blocks
 from soco_train.errors import RecipeError
-from soco_train.phases import Timetable
+from soco_train.phases import QUIET_STEPS, Timetable
+from soco_train.settings import PhaseSettings, RefineSettings
 
 METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]
 EVALUATION = load_recipe("tiny", ["evaluation.blocks=2"]).evaluation
@@ -94,10 +95,14 @@ def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
 def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     recipe = load_recipe("smollm2-135m", overlay=Path("methods") / method)
     whole = training_tokens(load_recipe("smollm2-135m", overlay=Path("methods/soco")))
-    certain = ("svd", "fwsvd", "asvd", CONTROL, "two-sided")
-    untrained = (*certain, "fisher")
+    certain = ("svd", "fwsvd", "asvd", CONTROL, "two-sided", "two-sided-refit")
+    untrained = (*certain, "fisher", "fisher-compensated")
     scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
-    assert training_tokens(recipe) == (0 if method in untrained else whole / 2 if scores_alone else whole)
+    expected = 0 if method in untrained else whole / 2 if scores_alone else whole
+    if recipe.train.schedule.stop_early:
+        assert training_tokens(recipe) > expected, "it may end early, so it has more to begin with"
+    else:
+        assert training_tokens(recipe) == expected
     closed_form = recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
     assert (saliency_tokens(recipe, 400) > 0) == (closed_form or recipe.train.basis in ("two-sided", "fisher"))
     assert saliency_tokens(recipe, 400) >= saliency_tokens(recipe, 1)
@@ -125,8 +130,38 @@ def test_the_attribution_recipes_switch_what_they_say() -> None:
     assert not load_recipe("tiny", overlay=Path("methods/soco-no-deviation")).train.deviation
     select = load_recipe("tiny", overlay=Path("methods/soco-select-only"))
     assert (select.allocation, select.train.rescale, select.train.select) == ("uniform", False, True)
+    kept_shares = load_recipe("tiny", overlay=Path("methods/soco-no-reallocation"))
+    assert (kept_shares.allocation, kept_shares.train.rescale, kept_shares.train.select) == ("uniform", True, True)
     reallocate = load_recipe("tiny", overlay=Path("methods/soco-reallocate-only"))
     assert (reallocate.allocation, reallocate.train.rescale, reallocate.train.select) == ("global", False, False)
+
+
+def test_the_basis_axis_changes_the_basis_alone() -> None:
+    whitened = load_recipe("tiny", overlay=Path("methods/soco-scores"))
+    bases = {"soco-plain": "plain", "soco-activation": "activation", "soco-fisher-rows": "fisher"}
+    for method, basis in {**bases, "soco-two-sided": "two-sided"}.items():
+        recipe = load_recipe("tiny", overlay=Path("methods") / method)
+        assert recipe == whitened.replace({"train.basis": basis, "description": recipe.description})
+
+
+def test_the_published_method_is_on_the_plain_svd_from_ones_with_the_default_schedule() -> None:
+    recipe = load_recipe("tiny", overlay=Path("methods/soco-published"))
+    train = recipe.train
+    assert (train.scorer, train.basis, train.start, train.deviation) == ("soco", "plain", "ones", True)
+    assert train.schedule == PhaseSettings()
+    assert recipe.refine == RefineSettings(distill=recipe.refine.distill)
+    assert recipe.refine.distill.steps == 0
+
+
+def test_the_stopping_rules_have_the_steps_they_need() -> None:
+    train = load_recipe("smollm2-135m", overlay=Path("methods/soco-stopping")).train
+    preset, stopping = (
+        Timetable.preset(load_recipe("smollm2-135m", overlay=Path("methods") / method).train)
+        for method in ("soco-scores", "soco-stopping")
+    )
+    assert train.schedule.stop_early
+    assert stopping.begins[1] > 2 * QUIET_STEPS
+    assert stopping.steps - stopping.freeze == preset.steps - preset.freeze, "the finish is as long"
 
 
 def test_every_method_of_the_named_tables_is_shipped() -> None:
