@@ -176,7 +176,10 @@ def wiener_start(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> d
     Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½), far above near 1, far below near 0,
     in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
     """
-    plan = plan_ranks(_untrained(task, importance), task.plan.model_copy(update={"allocation": "lagrangian"}))
+    settings = task.plan
+    if settings.allocation != "uniform":  # equal shares are not the saliency's to give out
+        settings = settings.model_copy(update={"allocation": "lagrangian"})
+    plan = plan_ranks(_untrained(task, importance), settings)
     start = {}
     for name, values in importance.items():
         layer = plan.layers[name]

@@ -77,7 +77,8 @@ class LlamaCpp:
         import llama_cpp
 
         self._api: Any = llama_cpp
-        self._api.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+        self._silent = llama_cpp.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds no reference to it
+        self._api.llama_log_set(self._silent, None)
         self._api.llama_backend_init()
         model = self._api.llama_model_load_from_file(str(path).encode(), self._api.llama_model_default_params())
         settings = self._api.llama_context_default_params()

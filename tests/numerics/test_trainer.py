@@ -1,5 +1,6 @@
 """Score training on a small random model: it reaches its budget, it helps, it resumes to the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from soco_train.events import Event
 from soco_train.factors import factored, make_factors
 from soco_train.layers import select_linears
 from soco_train.objective import divergence
-from soco_train.scorers import ScoringTask, attributed, saliency, train_scores
+from soco_train.scorers import ScoringTask, attributed, saliency, train_scores, wiener_start
 from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectrum import decompose_layers, find_basis
 from soco_train.statistics import collect_statistics
@@ -81,6 +82,15 @@ def test_with_uniform_ranks_every_layer_meets_the_size_by_itself(model, tokens, 
         alive = int((scores.layers[name].scale > train.threshold).sum())
         assert abs(alive - layer.rank) <= 0.15 * min(layer.shape), name
     assert 0.5 < events[-1].values["soft"] < 0.65
+
+
+def test_a_warm_start_with_uniform_ranks_begins_at_the_size_of_every_layer(model, tokens, tmp_path: Path) -> None:
+    work, _ = task(model, tokens, tmp_path, allocation="uniform")
+    found = saliency(work)
+    start = wiener_start(work, found)
+    plan = plan_ranks(train_scores(replace(work, train=TRAIN.model_copy(update={"scorer": "fisher"}))), work.plan)
+    for name, layer in plan.layers.items():
+        assert int((start[name] > 0.5).sum()) == layer.rank, name
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
