@@ -209,12 +209,15 @@ class StoredFactors(Mapping[str, LayerFactors]):
 
 
 def apply_factors(
-    model: nn.Module, factors: Factors | Mapping[str, LayerFactors], dtype: torch.dtype | None = None
+    model: nn.Module,
+    factors: Factors | Mapping[str, LayerFactors],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> None:
-    """Replace each Linear that `factors` names, keeping its device and mode, and its dtype unless `dtype` is given.
+    """Replace each Linear that `factors` names, keeping its mode, and its dtype and device unless they are given.
 
-    A layer of full rank becomes one dense nn.Linear. Raises DataError, with the model untouched, if a name is not a
-    Linear of the model or a shape differs.
+    A layer of full rank becomes one dense nn.Linear. On the device `meta` layers have shapes alone; `replacement` gives
+    the values. Raises DataError, with the model untouched, if a name is not a Linear of the model or a shape differs.
     """
     layers = factors.layers if isinstance(factors, Factors) else factors
     modules = dict(model.named_modules())
@@ -224,13 +227,14 @@ def apply_factors(
     for name, layer in layers.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        replace_module(model, name, _replacement(linear, layer, dtype or linear.weight.dtype))
+        module = replacement(layer, dtype or linear.weight.dtype, device or linear.weight.device)
+        replace_module(model, name, module.train(linear.training))
     record_layers(model)
 
 
-def _replacement(linear: nn.Linear, layer: LayerFactors, dtype: torch.dtype) -> nn.Module:
-    module = from_factors(layer, device=linear.weight.device).train(linear.training)
-    # a product is formed before anything is rounded
+def replacement(layer: LayerFactors, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
+    """Return what `apply_factors` puts in the place of a Linear; a product is formed before anything is rounded."""
+    module = from_factors(layer, device=device)
     return (module if module.rank < module.out_features else module.to_linear()).to(dtype)
 
 

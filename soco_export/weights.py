@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from soco_export.checkpoint.reader import open_shards
+from soco_export.checkpoint.reader import is_finite, open_shards
 from soco_train.errors import DataError, RecipeError
 
 # half precisions by their name in a safetensors header
@@ -62,7 +62,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype that all weights in `folder` are stored in, fp32 if it is not one half precision; headers only."""
+    """Return the half precision that all weights in `folder` are stored in, else fp32; reads headers."""
     found = {tensor.dtype for tensor in open_shards(_weight_files(folder)).values() if "F" in tensor.dtype}
     return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
@@ -117,7 +117,7 @@ def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtyp
 def check_finite(model: Any, where: str) -> None:
     """Raise DataError naming the first weight that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter.detach()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise DataError(
                 f"{name} holds {bad} values that are NaN or infinite", fix="download or repair the model", where=where

@@ -1,7 +1,7 @@
 """Writing a checkpoint folder: whole or not at all, in the form that transformers 4.57 and 5 both read.
 
 `save_checkpoint` writes the pruned model, `save_dense` the same model with each product formed, which any program
-reads with nothing of ours installed.
+reads with nothing of ours installed. stream.py writes what `save_checkpoint` does without the model in memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import nn
 from soco_export.checkpoint.card import render_card, summarise
 from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both_forms
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
 from soco_export.lowrank import factored_layers, record_layers
 from soco_train.artifacts import give_usual_mode
-from soco_train.errors import DataError, RecipeError
+from soco_train.errors import RecipeError
 
 SHARD = "5GB"
 
@@ -42,7 +43,7 @@ def save_checkpoint(
     check_dense_parts(model)
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-        _finish(folder, model, tokenizer, card, {})
+        finish(folder, model, tokenizer, card, {})
         check_layer_tensors(open_shards(shard_files(folder)), pruned_layers(read_config(folder)))
 
 
@@ -59,7 +60,7 @@ def save_dense(
     flags = fit_biases(model, state)
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
-        _finish(folder, model, tokenizer, card, flags, dense=True)
+        finish(folder, model, tokenizer, card, flags, dense=True)
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,12 +77,8 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def check_finite(model: nn.Module) -> None:
     """Raise DataError if a parameter holds NaN or infinity. Parameters offloaded to disk are not read."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
-            raise DataError(
-                f"{name} holds NaN or infinity",
-                fix="look for where it appears first: the base model, the calibration, or float16",
-                where=name,
-            )
+        if not parameter.is_meta:
+            check_values(name, parameter.detach())
 
 
 @contextmanager
@@ -121,11 +118,11 @@ def _is_ours(out: Path) -> bool:
     return not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "model.onnx"))
 
 
-def _finish(
-    folder: Path, model: Any, tokenizer: Any, card: str | None, flags: Mapping[str, bool], dense: bool = False
+def finish(
+    folder: Path, model: Any, tokenizer: Any, card: str | None, fields: Mapping[str, Any], dense: bool = False
 ) -> None:
     """Add what `save_pretrained` leaves out, and rewrite what only its own version would read."""
-    config = config_in_both_forms(read_config(folder), _tied(model)) | dict(flags)
+    config = config_in_both_forms(read_config(folder), _tied(model)) | dict(fields)
     if dense:
         config.pop("quantization_config", None)
     _write_json(folder / "config.json", config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from soco_export.run.context import Format, RunContext
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
-from soco_train.artifacts import Factors, Scores, SpectrumStore
+from soco_train.artifacts import Scores, SpectrumStore
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
 CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
@@ -100,20 +100,21 @@ def make_factors(context: RunContext, out: Path) -> None:
 
 
 def write_checkpoint(context: RunContext, out: Path) -> None:
-    """Put the factors into the model and write it as a Hugging Face folder."""
+    """Write the model with the factors in it as a Hugging Face folder, a tensor at a time."""
     import torch
 
-    from soco_export.checkpoint import save_checkpoint
+    from soco_export.checkpoint.stream import stream_checkpoint
     from soco_export.lowrank import StoredFactors, apply_factors, count_parameters
     from soco_export.run.card import model_card, summary_json
 
     dtype = getattr(torch, context.recipe.model.dtype)
     model = context.take_stored_model()
     before = count_parameters(model)
-    apply_factors(model, StoredFactors(context.path("factors", "factors.safetensors")), dtype)
-    model.to(dtype=dtype)
+    layers = StoredFactors(context.path("factors", "factors.safetensors"))
+    apply_factors(model, layers, dtype, "meta")
     summary = summary_json(context.recipe, model, before)
-    save_checkpoint(model, context.tokenizer(), out / "hf", card=model_card(context.recipe, summary))
+    card = model_card(context.recipe, summary)
+    stream_checkpoint(model, layers, dtype, context.tokenizer(), out / "hf", card)
     write_evidence(out / CARD_FILE, summary)
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from soco_export.lowrank import (
     FactoredLinear,
     LowRankLinear,
-    StoredFactors,
     PivotedLinear,
+    StoredFactors,
     apply_factors,
     count_parameters,
     factored_layers,
