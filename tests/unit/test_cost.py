@@ -158,6 +158,16 @@ def test_only_what_the_format_asks_for_takes_disk() -> None:
     assert onnx - hf == {"onnx", "onnx dense"}
     assert dense - hf == {"dense"}
     assert "proof" not in [phase.name for phase in estimate(TINY, shape, "hf").phases]
+    assert "merge" in [phase.name for phase in estimate(TINY, shape, "dense").phases]
+
+
+def test_beside_a_gpu_the_host_of_7b_holds_no_model_until_the_proof() -> None:
+    recipe = load_recipe("mistral-7b")
+    shape = measure(recipe)
+    passing = [phase for phase in estimate(recipe, shape).phases if phase.name != "proof"]
+    assert max(phase.host for phase in passing) < 0.5 * shape.parameters
+    drawn = estimate(recipe.replace({"model.weights": "random"}), shape)
+    assert min(phase.host for phase in drawn.phases if phase.name != "export") > 4 * shape.parameters
 
 
 def test_the_spectrum_on_disk_is_as_large_as_said(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The host's memory while a model is read for a GPU and while its checkpoint is written: a few weights, never a model.
+
+Measured in a process of its own, on a model that is stored in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soco_export.cost import BASE_HOST, WEIGHTS_AT_ONCE, estimate, measure
+from soco_export.models import BUILTIN_MODEL, recipe_for
+from soco_train.artifacts import Factors, StackedFactors
+from soco_train.layers import select_linears
+from soco_train.settings import LayerSettings
+
+HIDDEN, INNER, LAYERS = 512, 16384, 6
+LARGEST = 4 * HIDDEN * INNER  # in fp32
+# VmHWM is the process's own high-water mark; writing 5 to clear_refs starts it anew.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from soco_export.models import load_onto, recipe_for
+from soco_export.run import stages
+from soco_export.run.context import RunContext
+from soco_export.run.folder import RunFolder
+from soco_train.events import silent
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def peak(work):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kib("VmRSS")
+    work()
+    return kib("VmHWM") - before
+def write(root, dtype):
+    recipe = recipe_for(str(root / "model"), overrides=[f"model.dtype={dtype}"])
+    (root / dtype).mkdir()
+    stages.write_checkpoint(RunContext(RunFolder(root, recipe, manifest=None), "hf", silent), root / dtype)
+small, large = map(Path, sys.argv[1:])
+write(small, "bfloat16")  # all imports are done
+found = {dtype: peak(lambda: write(large, dtype)) for dtype in ("bfloat16", "float32")}
+# the device stands for the GPU: weights that stay as they are stored stay in their file
+found["read"] = peak(lambda: load_onto(recipe_for(str(large / "model")), "cpu", torch.bfloat16))
+print(json.dumps(found))
+"""
+
+
+def store(folder: Path, layers: int, inner: int) -> int:
+    """Write a model and factors for all of its layers; return the model's bytes."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 2048}
+    model = LlamaForCausalLM._from_config(LlamaConfig(**sizes, num_attention_heads=8), dtype=torch.bfloat16)
+    model.save_pretrained(folder / "model", max_shard_size="100MB")
+    for file in BUILTIN_MODEL.glob("tokenizer*"):
+        shutil.copy(file, folder / "model")
+    factors = {}
+    for name, linear in select_linears(model, LayerSettings()).items():
+        m, n = linear.weight.shape
+        rank = int(0.6 * m * n / (m + n))
+        factors[name] = StackedFactors(torch.randn(m, rank), torch.randn(rank, n), None)
+    Factors(factors).save(folder / "factors.safetensors")
+    return model.num_parameters() * 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the high-water mark")
+def test_neither_reading_nor_rewriting_takes_a_second_model(tmp_path: Path) -> None:
+    store(tmp_path / "small", 1, 32)
+    model = store(tmp_path / "large", LAYERS, INNER)
+    assert model > 2 * WEIGHTS_AT_ONCE * LARGEST, "large enough that another copy would show"
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    recipe = recipe_for(str(tmp_path / "large" / "model"))
+    said = next(p.host for p in estimate(recipe, measure(recipe), "hf").phases if p.name == "checkpoint") - BASE_HOST
+    for dtype in ("bfloat16", "float32"):
+        assert said / 3 <= found[dtype] <= said, f"{dtype}: {found[dtype] / LARGEST:.2f} × the largest layer"
+    assert found["read"] <= model + LARGEST, "views of the files, and what one weight takes"
