@@ -30,7 +30,7 @@ BASE_DEVICE = 600 * 2**20
 SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
 ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
 STATISTICS_TOKENS_AT_ONCE = 2048
-# where the host streams weights, in fp32: as read, as computed, as written, and the one before; measured: 1.6 to 3.5
+# where the host streams weights, in fp32: as read, as computed, as written, and the one before; measured: 1.9 to 3.1
 WEIGHTS_AT_ONCE = 4
 
 

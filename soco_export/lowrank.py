@@ -234,8 +234,10 @@ def apply_factors(
 
 def replacement(layer: LayerFactors, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
     """Return what `apply_factors` puts in the place of a Linear; a product is formed before anything is rounded."""
-    module = from_factors(layer, device=device)
-    return (module if module.rank < module.out_features else module.to_linear()).to(dtype)
+    sizes = from_factors(layer, device="meta")
+    if sizes.rank < sizes.out_features:
+        return from_factors(layer, dtype, device)
+    return from_factors(layer, device=device).to_linear().to(dtype)
 
 
 def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
