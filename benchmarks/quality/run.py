@@ -38,7 +38,6 @@ METHODS = {
     "main": (
         *("svd", "fwsvd", "asvd", "svd-llm", "fisher", "soco-scores"),
         *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted", "acip"),
-        *("two-sided-distilled", "two-sided-pivoted-distilled", "soco-plus", "soco-plus-pivoted"),
     ),
     "attribution": (
         *("fisher", "soco-scores", "soco-rescale-only", "soco-select-only", "soco-reallocate-only"),
@@ -46,7 +45,10 @@ METHODS = {
         *("soco-phase-1", "soco-phases-1-2", "soco-phases-1-3", "soco-start-ones", "soco-softplus", "soco-sigmoid2"),
         *("soco-plain", "soco-activation", "soco-fisher-rows", "soco-two-sided", "soco-published"),
     ),
-    "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
+    "ladder": (
+        *("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping", "soco", "fisher-distilled"),
+        *("two-sided-distilled", "soco-plus", "two-sided-pivoted-distilled", "soco-plus-pivoted"),
+    ),
     "any-size": ("soco-scores", "soco-any-size"),
 }
 Say = Callable[[str], None]
