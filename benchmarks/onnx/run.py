@@ -171,10 +171,10 @@ def page(folder: Path) -> str:
         found = json.loads(path.read_text())
         machine = found["machine"]
         parts.append(markdown(path.stem, found["entries"], found["bandwidth"]))
-        rounds = ", ".join(f"{work} {count} rounds" for work, count in found["entries"][0].get("rounds", {}).items())
+        rounds = "".join(f"{work} {count} rounds, " for work, count in found["entries"][0].get("rounds", {}).items())
         parts.append(
             f"`{found['command'].strip()}` on {machine['cores']} cores of {machine['cpu']}, ONNX Runtime "
             f"{machine['versions'].get('onnxruntime', '')}, {machine['threads']} threads, "
-            f"{rounds}, {found['bandwidth'] / 2**30:.1f} GiB/s\n"
+            f"{rounds}{found['bandwidth'] / 2**30:.1f} GiB/s\n"
         )
     return "\n".join(parts)
