@@ -45,10 +45,7 @@ METHODS = {
         *("soco-phase-1", "soco-phases-1-2", "soco-phases-1-3", "soco-start-ones", "soco-softplus", "soco-sigmoid2"),
         *("soco-plain", "soco-activation", "soco-fisher-rows", "soco-two-sided", "soco-published"),
     ),
-    "ladder": (
-        *("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping", "soco", "fisher-distilled"),
-        *("two-sided-distilled", "soco-plus", "two-sided-pivoted-distilled", "soco-plus-pivoted"),
-    ),
+    "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
     "any-size": ("soco-scores", "soco-any-size"),
 }
 Say = Callable[[str], None]
