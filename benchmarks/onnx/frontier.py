@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ WEIGHTS = {
         layouts=("optimum",), weights="int4", quantize=QuantizeSettings(block=64, embedding="int4")
     ),
 }
+WORST = 4
 
 
 @dataclass(frozen=True)
@@ -151,34 +152,30 @@ def markdown(points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point]) -> str | None:
-    """Return the plot, a line for each weight type, as SVG; None without matplotlib."""
+    """Return the plot as SVG, the frontier as a line; None without matplotlib.
+
+    Points whose perplexity is beyond WORST times the best are in the table alone: they would press all others flat.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
+    shown = [p for p in points if p.perplexity <= WORST * min(point.perplexity for point in points)]
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
-    for weights, line in _lines(points).items():
-        axes.plot([p.bytes / 1e6 for p in line], [p.perplexity for p in line], marker="o", label=weights)
-        for point in line:
-            axes.annotate(
-                point.model,
-                (point.bytes / 1e6, point.perplexity),
-                textcoords="offset points",
-                xytext=(4, 4),
-                fontsize=7,
-            )
+    best = sorted((p for p in shown if beaten_by(p, points) is None), key=lambda p: p.bytes)
+    axes.plot([p.bytes / 1e6 for p in best], [p.perplexity for p in best], color="0.8", zorder=0, label="frontier")
+    for weights in dict.fromkeys(point.weights for point in shown):
+        own = [p for p in shown if p.weights == weights]
+        axes.scatter([p.bytes / 1e6 for p in own], [p.perplexity for p in own], label=weights)
+    for point in shown:
+        place = (point.bytes / 1e6, point.perplexity)
+        axes.annotate(point.model, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("bytes on disk (MB)")
     axes.set_ylabel("perplexity")
     axes.legend()
     return svg(figure)
-
-
-def _lines(points: Sequence[Point]) -> Mapping[str, list[Point]]:
-    kinds = dict.fromkeys(point.weights for point in points)
-    return {kind: sorted((p for p in points if p.weights == kind), key=lambda p: p.bytes) for kind in kinds}
 
 
 if __name__ == "__main__":
