@@ -103,7 +103,8 @@ def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
         assert training_tokens(recipe) > expected, "it may end early, so it has more to begin with"
     else:
         assert training_tokens(recipe) == expected
-    closed_form = recipe.train.scorer != "singular-values" and recipe.train.start == "fisher"
+    train = recipe.train
+    closed_form = train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher")
     assert (saliency_tokens(recipe, 400) > 0) == (closed_form or recipe.train.basis in ("two-sided", "fisher"))
     assert saliency_tokens(recipe, 400) >= saliency_tokens(recipe, 1)
     assert is_random(recipe) == (method not in certain)
