@@ -38,7 +38,7 @@ test-compat: setup-optimum ## run the tests that meet transformers once more wit
 check-servers: setup ## start every server installed here on RUN (runs/demo), compare with PyTorch, then 16 clients
 	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)
 
-bench-onnx: setup ## measure the tables of benchmarks/onnx again (half an hour on an idle machine)
+bench-onnx: setup ## measure the tables of benchmarks/onnx again (about three quarters of an hour on an idle machine)
 	@$(VENV)/bin/python -m benchmarks.onnx --fresh --others $(addprefix --optimum-python ,$(wildcard $(VENV_OPTIMUM)/bin/python))
 	@$(VENV)/bin/python -m benchmarks.onnx --fresh --model smollm2 --weights fp32 int4 --pack
 	@$(VENV)/bin/python -m benchmarks.onnx --fresh --model smollm2 --weights fp32 --bias
