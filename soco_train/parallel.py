@@ -128,8 +128,10 @@ def shard(modules: Iterable[nn.Module]) -> None:
     if _processes() > 1:
         from torch.distributed.fsdp import fully_shard
 
+        # Each module is the root of its own tree, and a root stays whole after a forward pass unless told: without a
+        # backward pass, as when measuring, it would then answer, and be read, as it was before the next change.
         for module in modules:
-            fully_shard(module)
+            fully_shard(module, reshard_after_forward=True)
 
 
 def backward(loss: torch.Tensor, parameters: Iterable[nn.Parameter], weight: float) -> None:
