@@ -136,7 +136,19 @@ def _training_phases(recipe: Recipe, shape: ModelShape, kept: int) -> list[Phase
     if recipe.refine.distill.steps:
         hours = _hours(_distillation_flops(recipe, shape, kept), recipe.train.factor_dtype)
         phases.append(phase("distillation", _distillation_memory, hours, beside=DENSE_BYTES * kept))
+    else:
+        cut = _cut_memory(recipe, shape)
+        device, alone = (BASE_DEVICE + size * shape.parameters for size in (width, DENSE_BYTES))
+        phases.append(Phase("factors", device, max(host, BASE_HOST + cut), 0.0, on_cpu=alone + cut))
     return phases
+
+
+def _cut_memory(recipe: Recipe, shape: ModelShape) -> int:
+    """A layer's spectrum in fp32, and what survives of it: in float64 twice, in fp32 once, and the layer before it."""
+    survivors = 2 * DOUBLE_BYTES + 2 * DENSE_BYTES
+    return max(
+        DENSE_BYTES * min(m, n) * (m + n) + int(survivors * recipe.keep_params * m * n) for m, n in shape.linears
+    )
 
 
 def _host(recipe: Recipe, shape: ModelShape) -> int:

@@ -13,7 +13,7 @@ nothing, so `apply_factors` puts a plain nn.Linear there.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from soco_train.artifacts import Factors, LayerFactors, PivotedFactors, StackedFactors
+from soco_train.artifacts import Factors, LayerFactors, LazyLayers, PivotedFactors, StackedFactors, forms_of
 from soco_train.errors import DataError
 from soco_train.layers import replace_module
 
@@ -191,21 +191,9 @@ def from_factors(
     return PivotedLinear.from_factors(factors, dtype, device)
 
 
-class StoredFactors(Mapping[str, LayerFactors]):
-    """The layers of a `factors.safetensors`, read when asked for, so that one at a time is in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._names = tuple(Factors.load(path).layers)  # views of the file: no number is read
-
-    def __getitem__(self, name: str) -> LayerFactors:
-        return Factors.load(self.path).layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def stored_factors(path: Path) -> LazyLayers[LayerFactors]:
+    """Return the layers of a `factors.safetensors`, each read when it is asked for."""
+    return LazyLayers(forms_of(Factors.load(path).layers), lambda name: Factors.load(path).layers[name])
 
 
 def apply_factors(
@@ -221,10 +209,11 @@ def apply_factors(
     """
     layers = factors.layers if isinstance(factors, Factors) else factors
     modules = dict(model.named_modules())
-    for name, layer in layers.items():
-        _check_same_layer(name, modules.get(name), layer)
+    forms = forms_of(layers)
+    for name, form in forms.items():
+        _check_same_layer(name, modules.get(name), form)
     del modules  # with it the dense weights, one at a time as they are replaced
-    for name, layer in layers.items():
+    for name, layer in (forms if str(device) == "meta" else layers).items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         module = replacement(layer, dtype or linear.weight.dtype, device or linear.weight.device)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from soco_train.errors import DataError
+from soco_train.tensorfile import Pending, write_file
 
 Provenance = Mapping[str, Any]
 
@@ -74,6 +75,41 @@ class PivotedFactors:
 
 
 LayerFactors = StackedFactors | PivotedFactors
+Layer = TypeVar("Layer", bound=LayerFactors)
+
+
+class LazyLayers(Mapping[str, Layer]):
+    """Layers that are made anew each time they are asked for, so that one at a time is in memory.
+
+    forms: the same layers on the meta device, which says how large each will be.
+    """
+
+    def __init__(self, forms: Mapping[str, Layer], make: Callable[[str], Layer]) -> None:
+        self.forms = forms
+        self._make = make
+
+    def __getitem__(self, name: str) -> Layer:
+        if name not in self.forms:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+
+def forms_of(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
+    """Return layers without their numbers, on the meta device; what is lazy is not made for that."""
+    return layers.forms if isinstance(layers, LazyLayers) else {name: _form(layer) for name, layer in layers.items()}
+
+
+def _form(layer: Layer) -> Layer:
+    parts: dict[str, Any] = {
+        part: tensor if tensor is None else tensor.to("meta") for part, tensor in vars(layer).items()
+    }
+    return type(layer)(**parts)
 
 
 @dataclass(frozen=True)
@@ -126,14 +162,20 @@ class Factors:
     provenance: Provenance = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write `factors.safetensors`."""
+        """Write `factors.safetensors`; what is lazy is made a layer at a time."""
+        forms = forms_of(self.layers)
+
+        @lru_cache(maxsize=1)  # the parts of a layer are written one after the other
+        def parts_of(name: str) -> Mapping[str, torch.Tensor]:
+            return vars(self.layers[name])
+
         tensors = {
-            f"{name}:{part}": tensor
-            for name, layer in self.layers.items()
-            for part, tensor in vars(layer).items()
-            if tensor is not None
+            f"{name}:{part}": Pending(meta, lambda name=name, part=part: parts_of(name)[part])  # type: ignore[misc]
+            for name, form in forms.items()
+            for part, meta in vars(form).items()
+            if meta is not None
         }
-        kinds = {name: type(layer).__name__ for name, layer in self.layers.items()}
+        kinds = {name: type(form).__name__ for name, form in forms.items()}
         write_tensors(path, tensors, {"kind": "factors", "layers": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
@@ -181,24 +223,15 @@ class SpectrumStore(Mapping[str, Spectrum]):
         return sum(1 for _ in self)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write safetensors atomically, with `header` as JSON in the file's metadata.
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], header: Mapping[str, Any]) -> None:
+    """Write safetensors atomically, a tensor at a time, with `header` as JSON in the file's metadata.
 
     Processes may write the same file at the same time: each has its own partial one, and the last to finish stays.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, str(partial), metadata={"header": json.dumps(header, sort_keys=True)})
-    give_usual_mode(partial)
+    pending = {name: tensor if isinstance(tensor, Pending) else Pending.of(tensor) for name, tensor in tensors.items()}
+    write_file(partial, pending, {"header": json.dumps(header, sort_keys=True)})
     os.replace(partial, path)
-
-
-def give_usual_mode(path: Path) -> None:
-    """Give a file that safetensors wrote, which is private to the user, the mode that the umask gives new files."""
-    sample = path.with_name(path.name + ".mode")
-    sample.touch()
-    path.chmod(sample.stat().st_mode)
-    sample.unlink()
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -59,8 +59,6 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
 
     Raises DataError if the loss is not finite, or if held-out blocks leave nothing to train on.
     """
-    if not factors or task.settings.steps == 0:
-        return dict(factors)
     if len(task.tokens) <= task.settings.held_out_blocks:
         raise DataError(
             f"{task.settings.held_out_blocks} of {len(task.tokens)} calibration blocks are held out: none is left",

@@ -17,23 +17,36 @@ from torch import nn
 from torch.nn import functional
 
 from soco_train import parallel
-from soco_train.artifacts import Factors, LayerFactors, Scores, Spectrum, StackedFactors
+from soco_train.artifacts import LayerFactors, LazyLayers, PivotedFactors, Scores, Spectrum, StackedFactors, forms_of
 from soco_train.budget import RankPlan, kept
 from soco_train.layers import substituted
-from soco_train.pivot import largest_coefficient, pivot_factors
+from soco_train.pivot import pivot_factors
 from soco_train.settings import Storage
 
 
 def make_factors(
     spectra: Mapping[str, Spectrum], scores: Scores, plan: RankPlan, linears: Mapping[str, nn.Linear]
-) -> dict[str, StackedFactors]:
-    """Cut every pruned layer of `plan` and return its stacked factors; up: [m, r], down: [r, n], bias: [m] or None."""
-    factors = {}
+) -> LazyLayers[StackedFactors]:
+    """Cut every pruned layer of `plan`: stacked factors, up: [m, r], down: [r, n], bias: [m] or None.
+
+    A layer is cut when it is asked for, so that neither all spectra nor all factors have to be in memory.
+    """
+
+    def make(name: str) -> StackedFactors:
+        bias = linears[name].bias
+        return _cut(spectra[name], scores, name, plan.layers[name].rank, None if bias is None else bias.detach().cpu())
+
+    forms = {}
     for name, layer in plan.layers.items():
         if not layer.dense:
-            bias = linears[name].bias
-            factors[name] = _cut(spectra[name], scores, name, layer.rank, None if bias is None else bias.detach().cpu())
-    return factors
+            (m, n), r = scores.layers[name].shape, layer.rank
+            biased = linears[name].bias is not None or scores.layers[name].deviation is not None
+            forms[name] = StackedFactors(_form(m, r), _form(r, n), _form(m) if biased else None)
+    return LazyLayers(forms, make)
+
+
+def _form(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
@@ -51,17 +64,18 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
 
 
-def store_as(factors: Mapping[str, StackedFactors], storage: Storage, provenance: Mapping[str, object]) -> Factors:
-    """Write stacked factors in the form the plan counted on; lossless.
-
-    The provenance of pivoted ones says by how much rounding of the pivots can grow: the largest coefficient of each.
-    """
+def store_as(factors: Mapping[str, StackedFactors], storage: Storage) -> Mapping[str, LayerFactors]:
+    """Return stacked factors in the form the plan counted on; lossless. Pivots are chosen when a layer is asked for."""
     if storage == "stacked":
-        layers: dict[str, LayerFactors] = dict(factors)
-        return Factors(layers, provenance)
-    pivoted = {name: pivot_factors(layer) for name, layer in factors.items()}
-    largest = {name: largest_coefficient(layer) for name, layer in pivoted.items()}
-    return Factors(dict(pivoted), {**provenance, "largest_coefficients": largest})
+        return factors
+    forms = {name: _pivoted_form(form) for name, form in forms_of(factors).items()}
+    return LazyLayers(forms, lambda name: pivot_factors(factors[name]))
+
+
+def _pivoted_form(form: StackedFactors) -> PivotedFactors:
+    (m, r), n = form.up.shape, form.down.shape[1]
+    bias = None if form.bias is None else _form(m)
+    return PivotedFactors(_form(r, n), _form(m - r, r), _form(m, dtype=torch.int64), bias)
 
 
 class FactorPair(nn.Module):

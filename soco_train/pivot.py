@@ -39,7 +39,7 @@ def unpivot(factors: PivotedFactors) -> torch.Tensor:
 
 
 def largest_coefficient(factors: PivotedFactors) -> float:
-    """Return max |mix| (0 if every row is a pivot)."""
+    """Return max |mix| (0 if every row is a pivot): by how much rounding of the pivots can grow."""
     return float(factors.mix.abs().max()) if factors.mix.numel() else 0.0
 
 

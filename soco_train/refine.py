@@ -41,15 +41,18 @@ class RefineTask(Subject):
 def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping[str, object]) -> Factors:
     """Cut every pruned layer of `plan`, climb the rungs that the settings ask for, and store as planned.
 
+    What no rung holds in memory as a whole is made layer by layer, when the result is saved or put into a model.
     Raises DataError for a loss that is not finite.
     """
     settings, tokens = task.settings, task.tokens
     if settings.compensate.blocks:
         scores = compensate(task, scores, plan, settings.compensate, task.notify)
-    factors = make_factors(task.spectra, scores, plan, task.linears)
+    factors: Mapping[str, StackedFactors] = make_factors(task.spectra, scores, plan, task.linears)
     if settings.refit.blocks and factors:
         factors = refit(task.model, task.linears, factors, tokens, settings.refit, task.notify)
-    return store_as(_distilled(task, factors), plan.storage, provenance)
+    if settings.distill.steps and factors:
+        factors = _distilled(task, dict(factors))
+    return Factors(store_as(factors, plan.storage), provenance)
 
 
 def _distilled(task: RefineTask, factors: Mapping[str, StackedFactors]) -> dict[str, StackedFactors]:

@@ -10,21 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from soco_export.bench.memory import high_water_mark
-from soco_export.checkpoint import save_checkpoint
-from soco_export.lowrank import apply_factors, count_parameters
+from soco_export.checkpoint.stream import stream_checkpoint
+from soco_export.lowrank import apply_factors, count_parameters, stored_factors
 from soco_export.models import dense_config
 from soco_export.onnx.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe import Recipe
-from soco_train.artifacts import LayerScores, Scores, Spectrum, SpectrumStore
+from soco_export.weights import map_weights
+from soco_train.artifacts import Factors, LayerScores, Scores, Spectrum, SpectrumStore
 from soco_train.budget import plan_ranks
 from soco_train.events import Event
 from soco_train.factors import make_factors, store_as
@@ -147,26 +149,32 @@ def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
 
 
 def cut(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
-    """Cut to the size with uniform ranks, write the checkpoint in fp16 and export it to ONNX in fp16."""
-    model = random_model(recipe, size.layers)
-    before = count_parameters(model)
+    """Cut a model that lies on disk in bf16 to the size, ranks uniform; its checkpoint and its ONNX model in fp16."""
+    writer = get_context("spawn").Process(target=_store, args=(recipe, size.layers, work / "model"))
+    writer.start()
+    writer.join()
+    model = map_weights(work / "model", AutoConfig.from_pretrained(work / "model"), trust_remote_code=False)
+    before, stored = count_parameters(model), _bytes(model)
     linears = select_linears(model, recipe.layers)
     seconds: dict[str, float] = {}
     with _timed(seconds, "factors"):
-        scores = {name: _scores(linear) for name, linear in linears.items()}
-        plan = plan_ranks(Scores(scores), _plan(size))
-        factors = store_as(make_factors(Unit(linears), Scores(scores), plan, linears), plan.storage, {})
-    model = model.cpu()
+        scores = Scores({name: _scores(linear) for name, linear in linears.items()})
+        plan = plan_ranks(scores, _plan(size))
+        factors = store_as(make_factors(Unit(linears), scores, plan, linears), plan.storage)
+        Factors(factors).save(work / "factors.safetensors")
     with _timed(seconds, "checkpoint"):
-        apply_factors(model, factors)
-        del factors
-        model.half()
-        save_checkpoint(model, None, work / "hf")
-    after = count_parameters(model)
+        layers = stored_factors(work / "factors.safetensors")
+        apply_factors(model, layers, torch.float16, "meta")
+        after = count_parameters(model)
+        stream_checkpoint(model, layers, torch.float16, None, work / "hf")
     with _timed(seconds, "onnx"):
         export_onnx(work / "hf", work / "onnx", ExportSettings(dtype="float16"))
     sizes = {name: sum(file.stat().st_size for file in (work / name).iterdir()) for name in ("hf", "onnx")}
-    return {"seconds": seconds, "parameters": [before, after], "bytes": sizes, **_peaks(4 * before)}
+    return {"seconds": seconds, "parameters": [before, after], "bytes": sizes, **_peaks(stored)}
+
+
+def _store(recipe: Recipe, layers: int, folder: Path) -> None:
+    random_model(recipe, layers).to(torch.bfloat16).save_pretrained(folder)
 
 
 def _plan(size: Size) -> PlanSettings:

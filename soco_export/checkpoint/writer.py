@@ -23,7 +23,6 @@ from soco_export.checkpoint.reader import check_layer_tensors, open_shards, prun
 from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
 from soco_export.lowrank import factored_layers, record_layers
-from soco_train.artifacts import give_usual_mode
 from soco_train.errors import RecipeError
 
 SHARD = "5GB"
@@ -132,9 +131,17 @@ def finish(
         if (folder / "tokenizer.json").exists():
             _write_json(settings, tokenizer_in_both_forms(json.loads(settings.read_text(encoding="utf-8"))))
     for shard in shard_files(folder):
-        give_usual_mode(shard)
+        _give_usual_mode(shard)
     text = render_card("", None, summarise(model, dense=dense)) if card is None else card
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Give a file that safetensors wrote, which is private to the user, the mode that the umask gives new files."""
+    sample = path.with_name(path.name + ".mode")
+    sample.touch()
+    path.chmod(sample.stat().st_mode)
+    sample.unlink()
 
 
 def _tied(model: Any) -> bool:

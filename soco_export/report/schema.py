@@ -42,7 +42,8 @@ class SizeFigures(Part):
     """Parameters in numbers and artifacts in bytes.
 
     `selected_*`: of the layers that took part; `bytes`: folder → bytes on disk; `bytes_ratio`: what ships / the dense
-    model in the same form, None if that form was not written.
+    model in the same form, None if that form was not written; `largest_coefficient`: of the rows that pivoted storage
+    writes as combinations of its pivots, by which rounding of the pivots can grow; None for stacked storage.
     """
 
     params_before: int
@@ -53,6 +54,7 @@ class SizeFigures(Part):
     layers_dense: int
     keep_params: float
     storage: str
+    largest_coefficient: float | None = None
     bytes: Mapping[str, int] = {}
     bytes_ratio: float | None = None
 

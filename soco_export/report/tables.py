@@ -111,7 +111,9 @@ def _sizes(sizes: SizeFigures) -> Table:
         *((f"on disk: {name}", "", size(count), "") for name, count in sizes.bytes.items()),
     ]
     left = f"{sizes.layers_dense} of {sizes.layers} selected layers left dense"
-    note = f"asked: keep_params {sizes.keep_params:g}, stored {sizes.storage}; {left}."
+    largest = sizes.largest_coefficient
+    pivots = "" if largest is None else f" Pivots combine with coefficients of at most {largest:.3g}."
+    note = f"asked: keep_params {sizes.keep_params:g}, stored {sizes.storage}; {left}.{pivots}"
     return Table("Size", ("", "dense", "pruned", "ratio"), tuple(rows), note)
 
 

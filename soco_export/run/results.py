@@ -9,6 +9,7 @@ from typing import Any
 
 from soco_export.bench.machine import describe_machine
 from soco_export.gate import GATES, GateSettings
+from soco_export.lowrank import stored_factors
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_markdown
@@ -19,8 +20,9 @@ from soco_export.run.evidence import BENCH_FILE, PROOF_FILE
 from soco_export.run.proof import DENSE, LOW_RANK, SHIPPED
 from soco_export.run.stages import CARD_FILE, EXPORT_FILE
 from soco_export.validate.figures import PerplexityFigures
-from soco_train.artifacts import Scores
+from soco_train.artifacts import PivotedFactors, Scores
 from soco_train.budget import RankPlan
+from soco_train.pivot import largest_coefficient
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
 # What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
@@ -92,9 +94,16 @@ def _sizes(context: RunContext) -> SizeFigures:
         layers_dense=len(plan.dense_layers),
         keep_params=plan.keep_params,
         storage=plan.storage,
+        largest_coefficient=_largest_coefficient(context.path("factors", "factors.safetensors")),
         bytes=sizes,
         bytes_ratio=sizes["onnx"] / sizes["onnx-dense"] if "onnx-dense" in sizes else None,
     )
+
+
+def _largest_coefficient(factors: Path) -> float | None:
+    """Return that of all pivoted layers of the file, None if it has none; reads a layer at a time."""
+    layers = stored_factors(factors).values()
+    return max((largest_coefficient(layer) for layer in layers if isinstance(layer, PivotedFactors)), default=None)
 
 
 def folder_bytes(folder: Path) -> int:

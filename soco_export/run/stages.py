@@ -104,13 +104,13 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     import torch
 
     from soco_export.checkpoint.stream import stream_checkpoint
-    from soco_export.lowrank import StoredFactors, apply_factors, count_parameters
+    from soco_export.lowrank import apply_factors, count_parameters, stored_factors
     from soco_export.run.card import model_card, summary_json
 
     dtype = getattr(torch, context.recipe.model.dtype)
     model = context.take_stored_model()
     before = count_parameters(model)
-    layers = StoredFactors(context.path("factors", "factors.safetensors"))
+    layers = stored_factors(context.path("factors", "factors.safetensors"))
     apply_factors(model, layers, dtype, "meta")
     summary = summary_json(context.recipe, model, before)
     card = model_card(context.recipe, summary)

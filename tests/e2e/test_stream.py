@@ -16,13 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, save_checkpoint
 from soco_export.checkpoint import stream
-from soco_export.checkpoint.shards import Pending, write_file
 from soco_export.checkpoint.stream import stream_checkpoint
-from soco_export.lowrank import StoredFactors
-from soco_train.artifacts import Factors
+from soco_export.lowrank import stored_factors
+from soco_train.artifacts import Factors, LayerFactors, LazyLayers
 from soco_train.errors import DataError
 from soco_train.layers import select_linears
 from soco_train.settings import LayerSettings
+from soco_train.tensorfile import Pending, write_file
 
 transformers_logging.disable_progress_bar()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -35,8 +35,8 @@ class Stored:
     folder: Path
 
     @property
-    def layers(self) -> StoredFactors:
-        return StoredFactors(self.folder / "factors.safetensors")
+    def layers(self) -> LazyLayers[LayerFactors]:
+        return stored_factors(self.folder / "factors.safetensors")
 
     def model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.bfloat16)
@@ -144,7 +144,7 @@ def test_a_file_of_many_dtypes_is_that_of_safetensors(tmp_path: Path) -> None:
         "flag": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
-    write_file(tmp_path / "found", {n: Pending(t.to("meta"), lambda t=t: t) for n, t in reversed(tensors.items())})
+    write_file(tmp_path / "found", {n: Pending.of(t) for n, t in reversed(tensors.items())}, {"format": "pt"})
     found = load_file(tmp_path / "found")
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()

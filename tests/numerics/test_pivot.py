@@ -130,13 +130,17 @@ def test_the_published_size_and_quality_on_a_real_shape():
     assert largest_coefficient(pivoted) < 1.13
 
 
-def test_pivoted_storage_reports_the_largest_coefficient_of_every_layer(tmp_path) -> None:
-    factors = {name: StackedFactors(spread(24, 7, 1e3), torch.randn(7, 16), None) for name in ("a", "b")}
-    stored = store_as(factors, "pivoted", {"seed": 3})
+def test_pivots_are_chosen_when_a_layer_is_asked_for_and_saved_one_layer_at_a_time(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("soco_train.factors.pivot_factors", lambda layer: asked.append(layer) or pivot_factors(layer))
+    factors = {name: StackedFactors(spread(24, 7, 1e3), torch.randn(7, 16), torch.randn(24)) for name in ("a", "b")}
+    stored = Factors(store_as(factors, "pivoted"), {"seed": 3})
+    assert not asked
     stored.save(tmp_path / "factors.safetensors")
-    found = Factors.load(tmp_path / "factors.safetensors").provenance
-    assert found["seed"] == 3
-    assert found["largest_coefficients"] == {
-        name: pytest.approx(float(layer.mix.abs().max())) for name, layer in stored.layers.items()
-    }
-    assert store_as(factors, "stacked", {"seed": 3}).provenance == {"seed": 3}
+    assert asked == list(factors.values())
+    found = Factors.load(tmp_path / "factors.safetensors")
+    assert found.provenance == {"seed": 3}
+    for name, layer in factors.items():
+        for part, tensor in vars(pivot_factors(layer)).items():
+            assert torch.equal(getattr(found.layers[name], part), tensor)
+    assert store_as(factors, "stacked") is factors

@@ -36,16 +36,16 @@ def test_what_is_written_over_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_two_processes_that_write_one_file_both_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, save = tmp_path / "a.safetensors", artifacts.save_file
+    path, save = tmp_path / "a.safetensors", artifacts.write_file
 
     def overtaken(*arguments, **named) -> None:
         save(*arguments, **named)
         with monkeypatch.context() as other:
-            other.setattr(artifacts, "save_file", save)
+            other.setattr(artifacts, "write_file", save)
             other.setattr(os, "getpid", lambda: -1)
             write_tensors(path, {"x": torch.ones(2)}, {"kind": "test"})
 
-    monkeypatch.setattr(artifacts, "save_file", overtaken)
+    monkeypatch.setattr(artifacts, "write_file", overtaken)
     write_tensors(path, {"x": torch.zeros(2)}, {"kind": "test"})
     assert torch.equal(read_tensors(path, "test")[0]["x"], torch.zeros(2))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

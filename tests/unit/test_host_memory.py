@@ -1,4 +1,4 @@
-"""The host's memory while a model is read for a GPU and while its checkpoint is written: a few weights, never a model.
+"""The host's memory while a model is read for a GPU, cut, and written: a few weights, never a model.
 
 Measured in a process of its own, on a model that is stored in bfloat16.
 """
@@ -33,7 +33,12 @@ from soco_export.models import load_onto, recipe_for
 from soco_export.run import stages
 from soco_export.run.context import RunContext
 from soco_export.run.folder import RunFolder
+from soco_train.artifacts import Factors, LayerScores, Scores, Spectrum
+from soco_train.budget import plan_ranks
 from soco_train.events import silent
+from soco_train.factors import make_factors
+from soco_train.layers import select_linears
+from soco_train.settings import LayerSettings, PlanSettings
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 def peak(work):
@@ -45,11 +50,23 @@ def write(root, dtype):
     recipe = recipe_for(str(root / "model"), overrides=[f"model.dtype={dtype}"])
     (root / dtype).mkdir()
     stages.write_checkpoint(RunContext(RunFolder(root, recipe, manifest=None), "hf", silent), root / dtype)
+class Spectra:
+    def __getitem__(self, name):
+        m, n = shapes[name]
+        return Spectrum(torch.ones(m, min(m, n)), torch.ones(min(m, n), n), torch.ones(min(m, n)))
+def cut(root):
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.6, allocation="uniform"))
+    Factors(make_factors(Spectra(), scores, plan, linears)).save(root / "cut.safetensors")
 small, large = map(Path, sys.argv[1:])
 write(small, "bfloat16")  # all imports are done
 found = {dtype: peak(lambda: write(large, dtype)) for dtype in ("bfloat16", "float32")}
 # the device stands for the GPU: weights that stay as they are stored stay in their file
 found["read"] = peak(lambda: load_onto(recipe_for(str(large / "model")), "cpu", torch.bfloat16))
+linears = select_linears(load_onto(recipe_for(str(large / "model")), "cpu", torch.bfloat16), LayerSettings())
+shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+ones = {name: torch.ones(min(shape)) for name, shape in shapes.items()}
+scores = Scores({name: LayerScores(ones[name], ones[name], None, shape) for name, shape in shapes.items()})
+found["cut"] = peak(lambda: cut(large))
 print(json.dumps(found))
 """
 
@@ -80,8 +97,11 @@ def test_neither_reading_nor_rewriting_takes_a_second_model(tmp_path: Path) -> N
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
-    recipe = recipe_for(str(tmp_path / "large" / "model"))
-    said = next(p.host for p in estimate(recipe, measure(recipe), "hf").phases if p.name == "checkpoint") - BASE_HOST
-    for dtype in ("bfloat16", "float32"):
-        assert said / 3 <= found[dtype] <= said, f"{dtype}: {found[dtype] / LARGEST:.2f} × the largest layer"
+    recipe = recipe_for(str(tmp_path / "large" / "model"), overrides=["keep_params=0.6"])
+    said = {phase.name: phase.host - BASE_HOST for phase in estimate(recipe, measure(recipe), "hf").phases}
+    for work, phase in {"bfloat16": "checkpoint", "float32": "checkpoint", "cut": "factors"}.items():
+        within = said[phase] / 3 <= found[work] <= said[phase]
+        assert within, f"{work}: {found[work] / LARGEST:.2f} of {said[phase] / LARGEST:.2f} × the largest layer"
+    factors = (tmp_path / "large" / "cut.safetensors").stat().st_size
+    assert factors > found["cut"], "large enough that all factors together would show"
     assert found["read"] <= model + LARGEST, "views of the files, and what one weight takes"

@@ -15,12 +15,12 @@ from soco_export.lowrank import (
     FactoredLinear,
     LowRankLinear,
     PivotedLinear,
-    StoredFactors,
     apply_factors,
     count_parameters,
     factored_layers,
     from_factors,
     merge_dense,
+    stored_factors,
 )
 from soco_train.artifacts import Factors, LayerFactors, PivotedFactors, StackedFactors
 from soco_train.errors import DataError
@@ -133,7 +133,7 @@ def test_factors_of_a_file_are_those_in_memory_and_rounded_last(kind: str, tmp_p
     layers = {"0": random_factors(kind, 8, 6, 2, True), "2": random_factors(kind, 5, 8, 5, False)}
     Factors(layers).save(tmp_path / "factors.safetensors")
     model, expected = network(), network()
-    stored = StoredFactors(tmp_path / "factors.safetensors")
+    stored = stored_factors(tmp_path / "factors.safetensors")
     assert (list(stored), len(stored)) == (["0", "2"], 2)
     apply_factors(model, stored, torch.bfloat16)
     apply_factors(expected, Factors(layers))
