@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
     kept = int(recipe.keep_params * shape.selected)
     after = shape.parameters - shape.selected + kept
     outputs = _outputs(recipe, shape, after)
-    phases = (*_training_phases(recipe, shape, kept), *_export_phases(recipe, shape, after, format, outputs))
+    phases = (*_training_phases(recipe, shape), *_export_phases(recipe, shape, after, format, outputs))
     return CostCard(
         model=recipe.name,
         parameters=shape.parameters,
@@ -115,7 +115,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
     )
 
 
-def _training_phases(recipe: Recipe, shape: ModelShape, kept: int) -> list[Phase]:
+def _training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
     """Peak memory where it trains depends on the bytes of a weight there: fp32 on the CPU, train.factor_dtype on a GPU.
 
     Beside a GPU the host holds what is on its way there.
@@ -134,8 +134,11 @@ def _training_phases(recipe: Recipe, shape: ModelShape, kept: int) -> list[Phase
         else phase("scores", _scores_memory, _hours(_scores_flops(recipe, shape), recipe.train.factor_dtype)),
     ]
     if recipe.refine.distill.steps:
-        hours = _hours(_distillation_flops(recipe, shape, kept), recipe.train.factor_dtype)
-        phases.append(phase("distillation", _distillation_memory, hours, beside=DENSE_BYTES * kept))
+        hours = _hours(_distillation_flops(recipe, shape), recipe.train.factor_dtype)
+        parked = width * shape.selected if recipe.refine.distill.teacher_top else 0
+        phases.append(
+            phase("distillation", _distillation_memory, hours, beside=DENSE_BYTES * _stacked(recipe, shape) + parked)
+        )
     else:
         cut = _cut_memory(recipe, shape)
         device, alone = (BASE_DEVICE + size * shape.parameters for size in (width, DENSE_BYTES))
@@ -229,21 +232,35 @@ def _tokens_a_step(recipe: Recipe) -> int:
     return recipe.train.batch_tokens if recipe.train.trains else recipe.data.block
 
 
+def _stacked(recipe: Recipe, shape: ModelShape) -> int:
+    """Numbers of all factors as they are trained: stacked, whatever the storage; every layer at the same share."""
+    if recipe.storage == "stacked":
+        return int(recipe.keep_params * shape.selected)
+    # the rank r at which pivoted storage, r(m + n - r), has that share of m n
+    ranks = [((m + n) - math.sqrt((m + n) ** 2 - 4 * recipe.keep_params * m * n)) / 2 for m, n in shape.linears]
+    return int(sum(r * (m + n) for r, (m, n) in zip(ranks, shape.linears, strict=True)))
+
+
 def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     settings = recipe.refine.distill
-    tokens, kept = settings.batch_tokens, int(recipe.keep_params * shape.selected)
+    tokens, kept = settings.batch_tokens, _stacked(recipe, shape)
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
-    # fp32 factors: value, gradient and AdamW's two moments; and a copy of them in the model's dtype
-    factors = (16 + (width if width < DENSE_BYTES else 0)) * kept
+    # fp32 factors: value, gradient and AdamW's two moments; and copies in the model's dtype, while they are needed
+    factors = 16 * kept
+    if width < DENSE_BYTES:
+        factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
         factors += DENSE_BYTES * kept  # the best so far
-    memory = BASE_DEVICE + width * shape.parameters + factors + _logits(tokens, shape, recipe.train.logit_chunk, width)
-    return memory + tokens * _activations(saved, shape, width, settings.checkpoint_activations)
+    learning = factors + tokens * _activations(saved, shape, width, settings.checkpoint_activations)
+    dense = width * shape.parameters
+    if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
+        learning, dense = max(learning, DENSE_BYTES * kept + width * shape.selected), dense - width * shape.selected
+    return BASE_DEVICE + dense + learning + _logits(tokens, shape, recipe.train.logit_chunk, width)
 
 
-def _distillation_flops(recipe: Recipe, shape: ModelShape, kept: int) -> float:
+def _distillation_flops(recipe: Recipe, shape: ModelShape) -> float:
     settings = recipe.refine.distill
-    student = kept + shape.parameters - shape.selected
+    student = _stacked(recipe, shape) + shape.parameters - shape.selected
     passes = 4 if settings.checkpoint_activations else 3
     return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + passes * student)
 
@@ -317,7 +334,9 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "factors": 4 * kept,
     }
     if recipe.refine.distill.steps:
-        disk["distillation checkpoint"] = (16 if recipe.refine.distill.held_out_blocks else 12) * kept
+        disk["distillation checkpoint"] = (16 if recipe.refine.distill.held_out_blocks else 12) * _stacked(
+            recipe, shape
+        )
         if recipe.refine.distill.teacher_top:
             seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
             disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new

@@ -4,7 +4,8 @@
 model is the same model with its dense Linears switched back on, so there is no second copy. With
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
-With `teacher_top` the dense model's predictions are remembered (teacher.py).
+With `teacher_top` the dense model's predictions are remembered (teacher.py): it answers for every block before the
+first step, and its pruned layers leave the GPU, which then holds the factors and what they need.
 Several processes share each batch (parallel.py); each holds all factors, or its part of them with `shard`.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from soco_train.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.factors import FactorLinear, factored
-from soco_train.layers import teaching
+from soco_train.layers import parked, teaching
 from soco_train.objective import divergence
 from soco_train.optimiser import pack, unpack, warmup_cosine
 from soco_train.recompute import recomputing
@@ -75,7 +76,13 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
         if task.settings.shard:
             parallel.shard(layer.pair for layer in layers.values())
         teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), task.settings.teacher_top, folder)
-        _Distillation(task, layers, teacher).run()
+        work = _Distillation(task, layers, teacher)
+        if task.settings.teacher_top:
+            work.ask_beforehand()
+            with parked(layer.dense for layer in layers.values()):
+                work.run()
+        else:
+            work.run()
         return {name: layer.factors() for name, layer in layers.items()}
 
 
@@ -99,14 +106,23 @@ class _Distillation:
             for part, parameter in layer.pair.named_parameters()
         }
         self.device = next(iter(self.parameters.values())).device
+        # one tensor after the other: PyTorch's default on a GPU takes a further 4 bytes for every number of all of them
         self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0
+            self.parameters.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0, foreach=False
         )
         self.step = 0
         self.best: dict[str, torch.Tensor] = {}
         self.best_loss, self.misses = math.inf, 0
         self.started, self.tokens_done = time.monotonic(), 0
         self._resume()
+
+    def ask_beforehand(self) -> None:
+        """Let the teacher remember what it says to all that is left to learn from."""
+        steps = range(self.step, self.settings.steps)
+        parts = [*self._held_out_parts(), *(parallel.share(self._batch(step))[0] for step in steps)]
+        for number, part in enumerate(parts, 1):
+            self.teacher.remember(part.to(self.device))
+            self.task.notify(Event("teacher", number, len(parts)))
 
     def run(self) -> None:
         """Train until the last step, or until the held-out loss has stopped falling; end at the best factors."""
@@ -126,7 +142,7 @@ class _Distillation:
         return self.step == self.settings.steps
 
     def _one_step(self) -> None:
-        sequences = batch(self.tokens, self.settings.batch_tokens, self.step, self.task.seed + 1)
+        sequences = self._batch(self.step)
         own, weight = parallel.share(sequences)
         loss, kl = self._loss(own.to(self.device))
         parallel.backward(loss, self.parameters.values(), weight)
@@ -146,6 +162,14 @@ class _Distillation:
         self.tokens_done += sequences.numel()
         self._report({"kl": float(kl)})
 
+    def _batch(self, step: int) -> torch.Tensor:
+        return batch(self.tokens, self.settings.batch_tokens, step, self.task.seed + 1)
+
+    def _held_out_parts(self) -> Sequence[torch.Tensor]:
+        if not len(self.held_out):
+            return ()
+        return self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
+
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         teacher = self.teacher(tokens)
         student = self.task.model(input_ids=tokens, use_cache=False).logits
@@ -154,9 +178,9 @@ class _Distillation:
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Measure the loss on the held-out blocks, if any; remember the factors if it is the lowest yet."""
-        if not len(self.held_out):
+        parts = self._held_out_parts()
+        if not parts:
             return
-        parts = self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
         losses = torch.tensor([float(self._loss(part.to(self.device))[0]) * len(part) for part in parts])
         parallel.agree([losses])  # so that all processes stop at the same step
         loss = float(losses.sum()) / len(self.held_out)

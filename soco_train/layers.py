@@ -89,3 +89,16 @@ def teaching(layers: Iterable[Teacher]) -> Iterator[None]:
     finally:
         for layer in chosen:
             layer.teaching = False
+
+
+@contextmanager
+def parked(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """Within this context the layers lie in the host's memory, of no use; then they are back where they were."""
+    places = {linear: linear.weight.device for linear in linears}
+    try:
+        for linear in places:
+            linear.cpu()
+        yield
+    finally:
+        for linear, device in places.items():
+            linear.to(device)

@@ -64,16 +64,22 @@ class Teacher:
         """Return the predictions for tokens [b, t]: logits [b, t, V], or the kept ones, each [b, t, top]."""
         if not self.top:
             return self.answer(tokens)
-        paths = [self.folder / f"{_name(row)}.top{self.top}.safetensors" for row in tokens]
-        missing = [row for row, path in enumerate(paths) if not path.exists()]
+        self.remember(tokens)
+        kept = [read_tensors(self._file(row), _KIND)[0] for row in tokens]
+        log_p, index = (torch.stack([block[part] for block in kept]).to(tokens.device) for part in ("log_p", "index"))
+        return TopPredictions(log_p, index)
+
+    def remember(self, tokens: torch.Tensor) -> None:
+        """Ask the model for those of the blocks [b, t] that are not in the folder yet, and keep what it says there."""
+        missing = [number for number, row in enumerate(tokens) if not self._file(row).exists()]
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             made = TopPredictions.of(self.answer(tokens[missing]), self.top)
-            for row, log_p, index in zip(missing, made.log_p, made.index, strict=True):
-                write_tensors(paths[row], {"log_p": log_p, "index": index}, {"kind": _KIND})
-        kept = [read_tensors(path, _KIND)[0] for path in paths]
-        log_p, index = (torch.stack([block[part] for block in kept]).to(tokens.device) for part in ("log_p", "index"))
-        return TopPredictions(log_p, index)
+            for number, log_p, index in zip(missing, made.log_p, made.index, strict=True):
+                write_tensors(self._file(tokens[number]), {"log_p": log_p, "index": index}, {"kind": _KIND})
+
+    def _file(self, row: torch.Tensor) -> Path:
+        return self.folder / f"{_name(row)}.top{self.top}.safetensors"
 
 
 def _name(row: torch.Tensor) -> str:

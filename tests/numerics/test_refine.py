@@ -16,7 +16,7 @@ from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
 from soco_train.factors import factored, make_factors
-from soco_train.layers import select_linears
+from soco_train.layers import parked, select_linears
 from soco_train.refit import Moments, refit, solve
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import (
@@ -320,3 +320,28 @@ def test_distilling_from_remembered_predictions_is_distilling_from_the_model(sub
     assert events
     assert len(list((tmp_path / "kept").glob("teacher-*/*.safetensors"))) > 0
     assert len(list((tmp_path / "shared").glob("*.safetensors"))) > 0
+
+
+def test_once_its_predictions_are_remembered_the_dense_model_is_not_asked(
+    subject, cut, tmp_path: Path, monkeypatch
+) -> None:
+    task, events = distillation(subject, tmp_path, steps=4, teacher_top=64)
+    asked = []
+    for linear in subject.linears.values():
+        answer = linear.forward
+        monkeypatch.setattr(linear, "forward", lambda x, answer=answer: asked.append(len(events)) or answer(x))
+    distill(task, cut[2])
+    parts = [event for event in events if event.stage == "teacher"]
+    assert [event.step for event in parts] == [1, 2, 3, 4, 5], "what is held out, and four batches"
+    assert len(asked) > 0
+    assert max(asked) < 5, "each answer is older than the last of those events"
+    asked.clear()
+    distill(task, cut[2])
+    assert not asked, "and it is not asked again"
+
+
+def test_parked_layers_come_back_even_after_a_failure() -> None:
+    layers = [torch.nn.Linear(2, 3, device="meta"), torch.nn.Linear(2, 3)]
+    with pytest.raises(NotImplementedError), parked(layers):  # meta has no values to bring
+        raise AssertionError("not reached")
+    assert [layer.weight.device.type for layer in layers] == ["meta", "cpu"]

@@ -140,6 +140,30 @@ def test_what_saves_memory_is_seen_to(shape: ModelShape) -> None:
 
 
 @by_property
+@given(shape=shapes, keep=st.floats(0.05, 0.95))
+def test_pivoted_storage_trains_the_stacked_factors_of_its_ranks(shape: ModelShape, keep: float) -> None:
+    recipe = LARGE_BATCH.model_copy(update={"keep_params": keep, "storage": "pivoted"})
+    numbers = cost._stacked(recipe, shape)
+    ranks = [max(r for r in range(min(m, n) + 1) if r * (m + n - r) <= keep * m * n) for m, n in shape.linears]
+    least, most = (sum((r + more) * (m + n) for r, (m, n) in zip(ranks, shape.linears, strict=True)) for more in (0, 1))
+    assert least - 1 <= numbers <= most
+
+
+def test_7b_learns_its_scores_and_distils_to_0_6_on_one_gpu_of_80_gb() -> None:
+    distilled = {"refine.distill.steps": 100, "refine.distill.batch_tokens": 4096, "keep_params": 0.6}
+    recipe = load_recipe("mistral-7b").replace(distilled)
+    shape = measure(recipe)
+    remembered = recipe.replace({"refine.distill.teacher_top": 512})
+    needs = {
+        asked: {phase.name: phase for phase in estimate(recipe, shape).phases}["distillation"]
+        for asked, recipe in {"afresh": recipe, "remembered": remembered}.items()
+    }
+    assert needs["remembered"].device < 75e9 < needs["afresh"].device
+    assert needs["remembered"].host - needs["afresh"].host == 2 * shape.selected, "the dense weights wait there"
+    assert max(phase.device for phase in estimate(remembered, shape).phases) < 75e9
+
+
+@by_property
 @given(shape=shapes)
 def test_fewer_bits_are_fewer_bytes(shape: ModelShape) -> None:
     outputs = estimate(TINY, shape).outputs
