@@ -237,9 +237,12 @@ GRAPHS = {
 }
 FORMS = {
     f"llama-contrib-{form}{ending}": ("llama", {"flavour": "contrib", **settings}, kinds)
-    for form, kinds in (("stacked", STACKED), ("pivoted", PIVOTED))
+    for form, kinds in (("dense", {}), ("stacked", STACKED), ("pivoted", PIVOTED))
     for ending, settings in (
         ("", {}),
+        ("-float16", {"dtype": "float16"}),
+        ("-bfloat16", {"dtype": "bfloat16"}),
+        ("-int8", {"weights": "int8"}),
         ("-int4", {"weights": "int4"}),
         ("-packed-int8", {"pack": True, "weights": "int8"}),
     )
