@@ -3,8 +3,9 @@
     python -m benchmarks.scale --model mistral-7b --out benchmarks/scale/results/mistral-7b
 
 On a GPU all layers are taken, 50 steps of 16384 tokens; without one, 2 layers, few tokens, and one layer of each shape
-is decomposed for all of its shape: then what is said of the whole model is an estimate, and labelled so. Every part is
-a file in OUT as soon as it is done, and the same command goes on with the others; --part does one of them.
+is decomposed for all of its shape: then what is said of the whole model is an estimate, and labelled so. --layers takes
+a model whole that is small enough. Every part is a file in OUT as soon as it is done, and the same command goes on with
+the others; --part does one of them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomic(_file(options.out, options.part), json.dumps(found, indent=2) + "\n")
         return
     alike = _alike(recipe)
-    wanted = [*(["decompose"] if GPU else [f"decompose:{name}" for name in alike]), "train", "cut"]
+    whole = GPU or size.layers == dense_config(recipe).num_hidden_layers
+    wanted = [*(["decompose"] if whole else [f"decompose:{name}" for name in alike]), "train", "cut"]
     for part in options.part.split(",") if options.part else wanted:
         if not _file(options.out, part).exists():
             print(f"{part} …", flush=True)
@@ -110,9 +112,7 @@ def write(
     layers = dense_config(recipe).num_hidden_layers
     document: dict[str, Any] = {
         "schema_version": 1,
-        "command": shlex.join(
-            ["python", "-m", "benchmarks.scale", "--model", options.model, "--out", str(options.out)]
-        ),
+        "command": shlex.join(["python", "-m", "benchmarks.scale", *_asked(options)]),
         "model": recipe.name,
         "machine": machine(),
         "estimate": size.layers < layers,
@@ -121,7 +121,7 @@ def write(
         "versions": versions(),
     }
     pieces = {name: part for name, part in parts.items() if name.startswith("decompose")}
-    if len(pieces) == (1 if GPU else len(alike)):
+    if len(pieces) == (1 if "decompose" in pieces else len(alike)):
         document["decomposition_hours"] = hours_of_decomposition(pieces, alike, layers)
     if "train" in parts:
         recomputed = recipe.train.checkpoint_activations
@@ -129,6 +129,11 @@ def write(
     write_atomic(options.out / "results.json", json.dumps(document, indent=2) + "\n")
     write_atomic(options.out / "results.md", "\n".join(_page(document, alike)) + "\n")
     print((options.out / "results.md").read_text(encoding="utf-8"))
+
+
+def _asked(options: argparse.Namespace) -> list[str]:
+    layers = ["--layers", str(options.layers)] if options.layers else []
+    return ["--model", options.model, *layers, "--out", str(options.out)]
 
 
 def _page(document: Mapping[str, Any], alike: Mapping[str, int]) -> list[str]:
@@ -139,12 +144,16 @@ def _page(document: Mapping[str, Any], alike: Mapping[str, int]) -> list[str]:
             "Random weights. **What is said of the whole model is an estimate** from the layers that were measured, by "
             "multiplications; this machine has no GPU that takes them all. Seconds are the processor's."
         )
+    else:
+        lines.append("Random weights; all layers." + ("" if GPU else " Seconds are the processor's."))
     lines += ["", "| part | what | measured | peak host | peak GPU |", "|---|---|---|---|---|"]
     for name, part in parts.items():
         lines.append(f"| {name} | {_what(name, part, alike)} | {_took(name, part)} | {_memory(part)} |")
     lines += ["", "| the whole model | |", "|---|---|"]
     if "decomposition_hours" in document:
-        lines.append(f"| decomposition of {layers} layers | {document['decomposition_hours']:.2f} h |")
+        hours = document["decomposition_hours"]
+        spent = f"{hours:.2f} h" if hours > 0.1 else f"{3600 * hours:.0f} s"
+        lines.append(f"| decomposition of {layers} layers | {spent} |")
     if "training" in document:
         found = document["training"]
         lines += [
