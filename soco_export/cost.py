@@ -142,16 +142,26 @@ def _training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
     else:
         cut = _cut_memory(recipe, shape)
         device, alone = (BASE_DEVICE + size * shape.parameters for size in (width, DENSE_BYTES))
+        if recipe.refine.refit.blocks:  # holds them all, where it fits them and when they are fitted
+            cut, device, alone = (part + DENSE_BYTES * _stacked(recipe, shape) for part in (cut, device, alone))
         phases.append(Phase("factors", device, max(host, BASE_HOST + cut), 0.0, on_cpu=alone + cut))
     return phases
 
 
 def _cut_memory(recipe: Recipe, shape: ModelShape) -> int:
-    """A layer's spectrum in fp32, and what survives of it: in float64 twice, in fp32 once, and the layer before it."""
-    survivors = 2 * DOUBLE_BYTES + 2 * DENSE_BYTES
-    return max(
-        DENSE_BYTES * min(m, n) * (m + n) + int(survivors * recipe.keep_params * m * n) for m, n in shape.linears
-    )
+    """Bytes of the layer that takes most.
+
+    Its spectrum in fp32, and what survives, [m, r] and [r, n], in float64 twice and in fp32 with that of the layer
+    before; or, while pivots are chosen, about seven float64 arrays of [m, r] beside those in fp32.
+    """
+
+    def one(m: int, n: int, r: float) -> float:
+        survivors = r * (m + n)
+        cut = DENSE_BYTES * min(m, n) * (m + n) + 2 * (DOUBLE_BYTES + DENSE_BYTES) * survivors
+        pivoted = recipe.storage == "pivoted"
+        return max(cut, 2 * DENSE_BYTES * survivors + 7 * DOUBLE_BYTES * m * r if pivoted else 0)
+
+    return int(max(one(m, n, r) for (m, n), r in zip(shape.linears, _ranks(recipe, shape), strict=True)))
 
 
 def _host(recipe: Recipe, shape: ModelShape) -> int:
@@ -233,12 +243,16 @@ def _tokens_a_step(recipe: Recipe) -> int:
 
 
 def _stacked(recipe: Recipe, shape: ModelShape) -> int:
-    """Numbers of all factors as they are trained: stacked, whatever the storage; every layer at the same share."""
+    """Numbers of all factors as they are trained: stacked, whatever the storage."""
+    return int(sum(r * (m + n) for r, (m, n) in zip(_ranks(recipe, shape), shape.linears, strict=True)))
+
+
+def _ranks(recipe: Recipe, shape: ModelShape) -> list[float]:
+    """Return the rank at which each layer's storage, r(m + n) or r(m + n - r), has the recipe's share of m n."""
+    keep = recipe.keep_params
     if recipe.storage == "stacked":
-        return int(recipe.keep_params * shape.selected)
-    # the rank r at which pivoted storage, r(m + n - r), has that share of m n
-    ranks = [((m + n) - math.sqrt((m + n) ** 2 - 4 * recipe.keep_params * m * n)) / 2 for m, n in shape.linears]
-    return int(sum(r * (m + n) for r, (m, n) in zip(ranks, shape.linears, strict=True)))
+        return [keep * m * n / (m + n) for m, n in shape.linears]
+    return [((m + n) - math.sqrt((m + n) ** 2 - 4 * keep * m * n)) / 2 for m, n in shape.linears]
 
 
 def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
@@ -254,7 +268,10 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     learning = factors + tokens * _activations(saved, shape, width, settings.checkpoint_activations)
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
-        learning, dense = max(learning, DENSE_BYTES * kept + width * shape.selected), dense - width * shape.selected
+        # before the first step it is there beside the factors, moments and best factors of a run that goes on
+        copies = 4 if settings.held_out_blocks else 3
+        learning = max(learning, copies * DENSE_BYTES * kept + width * shape.selected)
+        dense -= width * shape.selected
     return BASE_DEVICE + dense + learning + _logits(tokens, shape, recipe.train.logit_chunk, width)
 
 

@@ -90,7 +90,8 @@ def cut_factors(
         fingerprint=fingerprint(tokens),
     )
     provenance = {"keep_params": plan.keep_params, "scores": dict(scores.provenance)}
-    return run_ladder(task, scores, plan, provenance)
+    factors = run_ladder(task, scores, plan, provenance)
+    return Factors(dict(factors.layers), factors.provenance)
 
 
 def _spectra(workdir: Path) -> SpectrumStore:

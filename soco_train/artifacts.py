@@ -93,6 +93,9 @@ class LazyLayers(Mapping[str, Layer]):
             raise KeyError(name)
         return self._make(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.forms
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.forms)
 

@@ -110,10 +110,11 @@ class _Distillation:
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0, foreach=False
         )
+        self.pairs = [layer.pair for layer in layers.values()]
         self.step = 0
         self.best: dict[str, torch.Tensor] = {}
         self.best_loss, self.misses = math.inf, 0
-        self.started, self.tokens_done = time.monotonic(), 0
+        self.started, self.tokens_done = 0.0, 0
         self._resume()
 
     def ask_beforehand(self) -> None:
@@ -126,6 +127,7 @@ class _Distillation:
 
     def run(self) -> None:
         """Train until the last step, or until the held-out loss has stopped falling; end at the best factors."""
+        self.started = time.monotonic()
         if self.step == 0:
             self._evaluate()
         while self.step < self.settings.steps and self.misses < self.settings.patience:
@@ -137,6 +139,7 @@ class _Distillation:
         with torch.no_grad():
             for name, tensor in self.best.items():
                 self.parameters[name].copy_(tensor)
+        parallel.divide_again(self.pairs)
 
     def _at_end(self) -> bool:
         return self.step == self.settings.steps

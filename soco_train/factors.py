@@ -31,16 +31,16 @@ def make_factors(
 
     A layer is cut when it is asked for, so that neither all spectra nor all factors have to be in memory.
     """
+    biases = {name: None if linears[name].bias is None else linears[name].bias.detach().cpu() for name in plan.layers}
 
     def make(name: str) -> StackedFactors:
-        bias = linears[name].bias
-        return _cut(spectra[name], scores, name, plan.layers[name].rank, None if bias is None else bias.detach().cpu())
+        return _cut(spectra[name], scores, name, plan.layers[name].rank, biases[name])
 
     forms = {}
     for name, layer in plan.layers.items():
         if not layer.dense:
             (m, n), r = scores.layers[name].shape, layer.rank
-            biased = linears[name].bias is not None or scores.layers[name].deviation is not None
+            biased = biases[name] is not None or scores.layers[name].deviation is not None
             forms[name] = StackedFactors(_form(m, r), _form(r, n), _form(m) if biased else None)
     return LazyLayers(forms, make)
 

@@ -128,10 +128,21 @@ def shard(modules: Iterable[nn.Module]) -> None:
     if _processes() > 1:
         from torch.distributed.fsdp import fully_shard
 
-        # Each module is the root of its own tree, and a root stays whole after a forward pass unless told: without a
-        # backward pass, as when measuring, it would then answer, and be read, as it was before the next change.
+        # each module is the root of its own tree, and a root stays whole after its forward pass unless told
         for module in modules:
             fully_shard(module, reshard_after_forward=True)
+
+
+def divide_again(modules: Iterable[nn.Module]) -> None:
+    """Divide the parameters of sharded modules that a forward pass has left whole, with the values of that time.
+
+    PyTorch before 2.8 leaves roots so whatever it is told. Without a backward pass, as when measuring, they would be
+    read as they were then.
+    """
+    for module in modules:
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
 
 
 def backward(loss: torch.Tensor, parameters: Iterable[nn.Parameter], weight: float) -> None:

@@ -50,13 +50,23 @@ def _choose_rows(up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     works on L, whose entries are at most 1.
     """
     r = up.shape[1]
-    permutation, lower, _ = torch.linalg.lu(up)
-    order = permutation.argmax(dim=0)
-    basis = torch.empty_like(lower)
-    basis[order] = lower
+    # Singular factors are welcome: U is not used. linalg.lu would make a matrix [m, m] of its permutation.
+    packed, exchanges, _ = torch.linalg.lu_factor_ex(up)
+    order = _order_of(exchanges, len(up))
+    basis = torch.empty_like(packed)
+    basis[order] = packed.tril_(-1)
+    basis[order[:r], torch.arange(r)] = 1
     order = _swap_until_small(order, _coefficients(basis, order[:r], order[r:]))
     rows, rest = order[:r].sort().values, order[r:].sort().values
     return rows, rest, _coefficients(basis, rows, rest)
+
+
+def _order_of(exchanges: torch.Tensor, m: int) -> torch.Tensor:
+    """Return the order of m rows after each row i in turn has been exchanged with row exchanges[i] - 1."""
+    order = list(range(m))
+    for i, other in enumerate(exchanges.tolist()):
+        order[i], order[other - 1] = order[other - 1], order[i]
+    return torch.tensor(order)
 
 
 def _coefficients(basis: torch.Tensor, rows: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,8 @@ class RefineTask(Subject):
 def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping[str, object]) -> Factors:
     """Cut every pruned layer of `plan`, climb the rungs that the settings ask for, and store as planned.
 
-    What no rung holds in memory as a whole is made layer by layer, when the result is saved or put into a model.
+    What no rung holds in memory as a whole is made layer by layer, each time that the result is asked for a layer;
+    until then the spectra must stay as they are.
     Raises DataError for a loss that is not finite.
     """
     settings, tokens = task.settings, task.tokens

@@ -340,8 +340,28 @@ def test_once_its_predictions_are_remembered_the_dense_model_is_not_asked(
     assert not asked, "and it is not asked again"
 
 
-def test_parked_layers_come_back_even_after_a_failure() -> None:
-    layers = [torch.nn.Linear(2, 3, device="meta"), torch.nn.Linear(2, 3)]
-    with pytest.raises(NotImplementedError), parked(layers):  # meta has no values to bring
-        raise AssertionError("not reached")
-    assert [layer.weight.device.type for layer in layers] == ["meta", "cpu"]
+class Moved(torch.nn.Linear):
+    """A Linear that notes where it is sent; one with a bias refuses to leave."""
+
+    def cpu(self) -> torch.nn.Linear:
+        self.moves = ["cpu"]
+        if self.bias is not None:
+            raise RuntimeError("no room")
+        return self
+
+    def to(self, device: torch.device) -> torch.nn.Linear:
+        self.moves = [*getattr(self, "moves", []), str(device)]
+        return self
+
+
+def test_parked_layers_leave_and_come_back_even_after_a_failure() -> None:
+    layer, heavy = Moved(2, 3, bias=False, device="meta"), Moved(2, 3, device="meta")
+    with parked([layer]):
+        assert layer.moves == ["cpu"]
+    assert layer.moves == ["cpu", "meta"]
+    with pytest.raises(ValueError, match="inside"), parked([layer]):
+        raise ValueError("inside")
+    assert layer.moves == ["cpu", "meta"]
+    with pytest.raises(RuntimeError, match="no room"), parked([layer, heavy]):
+        pytest.fail("they cannot be parked")
+    assert layer.moves == ["cpu", "meta"]

@@ -36,7 +36,7 @@ from soco_export.run.folder import RunFolder
 from soco_train.artifacts import Factors, LayerScores, Scores, Spectrum
 from soco_train.budget import plan_ranks
 from soco_train.events import silent
-from soco_train.factors import make_factors
+from soco_train.factors import make_factors, store_as
 from soco_train.layers import select_linears
 from soco_train.settings import LayerSettings, PlanSettings
 def kib(key):
@@ -54,9 +54,10 @@ class Spectra:
     def __getitem__(self, name):
         m, n = shapes[name]
         return Spectrum(torch.ones(m, min(m, n)), torch.ones(min(m, n), n), torch.ones(min(m, n)))
-def cut(root):
-    plan = plan_ranks(scores, PlanSettings(keep_params=0.6, allocation="uniform"))
-    Factors(make_factors(Spectra(), scores, plan, linears)).save(root / "cut.safetensors")
+def cut(root, storage):
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.6, allocation="uniform", storage=storage))
+    factors = store_as(make_factors(Spectra(), scores, plan, linears), storage)
+    Factors(factors).save(root / f"{storage}.safetensors")
 small, large = map(Path, sys.argv[1:])
 write(small, "bfloat16")  # all imports are done
 found = {dtype: peak(lambda: write(large, dtype)) for dtype in ("bfloat16", "float32")}
@@ -66,7 +67,8 @@ linears = select_linears(load_onto(recipe_for(str(large / "model")), "cpu", torc
 shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
 ones = {name: torch.ones(min(shape)) for name, shape in shapes.items()}
 scores = Scores({name: LayerScores(ones[name], ones[name], None, shape) for name, shape in shapes.items()})
-found["cut"] = peak(lambda: cut(large))
+for storage in ("stacked", "pivoted"):
+    found[storage] = peak(lambda: cut(large, storage))
 print(json.dumps(found))
 """
 
@@ -97,11 +99,12 @@ def test_neither_reading_nor_rewriting_takes_a_second_model(tmp_path: Path) -> N
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
-    recipe = recipe_for(str(tmp_path / "large" / "model"), overrides=["keep_params=0.6"])
-    said = {phase.name: phase.host - BASE_HOST for phase in estimate(recipe, measure(recipe), "hf").phases}
-    for work, phase in {"bfloat16": "checkpoint", "float32": "checkpoint", "cut": "factors"}.items():
-        within = said[phase] / 3 <= found[work] <= said[phase]
-        assert within, f"{work}: {found[work] / LARGEST:.2f} of {said[phase] / LARGEST:.2f} × the largest layer"
-    factors = (tmp_path / "large" / "cut.safetensors").stat().st_size
-    assert factors > found["cut"], "large enough that all factors together would show"
+    for storage in ("stacked", "pivoted"):
+        recipe = recipe_for(str(tmp_path / "large" / "model"), overrides=["keep_params=0.6", f"storage={storage}"])
+        said = {phase.name: phase.host - BASE_HOST for phase in estimate(recipe, measure(recipe), "hf").phases}
+        for work, phase in {"bfloat16": "checkpoint", "float32": "checkpoint", storage: "factors"}.items():
+            within = said[phase] / 3 <= found[work] <= said[phase]
+            assert within, f"{work}: {found[work] / LARGEST:.2f} of {said[phase] / LARGEST:.2f} × the largest layer"
+        factors = (tmp_path / "large" / f"{storage}.safetensors").stat().st_size
+        assert factors > found[storage], "large enough that all factors together would show"
     assert found["read"] <= model + LARGEST, "views of the files, and what one weight takes"
