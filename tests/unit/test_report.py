@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
 from soco_export.bench.stats import paired_ratio, summarise
@@ -25,9 +26,11 @@ from soco_export.report.schema import (
     SizeFigures,
 )
 from soco_export.report.tables import headline, number, percent, size, verdict_line
-from soco_export.run.results import slower
+from soco_export.run.results import _largest_coefficient, slower
 from soco_export.validate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
+from soco_train.artifacts import Factors, StackedFactors
 from soco_train.errors import DataError
+from soco_train.pivot import pivot_factors
 
 GATES = GateSettings(max_export_kl=1e-4, max_ppl_ratio=1.5, min_decode_speedup=1.0)
 
@@ -225,6 +228,21 @@ class Tags(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in self.VOID:
             assert self.open.pop() == tag
+
+
+def test_only_pivoted_storage_has_a_largest_coefficient(results, tmp_path):
+    assert "coefficients" not in render_markdown(results)
+    pivoted = results.sizes.model_copy(update={"storage": "pivoted", "largest_coefficient": 1.0312})
+    assert "Pivots combine with coefficients of at most 1.03." in render_markdown(
+        results.model_copy(update={"sizes": pivoted})
+    )
+    weight = torch.randn(6, 3)
+    stacked = StackedFactors(weight, torch.randn(3, 5), None)
+    layers = {"a": stacked, "b": pivot_factors(stacked), "c": pivot_factors(StackedFactors(weight[:3], weight.T, None))}
+    Factors(layers).save(tmp_path / "mixed.safetensors")
+    Factors({"a": stacked}).save(tmp_path / "stacked.safetensors")
+    assert _largest_coefficient(tmp_path / "mixed.safetensors") == float(layers["b"].mix.abs().max())
+    assert _largest_coefficient(tmp_path / "stacked.safetensors") is None
 
 
 def test_html_stands_alone_and_escapes(results):
