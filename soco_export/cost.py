@@ -135,10 +135,10 @@ def _training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
     ]
     if recipe.refine.distill.steps:
         hours = _hours(_distillation_flops(recipe, shape), recipe.train.factor_dtype)
-        parked = width * shape.selected if recipe.refine.distill.teacher_top else 0
-        phases.append(
-            phase("distillation", _distillation_memory, hours, beside=DENSE_BYTES * _stacked(recipe, shape) + parked)
-        )
+        beside = DENSE_BYTES * _stacked(recipe, shape)
+        if recipe.refine.distill.teacher_top:
+            beside += width * shape.selected  # parked
+        phases.append(phase("distillation", _distillation_memory, hours, beside))
     else:
         cut = _cut_memory(recipe, shape)
         device, alone = (BASE_DEVICE + size * shape.parameters for size in (width, DENSE_BYTES))
@@ -351,9 +351,8 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "factors": 4 * kept,
     }
     if recipe.refine.distill.steps:
-        disk["distillation checkpoint"] = (16 if recipe.refine.distill.held_out_blocks else 12) * _stacked(
-            recipe, shape
-        )
+        copies = 4 if recipe.refine.distill.held_out_blocks else 3
+        disk["distillation checkpoint"] = copies * DENSE_BYTES * _stacked(recipe, shape)
         if recipe.refine.distill.teacher_top:
             seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
             disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new
