@@ -90,8 +90,7 @@ def cut_factors(
         fingerprint=fingerprint(tokens),
     )
     provenance = {"keep_params": plan.keep_params, "scores": dict(scores.provenance)}
-    factors = run_ladder(task, scores, plan, provenance)
-    return Factors(dict(factors.layers), factors.provenance)
+    return run_ladder(task, scores, plan, provenance).made()
 
 
 def _spectra(workdir: Path) -> SpectrumStore:

@@ -164,6 +164,10 @@ class Factors:
     layers: Mapping[str, LayerFactors]
     provenance: Provenance = field(default_factory=dict)
 
+    def made(self) -> Factors:
+        """Return the same factors with every layer in memory."""
+        return Factors(dict(self.layers), self.provenance)
+
     def save(self, path: Path) -> None:
         """Write `factors.safetensors`; what is lazy is made a layer at a time."""
         forms = forms_of(self.layers)

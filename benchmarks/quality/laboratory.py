@@ -191,9 +191,9 @@ class Laboratory:
             fingerprint=key,
             remember_in=self.work / f"teacher-{self._weights[:16]}",
         )
-        factors = refine(task, scores, plan_ranks(scores, recipe.plan), {})
+        factors = refine(task, scores, plan_ranks(scores, recipe.plan), {}).made()  # here, where the clock runs
         shutil.rmtree(workspace, ignore_errors=True)
-        return Factors(dict(factors.layers))  # made here, where the clock runs
+        return factors
 
     def _perplexities(self, name: str) -> dict[str, Perplexity]:
         decoder = TorchDecoder(self.model, name)

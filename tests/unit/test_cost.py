@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soco_export import cost
+from soco_export import cost_training
 from soco_export.cost import ModelShape, estimate, measure
 from soco_export.cost_card import count, size
 from soco_export.models import dense_config, put_on, shrink
@@ -98,7 +98,7 @@ def test_the_model_is_in_fp32_where_there_is_no_gpu(shape: ModelShape, dtype: st
 def test_the_sums_are_those_of_the_largest_group(shape: ModelShape, basis: str) -> None:
     needs = find_basis(basis).needs
     largest = max(sum(sums_bytes(pair, needs) for pair in part) for part in parts_of(shape, basis)) if needs else 0
-    said = cost._sums(TINY.replace({"train.basis": basis}), shape)
+    said = cost_training._sums(TINY.replace({"train.basis": basis}), shape)
     assert largest <= said <= max(largest, SUMS_AT_ONCE)
 
 
@@ -143,7 +143,7 @@ def test_what_saves_memory_is_seen_to(shape: ModelShape) -> None:
 @given(shape=shapes, keep=st.floats(0.05, 0.95))
 def test_pivoted_storage_trains_the_stacked_factors_of_its_ranks(shape: ModelShape, keep: float) -> None:
     recipe = LARGE_BATCH.model_copy(update={"keep_params": keep, "storage": "pivoted"})
-    numbers = cost._stacked(recipe, shape)
+    numbers = cost_training.stacked(recipe, shape)
     ranks = [max(r for r in range(min(m, n) + 1) if r * (m + n - r) <= keep * m * n) for m, n in shape.linears]
     least, most = (sum((r + more) * (m + n) for r, (m, n) in zip(ranks, shape.linears, strict=True)) for more in (0, 1))
     assert least - 1 <= numbers <= most
@@ -215,7 +215,7 @@ def test_activations_are_not_underestimated(name: str, dtype: torch.dtype) -> No
     tokens = torch.randint(0, shape.vocabulary, (4, 64))
     kept = kept_for_backward(recipe, tokens, dtype)
     width = dtype.itemsize
-    said = tokens.numel() * (width * shape.components + cost._saved_by_the_rest(shape, width))
+    said = tokens.numel() * (width * shape.components + cost_training._saved_by_the_rest(shape, width))
     assert 0.95 * kept <= said <= 1.6 * kept  # transformers 4.57 keeps 4 % more for Qwen3's norms than 5.x does
 
 

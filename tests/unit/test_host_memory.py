@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_export.cost import BASE_HOST, WEIGHTS_AT_ONCE, estimate, measure
+from soco_export.cost import estimate, measure
+from soco_export.cost_shape import BASE_HOST, WEIGHTS_AT_ONCE
 from soco_export.models import BUILTIN_MODEL, recipe_for
 from soco_train.artifacts import Factors, StackedFactors
 from soco_train.layers import select_linears
