@@ -12,6 +12,9 @@ from soco_train.spectrum import find_basis
 from soco_train.statistics import SUMS_AT_ONCE, sums_bytes
 
 STATISTICS_TOKENS_AT_ONCE = 2048
+MOMENTS = {"adamw": 2, "muon": 1}  # numbers that the optimiser keeps for each parameter
+# bytes for each number of the matrix whose step Muon takes: the update in fp32; in bf16 three as large, two at most
+MUON_AT_ONCE = 4 + 2 * 5
 
 
 def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
@@ -137,6 +140,10 @@ def stacked(recipe: Recipe, shape: ModelShape) -> int:
     return int(sum(r * (m + n) for r, (m, n) in zip(_ranks(recipe, shape), shape.linears, strict=True)))
 
 
+def _largest_factor(recipe: Recipe, shape: ModelShape) -> int:
+    return int(max(r * max(pair) for r, pair in zip(_ranks(recipe, shape), shape.linears, strict=True)))
+
+
 def _ranks(recipe: Recipe, shape: ModelShape) -> list[float]:
     """Return the rank at which each layer's storage, r(m + n) or r(m + n - r), has the recipe's share of m n."""
     keep = recipe.keep_params
@@ -149,8 +156,11 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     settings = recipe.refine.distill
     tokens, kept = settings.batch_tokens, stacked(recipe, shape)
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
-    # fp32 factors: value, gradient and AdamW's two moments; and copies in the model's dtype, while they are needed
-    factors = 16 * kept
+    # fp32 factors: value, gradient and moments; and copies in the model's dtype, while they are needed
+    moments = MOMENTS[settings.optimiser]
+    factors = (2 + moments) * DENSE_BYTES * kept
+    if settings.optimiser == "muon":
+        factors += MUON_AT_ONCE * _largest_factor(recipe, shape)
     if width < DENSE_BYTES:
         factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
@@ -159,7 +169,7 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
         # before the first step it is there beside the factors, moments and best factors of a run that goes on
-        copies = 4 if settings.held_out_blocks else 3
+        copies = 1 + moments + bool(settings.held_out_blocks)
         learning = max(learning, copies * DENSE_BYTES * kept + width * shape.selected)
         dense -= width * shape.selected
     return BASE_DEVICE + dense + learning + _logits(tokens, shape, recipe.train.logit_chunk, width)
@@ -169,7 +179,14 @@ def _distillation_flops(recipe: Recipe, shape: ModelShape) -> float:
     settings = recipe.refine.distill
     student = stacked(recipe, shape) + shape.parameters - shape.selected
     passes = 4 if settings.checkpoint_activations else 3
-    return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + passes * student)
+    learning = 2.0 * settings.batch_tokens * (shape.parameters + passes * student)
+    return settings.steps * (learning + (settings.optimiser == "muon") * _muon_flops(recipe, shape))
+
+
+def _muon_flops(recipe: Recipe, shape: ModelShape) -> float:
+    """FLOPs of a step: five times X ← aX + (bXXᵀ + c(XXᵀ)²)X for each factor X: [r, n] and [m, r]."""
+    shapes = zip(_ranks(recipe, shape), shape.linears, strict=True)
+    return 5 * sum(4.0 * r * r * (m + n) + 4.0 * r**3 for r, (m, n) in shapes)
 
 
 def _saved_by_the_rest(shape: ModelShape, width: int) -> int:

@@ -32,7 +32,9 @@ class Machine:
 def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
     from soco_export.models import check_model
+    from soco_train.optimiser import check_optimiser
 
+    check_optimiser(recipe.refine.distill.optimiser)
     if format == "onnx":
         check_precision(recipe)
         check_provider(recipe)

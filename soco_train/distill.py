@@ -28,7 +28,7 @@ from soco_train.events import Event, Notify
 from soco_train.factors import FactorLinear, factored
 from soco_train.layers import parked, teaching
 from soco_train.objective import divergence
-from soco_train.optimiser import pack, unpack, warmup_cosine
+from soco_train.optimiser import optimisers, pack, unpack, warmup_cosine
 from soco_train.recompute import recomputing
 from soco_train.settings import DistillSettings
 from soco_train.teacher import Teacher
@@ -106,10 +106,7 @@ class _Distillation:
             for part, parameter in layer.pair.named_parameters()
         }
         self.device = next(iter(self.parameters.values())).device
-        # one tensor after the other: PyTorch's default on a GPU takes a further 4 bytes for every number of all of them
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0, foreach=False
-        )
+        self.optimisers = optimisers(self.settings.optimiser, self.parameters.values(), self.settings.lr)
         self.pairs = [layer.pair for layer in layers.values()]
         self.step = 0
         self.best: dict[str, torch.Tensor] = {}
@@ -157,10 +154,12 @@ class _Distillation:
                 where="refine",
             )
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.lr * warmup_cosine(self.step, self.settings.steps, self.settings.warmup)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        lr = self.settings.lr * warmup_cosine(self.step, self.settings.steps, self.settings.warmup)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens_done += sequences.numel()
         self._report({"kl": float(kl)})
@@ -206,7 +205,7 @@ class _Distillation:
             "best_loss": self.best_loss if self.best else None,
             "misses": self.misses,
         }
-        tensors = pack(self.parameters, self.optimiser)
+        tensors = pack(self.parameters, *self.optimisers)
         tensors |= {_BEST + name: parallel.gathered(best) for name, best in self.best.items()}
         if not parallel.leading():
             return
@@ -222,7 +221,7 @@ class _Distillation:
         parallel.agree([own])  # factors measured on several GPUs may differ in their last bits, and so the fingerprints
         if not own:
             return
-        unpack(tensors, self.parameters, self.optimiser)
+        unpack(tensors, self.parameters, *self.optimisers)
         self.step, self.misses = header["step"], header["misses"]
         if header["best_loss"] is not None:
             self.best_loss = header["best_loss"]

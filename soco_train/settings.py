@@ -15,6 +15,7 @@ Storage = Literal["stacked", "pivoted"]
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
+OptimiserName = Literal["adamw", "muon"]
 BuiltinText = Literal["speeches", "time-machine"]
 
 
@@ -131,6 +132,7 @@ class DistillSettings(Section):
 
     steps: int = Field(default=0, ge=0)
     batch_tokens: int = Field(default=1024, ge=8)
+    optimiser: OptimiserName = "adamw"
     lr: float = Field(default=3e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ce_weight: float = Field(default=0.0, ge=0)

@@ -13,17 +13,26 @@ from soco_train.layers import select_linears
 from soco_train.settings import DistillSettings, LayerSettings
 from tests.e2e.tiny_models import make_model, random_layer
 
+SETTINGS = {
+    "steps": 6,
+    "batch_tokens": 48,
+    "lr": 1e-3,
+    "held_out_blocks": 2,
+    "evaluate_every": 2,
+    "checkpoint_every": 2,
+}
+
 
 class Interrupted(Exception):
     """What ends a distillation on purpose."""
 
 
 def small_distillation(
-    workdir: Path, until: int | None = None, shard: bool = False
+    workdir: Path, until: int | None = None, **changes: object
 ) -> tuple[dict[str, StackedFactors], list[int]]:
     """Distil random factors of a tiny Llama for 6 steps, a checkpoint every 2; return them and the steps reported.
 
-    Raises Interrupted when step `until` is done.
+    Raises Interrupted when step `until` is done. changes: of the settings.
     """
     torch.manual_seed(5)
     model = make_model("llama-tied")
@@ -37,8 +46,6 @@ def small_distillation(
         if event.step == until:
             raise Interrupted
 
-    settings = DistillSettings(
-        steps=6, batch_tokens=48, lr=1e-3, held_out_blocks=2, evaluate_every=2, checkpoint_every=2, shard=shard
-    )
+    settings = DistillSettings.model_validate(SETTINGS | changes)
     tokens = torch.randint(model.config.vocab_size, (14, 16))
     return distill(DistillTask(model, linears, tokens, settings, workdir, tell, fingerprint="task"), factors), steps

@@ -283,8 +283,9 @@ def test_distillation_ends_when_the_held_out_loss_does_and_returns_the_best(subj
         assert torch.equal(layer.up, cut[2][name].up)
 
 
-def test_an_interrupted_distillation_remembers_its_best(subject, cut, tmp_path: Path) -> None:
-    settings = {"checkpoint_every": 4, "lr": 2e-2, "patience": 9}
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_an_interrupted_distillation_remembers_its_best(subject, cut, optimiser: str, tmp_path: Path) -> None:
+    settings = {"checkpoint_every": 4, "lr": 2e-2, "patience": 9, "optimiser": optimiser}
     whole, events = distillation(subject, tmp_path / "whole", **settings)
     expected = distill(whole, cut[2])
     part, _ = distillation(subject, tmp_path / "part", **settings)
