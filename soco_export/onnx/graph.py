@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from soco_export.onnx.matrix import CHUNK, Array, Matrix
+from soco_export.onnx.matrix import CHUNK, Array, Matrix, Stored
 from soco_train.errors import RecipeError
 
 Dim = int | str
@@ -33,7 +33,7 @@ class DataFile:
         self.path = path
         self._file = path.open("wb")
 
-    def write(self, name: str, array: Array, dtype: ir.DataType) -> ir.ExternalTensor:
+    def write(self, name: str, array: Stored, dtype: ir.DataType) -> ir.ExternalTensor:
         """Append `array` as `dtype` and return the reference to it; RecipeError if a value does not fit `dtype`."""
         rows = max(1, CHUNK // max(1, array.nbytes // max(1, len(array))))
         pieces = (array[start : start + rows] for start in range(0, len(array), rows))
@@ -114,7 +114,7 @@ class Graph:
         name = f"{dtype.name.lower()}_{array.ndim}d_{'_'.join(map(str, array.ravel().tolist()))}"
         return self._initializer(name, ir.tensor(array, dtype=dtype, name=name))
 
-    def weight(self, name: str, array: Array) -> ir.Value:
+    def weight(self, name: str, array: Stored) -> ir.Value:
         """Store a weight in the graph's float type; RecipeError if a value does not fit it."""
         return self._initializer(name, self._data.write(name, array, self.dtype))
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from soco_export.onnx.graph import CONTRIB, Graph
-from soco_export.onnx.matrix import Array, Matrix, Order, Part
+from soco_export.onnx.matrix import Array, Matrix, Order, Part, Stored
 from soco_export.onnx.quantize import quantize_rows
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import WeightSource
@@ -83,7 +83,7 @@ class Linears:
     def native_order(self, names: Sequence[str]) -> Order:
         """Return the order in which the first pivoted layer among `names` gives its outputs without a Gather."""
         pivoted = [name for name in names if self.source.form(name).kind == "pivoted"]
-        return self.source.read(f"{pivoted[0]}.order") if pivoted else None
+        return self.source.read(f"{pivoted[0]}.order")[:] if pivoted else None
 
     # unpacked            packed
     #   x                   x
@@ -108,7 +108,7 @@ class Linears:
         with self.graph.scope(name):
             return FINISH[self.source.form(name).kind](self, first, name, rows)
 
-    def read(self, name: str, rows: Order) -> Array:
+    def read(self, name: str, rows: Order) -> Stored:
         """Return a tensor with its first axis in the order `rows`."""
         array = self.source.read(name)
         return array if rows is None else array[rows]
@@ -202,7 +202,7 @@ def _pivoted(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
     rest = linears.matmul(first, f"{name}.mix.weight", mix, [name])
     y = linears.graph.op("Concat", first, rest, axis=-1)
     # `order` says where each entry goes; Gather wants where each output comes from.
-    place = np.argsort(linears.read(f"{name}.order", None), kind="stable")
+    place = np.argsort(linears.source.read(f"{name}.order")[:], kind="stable")
     place = place if rows is None else place[rows]
     return y if np.array_equal(place, np.arange(len(place))) else _into_order(linears, y, name, place)
 

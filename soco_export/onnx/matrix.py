@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,11 +14,29 @@ Order = Array | None
 CHUNK = 1 << 22
 
 
+class Stored(Protocol):
+    """What an array is asked for here; one that lies in a file may make it anew each time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of it takes in memory."""
+
+    def __len__(self) -> int:
+        """Length of the first axis."""
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return a part of it, or with [:] all of it."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of a Matrix: those of `array` [m, n], in the order `rows`."""
 
-    array: Array
+    array: Stored
     rows: Order = None
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.lowrank import QUANT_METHOD
 from soco_export.onnx.architecture import Architecture
-from soco_export.onnx.matrix import CHUNK, Array
+from soco_export.onnx.matrix import CHUNK, Array, Stored
 from soco_train.errors import DataError, RecipeError
 
 # Older checkpoints store buffers that are computed from the config.
@@ -39,7 +40,7 @@ class WeightSource(Protocol):
     def form(self, name: str) -> Form:
         """Return how the Linear `name` is stored."""
 
-    def read(self, name: str) -> Array:
+    def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32."""
 
 
@@ -65,37 +66,60 @@ class CheckpointWeights:
         """Return how the Linear `name` is stored."""
         return self.forms.get(name, Form())
 
-    def read(self, name: str) -> Array:
+    def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
         file = self._stored[name].file
         try:
             values = _read_tensor(str(file), name)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
-        # A sum is finite only if every term is, and needs no second array.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if not np.isfinite(values.sum(dtype=np.float64)):
-                raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
+        if not _is_finite(values):
+            raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
         return values
 
 
-def _read_tensor(file: str, name: str) -> Array:
-    """Return a tensor, a view of the file if it is stored as it is needed.
+class Widened:
+    """A matrix whose numbers a file holds in another float type: float32 where it is looked at, so never as a whole."""
 
-    The file is opened anew for each piece, so that the pages of the last one are let go.
-    """
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+        return tuple(self._tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of it would take."""
+        return 4 * self._tensor.numel()
+
+    def __len__(self) -> int:
+        """Return m."""
+        return len(self._tensor)
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return rows, or columns with [:, columns]."""
+        found: Array = self._tensor[index].float().numpy()
+        return found
+
+
+def _read_tensor(file: str, name: str) -> Stored:
+    """Return a tensor, a view of the file if it is stored as it is needed."""
     with safe_open(file, framework="pt") as shard:
-        tensor = shard.get_slice(name)
-        shape, stored = tensor.get_shape(), tensor.get_dtype()
-        if stored not in ("BF16", "F16", "F64") or len(shape) != 2:
-            whole = shard.get_tensor(name)
-            return np.asarray((whole.float() if whole.is_floating_point() else whole).numpy())
-    values = np.empty(shape, np.float32)
-    step = max(1, CHUNK // (4 * max(1, shape[1])))
-    for start in range(0, shape[0], step):
-        with safe_open(file, framework="pt") as shard:
-            values[start : start + step] = shard.get_slice(name)[start : start + step].float().numpy()
-    return values
+        tensor = shard.get_tensor(name)
+    if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        return Widened(tensor) if tensor.ndim == 2 else np.asarray(tensor.float().numpy())
+    return np.asarray(tensor.numpy())
+
+
+def _is_finite(values: Stored) -> bool:
+    """A sum is finite only if every term is, and needs no second array."""
+    step = max(1, CHUNK * len(values) // max(1, values.nbytes))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(
+            np.isfinite(values[start : start + step].sum(dtype=np.float64)) for start in range(0, len(values), step)
+        )
 
 
 def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
