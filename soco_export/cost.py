@@ -23,7 +23,7 @@ from soco_export.cost_shape import (
     host,
     measure,
 )
-from soco_export.cost_training import stacked, training_phases
+from soco_export.cost_training import remembered, training_phases
 from soco_export.recipe import Recipe
 
 __all__ = ["ModelShape", "estimate", "measure"]
@@ -104,8 +104,7 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "factors": 4 * kept,
     }
     if recipe.refine.distill.steps:
-        copies = 4 if recipe.refine.distill.held_out_blocks else 3
-        disk["distillation checkpoint"] = copies * DENSE_BYTES * stacked(recipe, shape)
+        disk["distillation checkpoint"] = remembered(recipe, shape)
         if recipe.refine.distill.teacher_top:
             seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
             disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new

@@ -1,4 +1,4 @@
-"""Memory and hours of the training half, phase by phase: statistics, spectrum, scores, and factors or distillation."""
+"""Memory and hours of the training half, phase by phase: statistics, spectrum, scores, compensation, the factors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from soco_export.cost_card import Phase
 from soco_export.cost_shape import BASE_DEVICE, BASE_HOST, BYTES, DENSE_BYTES, DOUBLE_BYTES, ModelShape, host, hours
 from soco_export.recipe import Recipe
+from soco_train.compensate import FISHER_AT_ONCE
 from soco_train.spectrum import find_basis
 from soco_train.statistics import SUMS_AT_ONCE, sums_bytes
 
@@ -35,6 +36,8 @@ def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
         if recipe.train.scorer == "singular-values"
         else phase("scores", _scores_memory, hours(_scores_flops(recipe, shape), recipe.train.factor_dtype)),
     ]
+    if recipe.refine.compensate.blocks and not recipe.train.trains:
+        phases.append(phase("compensation", _compensation_memory, _compensation_hours(recipe, shape)))
     if recipe.refine.distill.steps:
         spent = hours(_distillation_flops(recipe, shape), recipe.train.factor_dtype)
         beside = DENSE_BYTES * stacked(recipe, shape)
@@ -135,6 +138,29 @@ def _tokens_a_step(recipe: Recipe) -> int:
     return recipe.train.batch_tokens if recipe.train.trains else recipe.data.block
 
 
+def _compensation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
+    """Some layers at a time have their factors in fp32 and the Fisher matrices of their scores in memory."""
+    tokens, share = recipe.data.block, 1 / _compensation_passes(shape)
+    scored = DENSE_BYTES * int(share * (shape.full_factors + tokens * shape.components))
+    memory = BASE_DEVICE + width * shape.parameters + scored + min(FISHER_AT_ONCE, _fisher(shape))
+    return memory + tokens * _saved_by_the_rest(shape, width) + _logits(tokens, shape, tokens, width)
+
+
+def _compensation_passes(shape: ModelShape) -> int:
+    return math.ceil(_fisher(shape) / FISHER_AT_ONCE)
+
+
+def _fisher(shape: ModelShape) -> int:
+    return sum(DENSE_BYTES * min(pair) ** 2 for pair in shape.linears)
+
+
+def _compensation_hours(recipe: Recipe, shape: ModelShape) -> float:
+    """A pass forward and backward for each group of layers, and their products over all tokens, in fp32."""
+    tokens = recipe.refine.compensate.blocks * recipe.data.block
+    passes = 2 * 2.0 * tokens * _compensation_passes(shape) * shape.parameters
+    return hours(passes, recipe.train.factor_dtype) + hours(2.0 * tokens * _fisher(shape) / DENSE_BYTES, "float32")
+
+
 def stacked(recipe: Recipe, shape: ModelShape) -> int:
     """Numbers of all factors as they are trained: stacked, whatever the storage."""
     return int(sum(r * (m + n) for r, (m, n) in zip(_ranks(recipe, shape), shape.linears, strict=True)))
@@ -169,10 +195,15 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
         # before the first step it is there beside the factors, moments and best factors of a run that goes on
-        copies = 1 + moments + bool(settings.held_out_blocks)
-        learning = max(learning, copies * DENSE_BYTES * kept + width * shape.selected)
+        learning = max(learning, remembered(recipe, shape) + width * shape.selected)
         dense -= width * shape.selected
     return BASE_DEVICE + dense + learning + _logits(tokens, shape, recipe.train.logit_chunk, width)
+
+
+def remembered(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of what a distillation goes on from: the factors, their moments and the best ones so far."""
+    settings = recipe.refine.distill
+    return (1 + MOMENTS[settings.optimiser] + bool(settings.held_out_blocks)) * DENSE_BYTES * stacked(recipe, shape)
 
 
 def _distillation_flops(recipe: Recipe, shape: ModelShape) -> float:

@@ -34,7 +34,8 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     from soco_export.models import check_model
     from soco_train.optimiser import check_optimiser
 
-    check_optimiser(recipe.refine.distill.optimiser)
+    if recipe.refine.distill.steps:
+        check_optimiser(recipe.refine.distill.optimiser)
     if format == "onnx":
         check_precision(recipe)
         check_provider(recipe)

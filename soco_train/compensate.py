@@ -30,7 +30,7 @@ from soco_train.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.settings import CompensateSettings
 from soco_train.subject import Subject
 
-_BYTES_AT_ONCE = 4 * 2**30
+FISHER_AT_ONCE = 4 * 2**30  # bytes of the layers' H that are summed in one pass over the tokens
 SKIPPED = "skipped: the scores were trained, their survivors do without the removed components already"
 
 
@@ -143,7 +143,7 @@ def _groups(plan: RankPlan, names: list[str]) -> Iterator[list[str]]:
     used = 0
     for name in names:
         size = 4 * min(plan.layers[name].shape) ** 2
-        if group and used + size > _BYTES_AT_ONCE:
+        if group and used + size > FISHER_AT_ONCE:
             yield group
             group, used = [], 0
         group.append(name)

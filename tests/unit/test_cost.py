@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from soco_export import cost_training
 from soco_export.cost import ModelShape, estimate, measure
-from soco_export.cost_card import count, size
+from soco_export.cost_card import Phase, count, size
 from soco_export.models import dense_config, put_on, shrink
 from soco_export.recipe import Recipe, list_recipes, load_recipe
 from soco_export.tiny import random_model
 from soco_train.artifacts import Spectrum, SpectrumStore
+from soco_train.compensate import FISHER_AT_ONCE
 from soco_train.layers import select_linears
 from soco_train.scored import ScoreBank, scored_model
 from soco_train.spectrum import find_basis
@@ -176,6 +177,30 @@ def test_with_muon_7b_distils_to_0_8_on_one_gpu_of_80_gb() -> None:
     saved = adamw.device - muon.device
     assert 0.95 < saved / (4 * cost_training.stacked(recipe, shape)) < 1
     assert 1 < muon.gpu_hours / adamw.gpu_hours < 2.5, "which is dear beside so few tokens a step"
+
+
+@by_property
+@given(shape=shapes)
+def test_compensation_is_a_phase_where_it_is_done(shape: ModelShape) -> None:
+    def phases(scorer: str, blocks: int) -> dict[str, Phase]:
+        recipe = TINY.replace({"train.scorer": scorer, "refine.compensate.blocks": blocks})
+        return {phase.name: phase for phase in estimate(recipe, shape).phases}
+
+    assert "compensation" not in phases("fisher", 0)
+    assert "compensation" not in phases("soco", 8), "skipped after a scorer that trains"
+    once, twice = (phases("fisher", blocks)["compensation"] for blocks in (8, 16))
+    assert twice.gpu_hours == pytest.approx(2 * once.gpu_hours)
+    assert once.device == twice.device
+    assert once.device > 4 * shape.parameters, "the model is there"
+
+
+def test_compensating_7b_fits_one_gpu_of_80_gb_and_takes_passes_for_it() -> None:
+    recipe = load_recipe("mistral-7b").replace({"train.scorer": "fisher", "refine.compensate.blocks": 16})
+    shape = measure(recipe)
+    (found,) = (phase for phase in estimate(recipe, shape).phases if phase.name == "compensation")
+    matrices = sum(4 * min(pair) ** 2 for pair in shape.linears)
+    assert matrices > FISHER_AT_ONCE
+    assert 2 * shape.parameters + FISHER_AT_ONCE < found.device < 60e9
 
 
 @by_property
