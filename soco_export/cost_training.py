@@ -182,12 +182,12 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     settings = recipe.refine.distill
     tokens, kept = settings.batch_tokens, stacked(recipe, shape)
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
-    # fp32 factors: value, gradient and moments; and copies in the model's dtype, while they are needed
+    # fp32 factors: value, gradient and moments; and copies in the model's dtype, or rounded, while they are needed
     moments = MOMENTS[settings.optimiser]
     factors = (2 + moments) * DENSE_BYTES * kept
     if settings.optimiser == "muon":
         factors += MUON_AT_ONCE * _largest_factor(recipe, shape)
-    if width < DENSE_BYTES:
+    if width < DENSE_BYTES or settings.rounding.weights != "same":
         factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
         factors += DENSE_BYTES * kept  # the best so far

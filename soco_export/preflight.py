@@ -33,10 +33,13 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
     from soco_export.models import check_model
     from soco_train.optimiser import check_optimiser
+    from soco_train.rounding import check_rounding
 
     if recipe.refine.distill.steps:
         check_optimiser(recipe.refine.distill.optimiser)
+        check_rounding(recipe.refine.distill.rounding, recipe.storage)
     if format == "onnx":
+        check_quantisation(recipe)
         check_precision(recipe)
         check_provider(recipe)
     if format == "dense":
@@ -44,6 +47,21 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     # room first: checking a model of the hub downloads it
     check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
+
+
+def check_quantisation(recipe: Recipe) -> None:
+    """Raise RecipeError if the factors are trained for one quantisation and would be exported in another."""
+    rounding, weights, how = recipe.refine.distill.rounding, recipe.export.weights, recipe.export.quantize
+    if not recipe.refine.distill.steps or "same" in (rounding.weights, weights):
+        return
+    exported = {"weights": weights, "block": how.block, "symmetric": how.symmetric, "keep": how.keep}
+    for key, trained in rounding.model_dump().items():
+        if trained != exported[key]:
+            raise RecipeError(
+                f"the factors are trained for rounding with {key} {trained}, the export has {exported[key]}",
+                fix=f"set refine.distill.rounding.{key} to that, or refine.distill.rounding.weights: same",
+                where=f"recipe: refine.distill.rounding.{key}",
+            )
 
 
 def check_precision(recipe: Recipe) -> None:

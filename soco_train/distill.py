@@ -69,7 +69,7 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
     task.model.eval()
     folder = task.remember_in or task.workdir / f"teacher-{task.fingerprint[:16]}"
     with (
-        factored(task.model, task.linears, factors) as layers,
+        factored(task.model, task.linears, factors, task.settings.rounding) as layers,
         recomputing(task.model, task.settings.checkpoint_activations),
     ):
         parallel.agree(parameter for layer in layers.values() for parameter in layer.pair.parameters())

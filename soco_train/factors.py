@@ -21,7 +21,8 @@ from soco_train.artifacts import LayerFactors, LazyLayers, PivotedFactors, Score
 from soco_train.budget import RankPlan, kept
 from soco_train.layers import substituted
 from soco_train.pivot import pivot_factors
-from soco_train.settings import Storage
+from soco_train.rounding import AS_THEY_ARE, rounded, rounds
+from soco_train.settings import RoundingSettings, Storage
 
 
 def make_factors(
@@ -79,18 +80,22 @@ def _pivoted_form(form: StackedFactors) -> PivotedFactors:
 
 
 class FactorPair(nn.Module):
-    """The factors of one layer as what is trained: y = up (down x) + bias."""
+    """The factors of one layer as what is trained: y = up (down x) + bias, both perhaps as rounding leaves them."""
 
-    def __init__(self, factors: StackedFactors, device: torch.device) -> None:
+    def __init__(self, factors: StackedFactors, device: torch.device, rounding: RoundingSettings | None = None) -> None:
         super().__init__()
+        self.rounding = rounding
         self.up = nn.Parameter(factors.up.clone().to(device))
         self.down = nn.Parameter(factors.down.clone().to(device))
         self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
-        z = functional.linear(x, self.down.to(x.dtype))
-        return functional.linear(z, self.up.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        z = functional.linear(x, self._seen(self.down, x))
+        return functional.linear(z, self._seen(self.up, x), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _seen(self, factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (factor if self.rounding is None else rounded(factor, self.rounding)).to(x.dtype)
 
 
 class FactorLinear(nn.Module):
@@ -99,10 +104,10 @@ class FactorLinear(nn.Module):
     The pair is a module of its own so that sharding it (parallel.py) leaves the dense layer, and its passes, alone.
     """
 
-    def __init__(self, dense: nn.Linear, factors: StackedFactors) -> None:
+    def __init__(self, dense: nn.Linear, factors: StackedFactors, rounding: RoundingSettings | None = None) -> None:
         super().__init__()
         self.dense = dense.requires_grad_(False)
-        self.pair = FactorPair(factors, dense.weight.device)
+        self.pair = FactorPair(factors, dense.weight.device, rounding)
         self.teaching = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -129,8 +134,14 @@ def _taken(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def factored(
-    model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, StackedFactors]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    factors: Mapping[str, StackedFactors],
+    rounding: RoundingSettings = AS_THEY_ARE,
 ) -> AbstractContextManager[dict[str, FactorLinear]]:
     """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
-    pruned = {name: linears[name] for name in factors}
-    return substituted(model, pruned, lambda name, linear: FactorLinear(linear, factors[name]))
+
+    def make(name: str, linear: nn.Linear) -> FactorLinear:
+        return FactorLinear(linear, factors[name], rounding if rounds(rounding, name) else None)
+
+    return substituted(model, {name: linears[name] for name in factors}, make)

@@ -127,6 +127,15 @@ class RefitSettings(Section):
     ridge: float = Field(default=1e-3, gt=0, description="pull to the present factors, as a share of the mean variance")
 
 
+class RoundingSettings(Section):
+    """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`."""
+
+    weights: Literal["same", "int8", "int4"] = "same"
+    block: Literal[16, 32, 64, 128, 256] = 32
+    symmetric: bool = True
+    keep: tuple[str, ...] = ()
+
+
 class DistillSettings(Section):
     """End-to-end distillation of the surviving factors: KL to the dense model plus `ce_weight` × cross entropy."""
 
@@ -140,6 +149,7 @@ class DistillSettings(Section):
     teacher_top: int = Field(
         default=0, ge=0, description="likeliest tokens remembered of the dense model's predictions; 0: made afresh"
     )
+    rounding: RoundingSettings = RoundingSettings()
     checkpoint_activations: bool = False
     shard: bool = Field(
         default=False, description="several processes divide the factors and their optimiser state (FSDP2)"

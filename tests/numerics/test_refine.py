@@ -18,6 +18,7 @@ from soco_train.events import Event, silent
 from soco_train.factors import factored, make_factors
 from soco_train.layers import parked, select_linears
 from soco_train.refit import Moments, refit, solve
+from soco_train.rounding import rounded
 from soco_train.scorers import ScoringTask, train_scores
 from soco_train.settings import (
     CompensateSettings,
@@ -25,6 +26,7 @@ from soco_train.settings import (
     LayerSettings,
     PlanSettings,
     RefitSettings,
+    RoundingSettings,
     TrainSettings,
 )
 from soco_train.spectrum import decompose_model
@@ -339,6 +341,24 @@ def test_once_its_predictions_are_remembered_the_dense_model_is_not_asked(
     asked.clear()
     distill(task, cut[2])
     assert not asked, "and it is not asked again"
+
+
+def test_factors_are_trained_as_they_will_be_rounded(subject, cut, tmp_path: Path) -> None:
+    rounding = RoundingSettings(weights="int4", block=16, keep=("*.o_proj",))
+    settings = {"evaluate_every": 10, "lr": 3e-3, "patience": 9}
+    task, events = distillation(subject, tmp_path / "trained", **settings, rounding=rounding)
+    found = distill(task, cut[2])
+    stored = {
+        name: layer
+        if name.endswith("o_proj")
+        else replace(layer, up=rounded(layer.up, rounding), down=rounded(layer.down, rounding))
+        for name, layer in found.items()
+    }
+    judge, judged = distillation(subject, tmp_path / "judged", steps=1, lr=1e-30)
+    distill(judge, stored)
+    losses = held_out(events)
+    assert min(losses) == pytest.approx(held_out(judged)[0], rel=1e-4), "what was trained is what runs"
+    assert min(losses) < 0.95 * losses[0], "and it was trained"
 
 
 class Moved(torch.nn.Linear):

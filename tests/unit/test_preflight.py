@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from soco_export import preflight
 from soco_export.cost_card import CostCard, Phase
 from soco_export.models import shrink
-from soco_export.preflight import Machine, bytes_in, check_everything, check_provider, check_room, look
+from soco_export.preflight import (
+    Machine,
+    bytes_in,
+    check_everything,
+    check_provider,
+    check_quantisation,
+    check_room,
+    look,
+)
 from soco_export.recipe import load_recipe
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 
@@ -75,6 +83,21 @@ def test_bad_input_stops_a_run_before_it_starts(
     assert message in caught.value.message
     assert caught.value.code == (ExitCode.MACHINE if kind is MachineError else ExitCode.USAGE)
     assert not (tmp_path / "run").exists()
+
+
+def test_factors_trained_for_one_rounding_are_not_exported_in_another(tmp_path: Path) -> None:
+    trained = ["refine.distill.steps=4", "refine.distill.rounding.weights=int4"]
+    for agreed in ([], ["export.weights=int4"]):
+        check_quantisation(load_recipe("tiny", [*trained, *agreed]))
+    for other, key in (
+        (["export.weights=int8"], "weights"),
+        (["export.weights=int4", "export.quantize.block=64"], "block"),
+        (["export.weights=int4", "export.quantize.keep=[lm_head]"], "keep"),
+    ):
+        with pytest.raises(RecipeError, match=f"rounding with {key}"):
+            check_everything(load_recipe("tiny", [*trained, *other]), tmp_path / "run", "onnx")
+    with pytest.raises(RecipeError, match="storage is pivoted"):
+        check_everything(load_recipe("tiny", [*trained, "storage=pivoted"]), tmp_path / "run", "hf")
 
 
 @pytest.mark.parametrize("tiny", [False, True])
