@@ -13,9 +13,10 @@ from soco_train.spectrum import find_basis
 from soco_train.statistics import SUMS_AT_ONCE, sums_bytes
 
 STATISTICS_TOKENS_AT_ONCE = 2048
-MOMENTS = {"adamw": 2, "muon": 1}  # numbers that the optimiser keeps for each parameter
+KEPT_BY = {"adamw": 2, "muon": 1}  # numbers that the optimiser keeps for each parameter
 # bytes for each number of the matrix whose step Muon takes: the update in fp32; in bf16 three as large, two at most
 MUON_AT_ONCE = 4 + 2 * 5
+ROUNDING_AT_ONCE = 4 * 4  # and of the matrix that is rounded: four in fp32
 
 
 def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
@@ -40,6 +41,8 @@ def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
         phases.append(phase("compensation", _compensation_memory, _compensation_hours(recipe, shape)))
     if recipe.refine.distill.steps:
         spent = hours(_distillation_flops(recipe, shape), recipe.train.factor_dtype)
+        if recipe.refine.distill.optimiser == "muon":
+            spent += recipe.refine.distill.steps * hours(_muon_flops(recipe, shape), "bfloat16")
         beside = DENSE_BYTES * stacked(recipe, shape)
         if recipe.refine.distill.teacher_top:
             beside += width * shape.selected  # parked
@@ -183,10 +186,11 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     tokens, kept = settings.batch_tokens, stacked(recipe, shape)
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + _saved_by_the_rest(shape, width)
     # fp32 factors: value, gradient and moments; and copies in the model's dtype, or rounded, while they are needed
-    moments = MOMENTS[settings.optimiser]
-    factors = (2 + moments) * DENSE_BYTES * kept
+    factors = (2 + KEPT_BY[settings.optimiser]) * DENSE_BYTES * kept
     if settings.optimiser == "muon":
         factors += MUON_AT_ONCE * _largest_factor(recipe, shape)
+    if settings.rounding.weights != "same":
+        factors += ROUNDING_AT_ONCE * _largest_factor(recipe, shape)
     if width < DENSE_BYTES or settings.rounding.weights != "same":
         factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
@@ -203,15 +207,14 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
 def remembered(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of what a distillation goes on from: the factors, their moments and the best ones so far."""
     settings = recipe.refine.distill
-    return (1 + MOMENTS[settings.optimiser] + bool(settings.held_out_blocks)) * DENSE_BYTES * stacked(recipe, shape)
+    return (1 + KEPT_BY[settings.optimiser] + bool(settings.held_out_blocks)) * DENSE_BYTES * stacked(recipe, shape)
 
 
 def _distillation_flops(recipe: Recipe, shape: ModelShape) -> float:
     settings = recipe.refine.distill
     student = stacked(recipe, shape) + shape.parameters - shape.selected
     passes = 4 if settings.checkpoint_activations else 3
-    learning = 2.0 * settings.batch_tokens * (shape.parameters + passes * student)
-    return settings.steps * (learning + (settings.optimiser == "muon") * _muon_flops(recipe, shape))
+    return 2.0 * settings.steps * settings.batch_tokens * (shape.parameters + passes * student)
 
 
 def _muon_flops(recipe: Recipe, shape: ModelShape) -> float:

@@ -50,18 +50,26 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
 
 
 def check_quantisation(recipe: Recipe) -> None:
-    """Raise RecipeError if the factors are trained for one quantisation and would be exported in another."""
-    rounding, weights, how = recipe.refine.distill.rounding, recipe.export.weights, recipe.export.quantize
-    if not recipe.refine.distill.steps or "same" in (rounding.weights, weights):
+    """Raise RecipeError if the export would round the factors where or how they were not trained to be rounded.
+
+    What it rounds less than that is no worse for it.
+    """
+    trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
+    if not recipe.refine.distill.steps or "same" in (trained.weights, weights):
         return
-    exported = {"weights": weights, "block": how.block, "symmetric": how.symmetric, "keep": how.keep}
-    for key, trained in rounding.model_dump().items():
-        if trained != exported[key]:
-            raise RecipeError(
-                f"the factors are trained for rounding with {key} {trained}, the export has {exported[key]}",
-                fix=f"set refine.distill.rounding.{key} to that, or refine.distill.rounding.weights: same",
-                where=f"recipe: refine.distill.rounding.{key}",
-            )
+    differences = {
+        "weights": weights == "int4" and trained.weights == "int8",
+        "block": weights == trained.weights and how.block != trained.block,
+        "symmetric": weights == trained.weights and how.symmetric != trained.symmetric,
+        "keep": not set(trained.keep) <= set(how.keep),
+    }
+    for key in (key for key, differs in differences.items() if differs):
+        exported = f"export.{key}" if key == "weights" else f"export.quantize.{key}"
+        raise RecipeError(
+            f"the factors are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
+            fix="give both the same value, or refine.distill.rounding.weights: same",
+            where=f"recipe: {exported}",
+        )
 
 
 def check_precision(recipe: Recipe) -> None:
@@ -156,7 +164,8 @@ def _too_small(phase: str, kind: str, needed: int, free: int) -> MachineError:
     fixes = {
         "statistics": "use a larger machine, or train.basis: plain",
         "scores": "lower train.batch_tokens, set train.checkpoint_activations, or train.factor_dtype: bfloat16",
-        "distillation": "lower refine.distill.batch_tokens, or refine.distill.steps: 0",
+        "compensation": "lower data.block, or refine.compensate.blocks: 0",
+        "distillation": "refine.distill.teacher_top: 512, optimiser: muon, fewer batch_tokens, or steps: 0",
         "proof": "export.weights: int8, or bench.enabled: false on a machine that is larger",
     }
     return MachineError(

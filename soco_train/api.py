@@ -74,7 +74,7 @@ def cut_factors(
 
     model: the dense model that `scores` were learnt on, left as it was; `workdir`: the one of `learn_scores`.
     The seed that trained the scores orders the batches here too. The layers that `plan` leaves dense are not in the
-    result. Raises DataError for a loss that is not finite.
+    result. Raises RecipeError for what distillation cannot do, DataError for a loss that is not finite.
     """
     linears = {name: model.get_submodule(name) for name in plan.layers}
     dense = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Linear)}

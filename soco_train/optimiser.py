@@ -22,9 +22,7 @@ def optimisers(name: OptimiserName, parameters: Iterable[nn.Parameter], lr: floa
 
     muon (Jordan et al. 2024) is for matrices: a step is the momentum with all its singular values made 1, scaled to the
     size that AdamW's has (arXiv 2502.16982). It keeps one number a parameter where AdamW keeps two. Biases get AdamW.
-    Raises what `check_optimiser` raises.
     """
-    check_optimiser(name)
     parameters = list(parameters)
     if name == "adamw":
         return [_adamw(parameters, lr)]

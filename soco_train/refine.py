@@ -17,6 +17,7 @@ from soco_train.compensate import compensate
 from soco_train.distill import DistillTask, distill
 from soco_train.events import Notify
 from soco_train.factors import make_factors, store_as
+from soco_train.optimiser import check_optimiser
 from soco_train.refit import refit
 from soco_train.rounding import check_rounding
 from soco_train.settings import RefineSettings
@@ -44,10 +45,12 @@ def refine(task: RefineTask, scores: Scores, plan: RankPlan, provenance: Mapping
 
     What no rung holds in memory as a whole is made layer by layer, each time that the result is asked for a layer;
     until then the spectra must stay as they are.
-    Raises RecipeError for pivoted storage of factors trained as rounded, DataError for a loss that is not finite.
+    Raises RecipeError for what distillation cannot do, before anything is cut, DataError for a loss that is not finite.
     """
     settings, tokens = task.settings, task.tokens
-    check_rounding(settings.distill.rounding, plan.storage)
+    if settings.distill.steps:
+        check_rounding(settings.distill.rounding, plan.storage)
+        check_optimiser(settings.distill.optimiser)
     if settings.compensate.blocks:
         scores = compensate(task, scores, plan, settings.compensate, task.notify)
     factors: Mapping[str, StackedFactors] = make_factors(task.spectra, scores, plan, task.linears)

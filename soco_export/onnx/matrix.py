@@ -63,16 +63,15 @@ class Matrix:
 
     def transposed(self) -> Iterator[Array]:
         """Yield the transpose [n, m] from top to bottom, some rows at a time."""
-        step = _step(None, self.shape[0])
-        for start in range(0, self.shape[1], step):
+        (m, n), step = self.shape, _step(None, self.shape[0])
+        for start in range(0, n, step):
             columns = slice(start, start + step) if self.columns is None else self.columns[start : start + step]
-            found = [_taken(part, columns).T for part in self.parts]
-            yield found[0] if len(found) == 1 else np.concatenate(found, axis=1)
-
-
-def _taken(part: Part, columns: slice | Array) -> Array:
-    taken = part.array[:, columns]
-    return taken if part.rows is None else taken[part.rows]
+            rows, left = np.empty((min(step, n - start), m), np.float32), 0
+            for part in self.parts:  # one after the other: of what lies in files only one is in memory
+                taken = part.array[:, columns]
+                rows[:, left : left + len(taken)] = (taken if part.rows is None else taken[part.rows]).T
+                left += len(taken)
+            yield rows
 
 
 def _step(size: int | None, width: int) -> int:

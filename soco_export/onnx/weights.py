@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
@@ -78,39 +78,38 @@ class CheckpointWeights:
         return values
 
 
-class Widened:
-    """A matrix whose numbers a file holds in another float type: float32 where it is looked at, so never as a whole."""
+class FileMatrix:
+    """A matrix that lies in a file, float32 where it is looked at.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+    The file is mapped anew for each look, so that no more of it counts as this process's memory than what is looked at.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(m, n)."""
-        return tuple(self._tensor.shape)
+    def __init__(self, file: str, name: str, shape: tuple[int, ...]) -> None:
+        self._file, self._name, self.shape = file, name, shape
 
     @property
     def nbytes(self) -> int:
         """Bytes that all of it would take."""
-        return 4 * self._tensor.numel()
+        return 4 * math.prod(self.shape)
 
     def __len__(self) -> int:
         """Return m."""
-        return len(self._tensor)
+        return self.shape[0]
 
     def __getitem__(self, index: Any) -> Array:
         """Return rows, or columns with [:, columns]."""
-        found: Array = self._tensor[index].float().numpy()
+        with safe_open(self._file, framework="pt") as shard:
+            found: Array = shard.get_tensor(self._name)[index].float().numpy()
         return found
 
 
 def _read_tensor(file: str, name: str) -> Stored:
-    """Return a tensor, a view of the file if it is stored as it is needed."""
     with safe_open(file, framework="pt") as shard:
+        stored = shard.get_slice(name)
+        if stored.get_dtype() in ("F32", "BF16", "F16", "F64") and len(stored.get_shape()) == 2:
+            return FileMatrix(file, name, tuple(stored.get_shape()))
         tensor = shard.get_tensor(name)
-    if tensor.is_floating_point() and tensor.dtype != torch.float32:
-        return Widened(tensor) if tensor.ndim == 2 else np.asarray(tensor.float().numpy())
-    return np.asarray(tensor.numpy())
+    return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
 
 def _is_finite(values: Stored) -> bool:

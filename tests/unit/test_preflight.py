@@ -20,7 +20,7 @@ from soco_export.preflight import (
     check_room,
     look,
 )
-from soco_export.recipe import load_recipe
+from soco_export.recipe import Recipe, load_recipe
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 
 
@@ -85,19 +85,27 @@ def test_bad_input_stops_a_run_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_factors_trained_for_one_rounding_are_not_exported_in_another(tmp_path: Path) -> None:
-    trained = ["refine.distill.steps=4", "refine.distill.rounding.weights=int4"]
-    for agreed in ([], ["export.weights=int4"]):
-        check_quantisation(load_recipe("tiny", [*trained, *agreed]))
-    for other, key in (
-        (["export.weights=int8"], "weights"),
-        (["export.weights=int4", "export.quantize.block=64"], "block"),
-        (["export.weights=int4", "export.quantize.keep=[lm_head]"], "keep"),
+def test_factors_are_not_rounded_where_they_were_not_trained_to_be(tmp_path: Path) -> None:
+    def recipe(*settings: str) -> Recipe:
+        return load_recipe("tiny", ["refine.distill.steps=4", *settings])
+
+    int4, int8 = (f"refine.distill.rounding.weights={kind}" for kind in ("int4", "int8"))
+    kept = "refine.distill.rounding.keep=[lm_head]"
+    finer = ([], ["export.weights=int4"], ["export.weights=int8"], ["export.quantize.keep=[lm_head]"])
+    for export in finer:
+        check_quantisation(recipe(int4, *export))
+    for key, *asked in (
+        ("export.weights", int8, "export.weights=int4"),
+        ("export.quantize.block", int4, "export.weights=int4", "export.quantize.block=64"),
+        ("export.quantize.symmetric", int4, "export.weights=int4", "export.quantize.symmetric=false"),
+        ("export.quantize.keep", int4, "export.weights=int4", kept),
     ):
-        with pytest.raises(RecipeError, match=f"rounding with {key}"):
-            check_everything(load_recipe("tiny", [*trained, *other]), tmp_path / "run", "onnx")
+        with pytest.raises(RecipeError) as caught:
+            check_everything(recipe(*asked), tmp_path / "run", "onnx")
+        assert caught.value.where == f"recipe: {key}"
     with pytest.raises(RecipeError, match="storage is pivoted"):
-        check_everything(load_recipe("tiny", [*trained, "storage=pivoted"]), tmp_path / "run", "hf")
+        check_everything(recipe(int4, "storage=pivoted"), tmp_path / "run", "hf")
+    check_everything(recipe(int4, "storage=pivoted", "refine.distill.steps=0"), tmp_path / "run", "hf")
 
 
 @pytest.mark.parametrize("tiny", [False, True])
