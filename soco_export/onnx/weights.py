@@ -71,9 +71,10 @@ class CheckpointWeights:
         file = self._stored[name].file
         try:
             values = _read_tensor(str(file), name)
+            finite = _is_finite(values)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
-        if not _is_finite(values):
+        if not finite:
             raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
         return values
 
