@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from soco_train.artifacts import StackedFactors, read_tensors, write_tensors
 from soco_train.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
-from soco_train.factors import FactorLinear, factored
+from soco_train.factors import FactorLinear, RoundedLinear, deployed
 from soco_train.layers import parked, teaching
 from soco_train.objective import divergence
 from soco_train.optimiser import optimisers, pack, unpack, warmup_cosine
@@ -69,13 +69,16 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
     task.model.eval()
     folder = task.remember_in or task.workdir / f"teacher-{task.fingerprint[:16]}"
     with (
-        factored(task.model, task.linears, factors, task.settings.rounding) as layers,
+        deployed(task.model, task.linears, factors, task.settings.rounding) as everything,
         recomputing(task.model, task.settings.checkpoint_activations),
     ):
+        layers = {name: layer for name, layer in everything.items() if isinstance(layer, FactorLinear)}
         parallel.agree(parameter for layer in layers.values() for parameter in layer.pair.parameters())
         if task.settings.shard:
             parallel.shard(layer.pair for layer in layers.values())
-        teacher = Teacher(lambda tokens: _dense_logits(task.model, layers, tokens), task.settings.teacher_top, folder)
+        teacher = Teacher(
+            lambda tokens: _dense_logits(task.model, everything.values(), tokens), task.settings.teacher_top, folder
+        )
         work = _Distillation(task, layers, teacher)
         if task.settings.teacher_top:
             work.ask_beforehand()
@@ -86,8 +89,10 @@ def distill(task: DistillTask, factors: Mapping[str, StackedFactors]) -> dict[st
         return {name: layer.factors() for name, layer in layers.items()}
 
 
-def _dense_logits(model: nn.Module, layers: Mapping[str, FactorLinear], tokens: torch.Tensor) -> torch.Tensor:
-    with teaching(layers.values()):
+def _dense_logits(
+    model: nn.Module, layers: Iterable[FactorLinear | RoundedLinear], tokens: torch.Tensor
+) -> torch.Tensor:
+    with teaching(layers):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
 

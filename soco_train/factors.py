@@ -21,7 +21,7 @@ from soco_train.artifacts import LayerFactors, LazyLayers, PivotedFactors, Score
 from soco_train.budget import RankPlan, kept
 from soco_train.layers import substituted
 from soco_train.pivot import pivot_factors
-from soco_train.rounding import AS_THEY_ARE, rounded, rounds
+from soco_train.rounding import rounded, rounds
 from soco_train.settings import RoundingSettings, Storage
 
 
@@ -133,15 +133,40 @@ def _taken(parameter: nn.Parameter) -> torch.Tensor:
     return parallel.whole(parameter.detach()).cpu().clone()
 
 
+class RoundedLinear(nn.Module):
+    """A layer that stays dense, as rounding will leave it, or as it is in teacher mode; it is not trained."""
+
+    def __init__(self, dense: nn.Linear, rounding: RoundingSettings) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.rounded = rounded(dense.weight, rounding).to(dense.weight.dtype)
+        self.teaching = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        return functional.linear(x, self.dense.weight if self.teaching else self.rounded, self.dense.bias)
+
+
 def factored(
+    model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, StackedFactors]
+) -> AbstractContextManager[dict[str, FactorLinear]]:
+    """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
+    pruned = {name: linears[name] for name in factors}
+    return substituted(model, pruned, lambda name, linear: FactorLinear(linear, factors[name]))
+
+
+def deployed(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     factors: Mapping[str, StackedFactors],
-    rounding: RoundingSettings = AS_THEY_ARE,
-) -> AbstractContextManager[dict[str, FactorLinear]]:
-    """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
+    rounding: RoundingSettings,
+) -> AbstractContextManager[dict[str, FactorLinear | RoundedLinear]]:
+    """As `factored`, and those `linears` that are rounded and have no factors become RoundedLinears."""
 
-    def make(name: str, linear: nn.Linear) -> FactorLinear:
+    def make(name: str, linear: nn.Linear) -> FactorLinear | RoundedLinear:
+        if name not in factors:
+            return RoundedLinear(linear, rounding)
         return FactorLinear(linear, factors[name], rounding if rounds(rounding, name) else None)
 
-    return substituted(model, {name: linears[name] for name in factors}, make)
+    taking_part = {name: linear for name, linear in linears.items() if name in factors or rounds(rounding, name)}
+    return substituted(model, taking_part, make)

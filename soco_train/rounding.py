@@ -16,7 +16,6 @@ from soco_train.errors import RecipeError
 from soco_train.settings import RoundingSettings, Storage
 
 BITS = {"int8": 8, "int4": 4}
-AS_THEY_ARE = RoundingSettings()
 
 
 def rounds(settings: RoundingSettings, name: str) -> bool:
