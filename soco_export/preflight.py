@@ -33,20 +33,34 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
     from soco_export.models import check_model
     from soco_train.optimiser import check_optimiser
-    from soco_train.rounding import check_rounding
 
+    check_recipe(recipe, format)
     if recipe.refine.distill.steps:
         check_optimiser(recipe.refine.distill.optimiser)
-        check_rounding(recipe.refine.distill.rounding, recipe.storage)
     if format == "onnx":
-        check_quantisation(recipe)
-        check_precision(recipe)
         check_provider(recipe)
-    if format == "dense":
-        check_biases(recipe)
     # room first: checking a model of the hub downloads it
     check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
+
+
+def check_recipe(recipe: Recipe, format: str) -> None:
+    """Raise RecipeError for settings that contradict each other, whatever the machine; a dry run asks this too."""
+    from soco_train.rounding import check_rounding
+
+    rounding, steps = recipe.refine.distill.rounding, recipe.refine.distill.steps
+    if rounding.weights != "same" and not steps:
+        raise RecipeError(
+            f"refine.distill.rounding.weights is {rounding.weights}, but nothing is distilled",
+            fix="set refine.distill.steps, or refine.distill.rounding.weights: same",
+            where="recipe: refine.distill.steps",
+        )
+    check_rounding(rounding, recipe.storage)
+    if format == "onnx":
+        check_quantisation(recipe)
+        check_precision(recipe)
+    if format == "dense":
+        check_biases(recipe)
 
 
 def check_quantisation(recipe: Recipe) -> None:
@@ -55,7 +69,7 @@ def check_quantisation(recipe: Recipe) -> None:
     What it rounds less than that is no worse for it.
     """
     trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
-    if not recipe.refine.distill.steps or "same" in (trained.weights, weights):
+    if "same" in (trained.weights, weights):
         return
     differences = {
         "weights": weights == "int4" and trained.weights == "int8",

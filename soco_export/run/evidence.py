@@ -43,7 +43,8 @@ def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
     }
     if context.format != "hf":
         shipped = context.path(context.format, context.format)
-        openers[SHIPPED] = lambda: open_decoder(shipped, settings, context.format)
+        name = "merged" if context.format == "dense" else context.format
+        openers[SHIPPED] = lambda: open_decoder(shipped, settings, name)
     return openers
 
 

@@ -45,9 +45,10 @@ def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) ->
     answers: dict[str, dict[str, Any]] = {}
     placement: Mapping[str, Any] = {}
     for form, opener in openers.items():
-        decoder = opener()
+        decoder, kept = opener(), questions.folder / form
+        kept.mkdir(exist_ok=True)
         observations[form] = observe(
-            decoder, questions.blocks.tokens, questions.recipe.validation.parity, questions.folder, questions.notify
+            decoder, questions.blocks.tokens, questions.recipe.validation.parity, kept, questions.notify
         )
         answers[form] = _answers(form, decoder, questions)
         placed = getattr(decoder, "placement", None)  # a PyTorch model is where it is

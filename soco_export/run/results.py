@@ -126,6 +126,9 @@ def _notes(context: RunContext) -> Iterator[str]:
             yield f"the graph was made by {export['route']}: its architecture has no description of ours"
         if not context.recipe.bench.enabled:
             yield "latency was not measured: bench.enabled is false"
+    rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
+    if context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
+        yield f"the factors were trained to be rounded to {rounding}, and here they are not"
     off = context.recipe.gates.model_dump() != applicable(context.recipe.gates, context.format).model_dump()
     if off:
         yield f"gates on ONNX are not judged: the format is {context.format}"

@@ -212,6 +212,8 @@ def _trained_stages(parent: RunFolder) -> dict[str, RunFolder]:
 def cost_card(recipe: Recipe, request: Request) -> Outcome:
     """Answer with what the run would cost; no network, no weights, nothing written."""
     from soco_export.cost import estimate, measure
+    from soco_export.preflight import check_recipe
 
+    check_recipe(recipe, request.format)
     card = estimate(recipe, measure(recipe), request.format)
     return Outcome(card.document(), "\n".join(card.lines()))

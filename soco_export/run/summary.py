@@ -31,7 +31,7 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
         yield f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}"
     if (root / "spectrum").is_dir():
         spare = folder_bytes(root / "spectrum") / 1e6
-        yield f"other sizes, no training: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
+        yield f"other sizes, same scores: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
     yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
 
 

@@ -178,10 +178,14 @@ class TestExport:
         assert "--out" in ran.err
 
     def test_dense_loads_anywhere_and_is_proven(self, run: Path) -> None:
+        results = (run / "results.json").read_text()
         ran = soco("export", run, "--format", "dense", "--json")
         assert ran.code == 0, ran.err
         assert "quantization_config" not in json.loads((run / "dense" / "config.json").read_text())
-        assert json.loads(ran.out)["parity"]["export"]["prefill"]["token_agreement"] == 1.0
+        parity, before = (json.loads(text)["parity"] for text in (ran.out, results))
+        assert parity["export"]["prefill"]["token_agreement"] == 1.0
+        for part in ("prefill", "decode"):  # the dense model's own answers, which the merged one's are not
+            assert parity["compression"][part] == pytest.approx(before["compression"][part])
 
     def test_a_hugging_face_folder(self, tiny_run: Path, tmp_path: Path) -> None:
         few = ("--set", "evaluation.blocks=1", "--set", "evaluation.block=64", "--set", "validate.threads=1")

@@ -105,7 +105,8 @@ def test_factors_are_not_rounded_where_they_were_not_trained_to_be(tmp_path: Pat
         assert caught.value.where == f"recipe: {key}"
     with pytest.raises(RecipeError, match="storage is pivoted"):
         check_everything(recipe(int4, "storage=pivoted"), tmp_path / "run", "hf")
-    check_everything(recipe(int4, "storage=pivoted", "refine.distill.steps=0"), tmp_path / "run", "hf")
+    with pytest.raises(RecipeError, match="nothing is distilled"):
+        check_everything(recipe(int4, "refine.distill.steps=0"), tmp_path / "run", "hf")
 
 
 @pytest.mark.parametrize("tiny", [False, True])
