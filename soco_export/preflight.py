@@ -81,7 +81,7 @@ def check_quantisation(recipe: Recipe) -> None:
         exported = f"export.{key}" if key == "weights" else f"export.quantize.{key}"
         raise RecipeError(
             f"the factors are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
-            fix="give both the same value, or refine.distill.rounding.weights: same",
+            fix="give both the same value and distil so, or round the factors as they are: soco-export export RUN/hf",
             where=f"recipe: {exported}",
         )
 

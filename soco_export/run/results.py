@@ -124,6 +124,8 @@ def _notes(context: RunContext) -> Iterator[str]:
         export = _read(context.path("onnx", EXPORT_FILE))
         if export["route"] != "builder":
             yield f"the graph was made by {export['route']}: its architecture has no description of ours"
+        if context.recipe.storage == "pivoted" and context.recipe.export.weights == "int4":
+            yield "pivoted layers do not bear int4: every row but the pivots is a combination of rounded ones"
         if not context.recipe.bench.enabled:
             yield "latency was not measured: bench.enabled is false"
     rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
