@@ -23,13 +23,11 @@ from soco_export.cost_shape import (
     host,
     measure,
 )
-from soco_export.cost_training import remembered, training_phases
+from soco_export.cost_training import checkpoint_bytes, training_phases
 from soco_export.recipe import Recipe
+from soco_train.settings import BITS
 
 __all__ = ["ModelShape", "estimate", "measure"]
-
-# one scale (fp32) for each block of weights
-QUANTISED_BITS = {"int8": 8, "int4": 4}
 
 
 def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCard:
@@ -76,7 +74,7 @@ def _export_phases(
 def _outputs(recipe: Recipe, shape: ModelShape, after: int) -> dict[str, int]:
     """Bytes of what the run makes: the chosen ONNX form first, then what the other forms would take."""
     kinds = {"fp32": 4 * after, "fp16": 2 * after}
-    for name in QUANTISED_BITS:
+    for name in BITS:
         kinds[name] = _quantised(recipe, shape, after, name)
     weights = recipe.export.weights
     same = BYTES[recipe.export.dtype]
@@ -90,7 +88,7 @@ def _quantised(recipe: Recipe, shape: ModelShape, parameters: int, kind: str) ->
     """The input embedding stays in `export.dtype`; every MatMul is blocks of integers with a scale each."""
     width = BYTES[recipe.export.dtype]
     multiplied = parameters if shape.tied else parameters - shape.embedding
-    bits = QUANTISED_BITS[kind] + 8 * width / recipe.export.quantize.block
+    bits = BITS[kind] + 8 * width / recipe.export.quantize.block
     return int(width * shape.embedding + multiplied * bits / 8)
 
 
@@ -104,7 +102,7 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "factors": 4 * kept,
     }
     if recipe.refine.distill.steps:
-        disk["distillation checkpoint"] = remembered(recipe, shape)
+        disk["distillation checkpoint"] = checkpoint_bytes(recipe, shape)
         if recipe.refine.distill.teacher_top:
             seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
             disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new

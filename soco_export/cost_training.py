@@ -199,12 +199,12 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
         # before the first step it is there beside the factors, moments and best factors of a run that goes on
-        learning = max(learning, remembered(recipe, shape) + width * shape.selected)
+        learning = max(learning, checkpoint_bytes(recipe, shape) + width * shape.selected)
         dense -= width * shape.selected
     return BASE_DEVICE + dense + learning + _logits(tokens, shape, recipe.train.logit_chunk, width)
 
 
-def remembered(recipe: Recipe, shape: ModelShape) -> int:
+def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of what a distillation goes on from: the factors, their moments and the best ones so far."""
     settings = recipe.refine.distill
     return (1 + KEPT_BY[settings.optimiser] + bool(settings.held_out_blocks)) * DENSE_BYTES * stacked(recipe, shape)

@@ -13,9 +13,7 @@ import torch
 from torch.nn import functional
 
 from soco_train.errors import RecipeError
-from soco_train.settings import RoundingSettings, Storage
-
-BITS = {"int8": 8, "int4": 4}
+from soco_train.settings import BITS, RoundingSettings, Storage
 
 
 def rounds(settings: RoundingSettings, name: str) -> bool:

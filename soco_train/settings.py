@@ -16,6 +16,7 @@ Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
 OptimiserName = Literal["adamw", "muon"]
+BITS = {"int8": 8, "int4": 4}  # of a number that block quantisation leaves
 BuiltinText = Literal["speeches", "time-machine"]
 
 

@@ -19,9 +19,8 @@ from soco_export.validate.decoder import TorchDecoder
 from soco_export.validate.perplexity import measure_perplexity
 from soco_export.validate.session import OnnxDecoder
 from soco_train.corpus import load_blocks
-from soco_train.settings import DataSettings
+from soco_train.settings import BITS, DataSettings
 
-BITS = {"int8": 8, "int4": 4}
 TOLERANCE = 0.02
 
 

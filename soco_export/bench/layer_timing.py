@@ -24,7 +24,7 @@ from soco_export.bench.settings import LatencySettings
 from soco_export.onnx.export import DTYPES
 from soco_export.onnx.graph import DataFile, Graph
 from soco_export.onnx.inspect import MODEL_FILE
-from soco_export.onnx.linear import BITS, Linears
+from soco_export.onnx.linear import Linears
 from soco_export.onnx.matrix import Array
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import Form
@@ -32,7 +32,7 @@ from soco_export.validate.session import DEVICES, check_provider, session_option
 from soco_export.validate.settings import CPU
 from soco_train.allocation import layer_cost
 from soco_train.events import Event, Notify
-from soco_train.settings import Storage
+from soco_train.settings import BITS, Storage
 
 # Parts of the dense layer's parameters at which a form is measured; the last one saves nothing any more.
 SHARES = (0.2, 0.4, 0.55, 0.7, 0.85, 1.0)

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from soco_export.onnx.architecture import Architecture
 from soco_export.onnx.graph import CONTRIB, Graph
-from soco_export.onnx.linear import BITS, Linears, StoredBlocks
+from soco_export.onnx.linear import Linears, StoredBlocks
 from soco_export.onnx.matrix import Matrix, Part
+from soco_train.settings import BITS
 
 
 class TokenTable:

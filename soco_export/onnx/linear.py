@@ -18,8 +18,8 @@ from soco_export.onnx.matrix import Array, Matrix, Order, Part, Stored
 from soco_export.onnx.quantize import quantize_rows
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import WeightSource
+from soco_train.settings import BITS
 
-BITS = {"int8": 8, "int4": 4}
 Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
 FINISH: dict[str, Finish] = {}
 

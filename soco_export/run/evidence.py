@@ -43,8 +43,7 @@ def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
     }
     if context.format != "hf":
         shipped = context.path(context.format, context.format)
-        name = "merged" if context.format == "dense" else context.format
-        openers[SHIPPED] = lambda: open_decoder(shipped, settings, name)
+        openers[SHIPPED] = lambda: open_decoder(shipped, settings, context.format)
     return openers
 
 

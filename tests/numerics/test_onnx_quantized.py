@@ -11,9 +11,9 @@ from onnx_models import Decoder, factor, save_dense, tiny_model, torch_logits
 from safetensors.torch import load_file
 
 from soco_export.onnx.export import export_onnx
-from soco_export.onnx.linear import BITS
 from soco_export.onnx.quantize import dequantize, quantize
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
+from soco_train.settings import BITS
 
 FORMS = {"q_proj": ("stacked", 21), "k_proj": ("pivoted", 9)}
 

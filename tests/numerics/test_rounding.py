@@ -8,8 +8,8 @@ import torch
 
 from soco_export.onnx.quantize import dequantize, quantize
 from soco_train.errors import RecipeError
-from soco_train.rounding import BITS, check_rounding, rounded, rounds
-from soco_train.settings import RoundingSettings
+from soco_train.rounding import check_rounding, rounded, rounds
+from soco_train.settings import BITS, RoundingSettings
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
