@@ -223,6 +223,7 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         if verb not in SHARED_VERBS or options.get("dry_run"):
             raise typer.Exit(0)
         quiet, verbose, as_json = True, False, False
+    common: dict[str, Any] = {}
     console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
     try:
         with console.working():
@@ -234,7 +235,8 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         console.error(error)
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
-        console.warn("interrupted: the same command goes on from the last checkpoint")
+        again = "the same command without --fresh" if common.get("fresh") else "the same command"
+        console.warn(f"interrupted: {again} goes on from the last checkpoint")
         raise typer.Exit(INTERRUPTED) from None
     if parallel.leading():
         console.result(outcome.document, outcome.text)

@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.atomic import write_atomic
+from soco_export.files.records import record_file
 from soco_export.onnx.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.report.plots import svg
-from soco_export.run.manifest import record_file, stage_key, write_atomic
+from soco_export.run.manifest import stage_key
 from soco_export.validate.perplexity import measure_perplexity
 from soco_export.validate.session import OnnxDecoder
 from soco_export.validate.settings import CPU

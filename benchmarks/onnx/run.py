@@ -39,8 +39,8 @@ from soco_export.bench.layer_times import Profile
 from soco_export.bench.layer_timing import Device
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.roofline import measure_bandwidth
+from soco_export.files.atomic import write_atomic
 from soco_export.onnx.settings import ExportSettings
-from soco_export.run.manifest import write_atomic
 from soco_export.run.planning import read_or_measure
 from soco_export.validate.settings import CPU
 from soco_train.budget import RankPlan

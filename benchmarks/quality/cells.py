@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from soco_export.files.atomic import write_atomic
 from soco_export.recipe import Recipe, load_recipe
-from soco_export.run.manifest import stage_key, write_atomic
+from soco_export.run.manifest import stage_key
 from soco_train.spectrum import find_basis
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size

@@ -25,10 +25,11 @@ import torch
 import soco_train
 from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
 from soco_export.checkpoint import save_checkpoint
+from soco_export.files.atomic import write_atomic
 from soco_export.lowrank import apply_factors, count_parameters, record_layers
 from soco_export.models import load_model
 from soco_export.recipe import Recipe
-from soco_export.run.manifest import stage_key, write_atomic
+from soco_export.run.manifest import stage_key
 from soco_export.validate.decoder import TorchDecoder
 from soco_export.validate.perplexity import measure_perplexity
 from soco_export.validate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items

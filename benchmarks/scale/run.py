@@ -27,9 +27,9 @@ from benchmarks.quality.run import machine
 from benchmarks.scale.estimate import H100_FLOPS, Sizes, hours_of_decomposition, training
 from benchmarks.scale.parts import GPU, Size, do, shapes
 from soco_export.doctor import versions
+from soco_export.files.atomic import write_atomic
 from soco_export.models import dense_config
 from soco_export.recipe import Recipe, load_recipe
-from soco_export.run.manifest import write_atomic
 from soco_train.layers import select_linears
 
 TOKENS = 30e6  # of score training: what the whole is extrapolated to

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.quality.run import machine
 from benchmarks.throughput.models import Subject, subjects
 from soco_export.doctor import versions
+from soco_export.files.atomic import write_atomic
 from soco_export.models import dense_config
 from soco_export.recipe import load_recipe
-from soco_export.run.manifest import write_atomic
 from soco_train.budget import RankPlan
 from soco_train.settings import PlanSettings
 

@@ -7,10 +7,7 @@ reads with nothing of ours installed. stream.py writes what `save_checkpoint` do
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
+from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.lowrank import factored_layers, record_layers
-from soco_train.errors import RecipeError
 
 SHARD = "5GB"
 
@@ -34,9 +31,10 @@ def save_checkpoint(
     """Write the model with its pruned layers as they are.
 
     model: a transformers model; tokenizer: its tokenizer, or None. card: the README.md (None: a short one). Raises
-    DataError if a weight is NaN or infinite, RecipeError if `out` holds something that is not a checkpoint; nothing is
-    written then.
+    DataError if a weight is NaN or infinite, RecipeError if `out` holds anything but what an earlier call wrote there;
+    nothing is written then.
     """
+    check_replaceable(out)
     record_layers(model)
     check_finite(model)
     check_dense_parts(model)
@@ -54,6 +52,7 @@ def save_dense(
     Arguments and errors as `save_checkpoint`; RecipeError also if a trained bias has no place in the plain
     architecture. All weights must be in memory, not offloaded to disk.
     """
+    check_replaceable(out)
     check_finite(model)
     state = dense_state(model)
     flags = fit_biases(model, state)
@@ -78,43 +77,6 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             check_values(name, parameter.detach())
-
-
-@contextmanager
-def replacing_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
-
-    RecipeError if `out` holds files, but neither a config.json nor a model.onnx: then it is not ours to replace.
-    """
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    _put_back(old, out)
-    if out.exists() and not _is_ours(out):
-        raise RecipeError(f"{out} holds something that is not a checkpoint", fix="choose another --out", where=str(out))
-    for stale in (partial, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            os.rename(out, old)
-        os.rename(partial, out)
-    finally:
-        _put_back(old, out)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_back(old: Path, out: Path) -> None:
-    """Undo the first of the two renames if the second never happened: `old` is then the last good folder there is."""
-    if old.exists() and not out.exists():
-        os.rename(old, out)
-
-
-def _is_ours(out: Path) -> bool:
-    if not out.is_dir():
-        return False
-    # An ONNX folder has a config.json only in the optimum layout.
-    return not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "model.onnx"))
 
 
 def finish(

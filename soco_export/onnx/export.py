@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from soco_export.checkpoint.writer import replacing_folder
+from soco_export.files.records import check_apart
+from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.architecture import Architecture, describe, read_config
 from soco_export.onnx.builder import DecoderBuilder
 from soco_export.onnx.fallback import check_fallback, export_traced
@@ -17,7 +18,6 @@ from soco_export.onnx.inspect import MODEL_FILE, GraphSummary, summarise
 from soco_export.onnx.layouts import Layout, check_layouts, write_layouts
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import CheckpointWeights, WeightSource, check_tensors
-from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -45,8 +45,8 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
     not what its config says; both before any weight is read.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / MODEL_FILE).exists():
-        raise RecipeError(f"{out} holds something that is no ONNX model", fix="give another folder", where=str(out))
+    check_apart(out, [folder], where=str(out))
+    check_replaceable(out)
     check_layouts(settings)
     config = read_config(folder)
     architecture = describe(config)

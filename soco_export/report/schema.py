@@ -6,7 +6,6 @@ Sections that were not measured are null, so a reader sees the difference betwee
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
+from soco_export.files.atomic import write_atomic
 from soco_export.gate import GateSettings, Verdict, judge
 from soco_export.validate.figures import PerplexityFigures, StepParity, TaskComparison
 from soco_train.errors import DataError
@@ -134,9 +134,7 @@ class Results(Part):
 
     def save(self, path: Path) -> None:
         """Write results.json, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, self.model_dump_json(indent=2) + "\n")
 
     @staticmethod
     def load(path: Path) -> Results:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from soco_export.files.records import record_file
 from soco_export.recipe import Recipe
 from soco_export.run.folder import RunFolder
-from soco_export.run.manifest import record_file, stage_key
+from soco_export.run.manifest import stage_key
 from soco_train.corpus import Blocks, load_blocks
 from soco_train.events import Notify
 

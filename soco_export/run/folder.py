@@ -3,13 +3,14 @@
     runs/tiny/  manifest.json  recipe.lock.yaml  spectrum/  scores.safetensors  plan.json  factors.safetensors
                 hf/  onnx/  onnx-dense/  evidence/  results.json  report.md  report.html  junit.xml  unfinished/
 
-Everything that is not finished lies in unfinished/ and is moved to its name when it is whole.
+Everything that is not finished lies in unfinished/ and is moved to its name when it is whole. Only files that the
+manifest lists, as it lists them, are ever replaced or deleted, and no link is followed.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.doctor import versions
+from soco_export.files.atomic import remove, write_atomic
+from soco_export.files.records import check_apart
 from soco_export.recipe import Recipe, load_recipe, lock
-from soco_export.run.manifest import MANIFEST, Manifest, Process, write_atomic
+from soco_export.run.manifest import MANIFEST, Manifest, Process, StageRecord, record_outputs
 from soco_train.errors import MachineError, RecipeError
 
 LOCK = "recipe.lock.yaml"
 UNFINISHED = "unfinished"
 HELD = "run.held"
+PROFILE = "latency.json"
 CONTENT = (
     *("spectrum", "scores.safetensors", "plan.json", "factors.safetensors", "hf", "dense", "onnx", "onnx-dense"),
-    *("evidence", "latency.json", "results.json", "report.md", "report.html", "junit.xml", UNFINISHED, LOCK, MANIFEST),
+    *("evidence", PROFILE, "results.json", "report.md", "report.html", "junit.xml", UNFINISHED, LOCK, MANIFEST),
 )
+PARTIAL = re.compile(r"\.(manifest\.json|recipe\.lock\.yaml|latency\.json)\.\d+\.partial")
 # Sections that say how a result is looked at; changing them in an existing run only repeats the looking.
 EVIDENCE_SECTIONS = frozenset({"description", "evaluation", "validate", "bench", "gates"})
 
@@ -51,6 +56,55 @@ class RunFolder:
         """Where stages work."""
         return self.root / UNFINISHED
 
+    def install(
+        self, workspace: Path, stage: str, record: StageRecord, writes: Sequence[str], shared: set[str]
+    ) -> None:
+        """Move what `stage` made in `workspace` to its place and record it; whole files and folders, by renames.
+
+        record: what else the manifest is to say of the stage. shared: paths that other stages own inside of `writes`.
+        The manifest lists the new files before the first rename and the old ones until after the last: a run that is
+        killed in between knows either as its own.
+        """
+        manifest = self.manifest
+        manifest.check_own(self.root, writes)
+        made = record_outputs(workspace, writes, ())
+        going = {name: file for name, file in manifest.written.items() if _under(name, writes)}
+        kept = {name: file for name, file in manifest.written.items() if name not in going}
+        manifest.written, manifest.earlier = {**kept, **made}, {**manifest.earlier, **going}
+        self.save()
+        for name in writes:
+            self._swap(workspace, name)
+        manifest.earlier = {}
+        outputs = {name: file for name, file in made.items() if name not in shared}
+        manifest.stages[stage] = record.model_copy(update={"outputs": outputs})
+        remove(workspace)
+        self.save()
+
+    def _swap(self, workspace: Path, name: str) -> None:
+        """Put `workspace`/`name` in the place of what is there; an old folder goes out of the way whole."""
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            old = workspace / "replaced" / name
+            old.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(target, old)
+        os.replace(workspace / name, target)
+
+    def drop_orphans(self) -> None:
+        """Delete files of the run that no stage lists any more: what a run begun with --fresh has not made anew."""
+        listed = {name for record in self.manifest.stages.values() for name in record.outputs}
+        orphans = sorted(set(self.manifest.written) - listed)
+        self.manifest.check_own(self.root, orphans)
+        for name in orphans:
+            remove(self.root / name)
+            for folder in (self.root / name).parents:
+                if folder == self.root or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+            del self.manifest.written[name]
+        if orphans:
+            self.save()
+
 
 def read_folder(root: Path, recipe: Recipe) -> RunFolder:
     """Return the run folder of a run of `recipe` that another process holds; it must not be saved."""
@@ -64,25 +118,54 @@ def read_folder(root: Path, recipe: Recipe) -> RunFolder:
 
 def check_folder(root: Path, recipe: Recipe, fresh: bool) -> None:
     """Raise RecipeError if a run of `recipe` must not be written into `root`; reads only."""
+    check_apart(root, ())
     if not root.exists():
         return
     if not root.is_dir():
         raise RecipeError(f"{root} is a file", fix="give another --out", where="--out")
-    if not (root / MANIFEST).exists():
-        strangers = sorted(path.name for path in root.iterdir() if path.name not in (HELD, LOCK, UNFINISHED))
-        if strangers:
-            raise RecipeError(
-                f"{root} holds files that are no run of soco-export ({', '.join(strangers[:3])})",
-                fix="give another --out: nothing is written over them, not even with --fresh",
-                where="--out",
-            )
-        return
-    if not fresh:
-        _check_same_run(root, recipe)
+    _check_links(root)
+    manifest = Manifest.load(root)
+    if manifest is None:
+        _check_free(root)
+    elif not fresh:
+        _check_same_run(root, recipe, manifest)
+    else:
+        manifest.check_own(root, [name for name in CONTENT if name not in (UNFINISHED, LOCK, MANIFEST, PROFILE)])
 
 
-def _check_same_run(root: Path, recipe: Recipe) -> None:
-    Manifest.load(root)
+def _check_links(root: Path) -> None:
+    links = [name for name in (*CONTENT, HELD) if (root / name).is_symlink()]
+    if links:
+        raise RecipeError(
+            f"{root / links[0]} is a link, and links are not written through",
+            fix="put the file or folder itself there, or give another --out",
+            where=str(root / links[0]),
+        )
+
+
+def _check_free(root: Path) -> None:
+    """Raise RecipeError if `root`, which has no manifest, holds more than what a run leaves that dies at its start."""
+    held = root / HELD
+    ours = {HELD} if held.is_file() and not held.stat().st_size else set()
+    names = sorted(path.name for path in root.iterdir())
+    strangers = [name for name in names if name not in ours and not PARTIAL.fullmatch(name)]
+    if LOCK in strangers and UNFINISHED in strangers:
+        raise RecipeError(
+            f"{root} holds a run that has lost its {MANIFEST}",
+            fix=f"put {MANIFEST} back, or give another --out: without it nothing there is known to be the run's own",
+            where=str(root / MANIFEST),
+        )
+    if strangers:
+        raise RecipeError(
+            f"{root} holds files that are no run of soco-export ({', '.join(strangers[:3])})",
+            fix="give another --out: nothing is written over them, not even with --fresh",
+            where="--out",
+        )
+
+
+def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
+    if not manifest.stages and not (root / LOCK).exists():
+        return  # died before it began
     try:
         there = read_lock(root)
     except RecipeError as error:
@@ -129,7 +212,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: bool = False) -> Iterator[RunFolder]:
-    """Hold `root` for a run of `recipe`, created if need be; `fresh` empties it of its earlier run.
+    """Hold `root` for a run of `recipe`, created if need be.
+
+    `fresh` starts over: no stage counts as done, and each earlier file goes when the new one is whole.
 
     Raises RecipeError if it holds another run or another process holds it, MachineError if it cannot be written.
     """
@@ -139,9 +224,7 @@ def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: boo
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / HELD, timeout=0):
-            if fresh:
-                _empty(root)
-            yield _begin(root, recipe, argv)
+            yield _begin(root, recipe, argv, fresh)
     except Timeout:
         raise RecipeError(
             f"{root} is in use by another process{_holder(root)}",
@@ -152,9 +235,11 @@ def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: boo
         raise MachineError(f"cannot write to {root}: {error}", fix="give a writable --out", where="--out") from error
 
 
-def _begin(root: Path, recipe: Recipe, argv: Sequence[str]) -> RunFolder:
+def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunFolder:
+    """Write manifest and lock, the manifest first: a folder is known as ours before anything else lies in it."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     before = Manifest.load(root)
+    _clear_unfinished(root, before, fresh)
     manifest = Manifest(
         model=recipe.name,
         argv=list(argv),
@@ -162,10 +247,13 @@ def _begin(root: Path, recipe: Recipe, argv: Sequence[str]) -> RunFolder:
         versions=versions(),
         process=Process(pid=os.getpid(), host=socket.gethostname(), started=started),
         inputs=before.inputs if before else {},
-        stages=before.stages if before else {},
+        stages=before.stages if before and not fresh else {},
+        written=before.written if before else {},
+        earlier=before.earlier if before else {},
     )
-    write_atomic(root / LOCK, lock(recipe))
+    manifest.settle(root)
     manifest.save(root)
+    write_atomic(root / LOCK, lock(recipe))
     return RunFolder(root, recipe, manifest)
 
 
@@ -175,15 +263,22 @@ def _holder(root: Path) -> str:
     return f" ({manifest.process.pid} on {manifest.process.host}, since {manifest.process.started})" if manifest else ""
 
 
-def _empty(root: Path) -> None:
-    """Remove what runs write, the manifest last: a half-emptied folder is still known as ours."""
-    for name in CONTENT:
-        remove(root / name)
+def _clear_unfinished(root: Path, before: Manifest | None, fresh: bool) -> None:
+    """Remove partial files of killed processes and, to start over, the workspaces of the earlier run's stages."""
+    for path in [path for path in root.iterdir() if PARTIAL.fullmatch(path.name)]:
+        remove(path)
+    for stage in before.stages if before and fresh else ():
+        for workspace in workspaces(root, stage):
+            remove(workspace)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def workspaces(root: Path, stage: str) -> list[Path]:
+    """Return the folders in which `stage` worked without finishing: unfinished/<stage>.<12 hex digits of its key>."""
+    pattern = re.compile(rf"{re.escape(stage)}\.[0-9a-f]{{12}}")
+    unfinished = root / UNFINISHED
+    found = unfinished.iterdir() if unfinished.is_dir() else ()
+    return [path for path in found if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _under(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}/") for path in paths)

@@ -10,11 +10,13 @@ from typing import Any
 
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import render_percentile
+from soco_export.files.records import check_apart
+from soco_export.files.replacing import check_replaceable
 from soco_export.gate import GATES, GateSettings, Verdict, judge
 from soco_export.recipe import Recipe, load_recipe
 from soco_export.run.context import quiet_transformers
 from soco_export.run.decoders import is_onnx, open_decoder
-from soco_export.run.folder import flatten, remove
+from soco_export.run.folder import flatten
 from soco_export.run.request import Outcome, Request, table
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
@@ -24,14 +26,14 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
     quiet_transformers()
     recipe = load_recipe(request.recipe or "base", request.overrides)
-    out = request.out or folder.with_name(f"{folder.resolve().name}-{request.format}")
+    out = request.out or folder.absolute().with_name(f"{folder.resolve().name}-{request.format}")
     if request.format == "hf" or not (folder / "config.json").is_file():
         raise RecipeError(
             f"{folder} is no run" + (", and a Hugging Face folder already" if request.format == "hf" else ""),
             fix="give a run folder, or a Hugging Face folder with --format onnx or dense",
             where=str(folder),
         )
-    _make_room(out, request.fresh)
+    _check_out(out, folder, request.fresh)
     if request.format == "dense":
         _write_dense(recipe, folder, out)
         return Outcome({"folder": str(out)}, str(out))
@@ -43,17 +45,16 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     return Outcome(document, f"{out}\n{proof.text}", proof.code)
 
 
-def _make_room(out: Path, fresh: bool) -> None:
-    """Empty `out` of an earlier export if that is asked for; RecipeError if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (fresh and (out / "config.json").is_file()):
+def _check_out(out: Path, folder: Path, fresh: bool) -> None:
+    """Raise RecipeError unless `out` is free, or holds an earlier export and is to be replaced; reads only."""
+    check_apart(out, [folder])
+    if out.is_dir() and any(out.iterdir()) and not fresh:
         raise RecipeError(
             f"{out} holds something already",
-            fix="give another --out, or --fresh to write over a model there",
+            fix="give another --out, or --fresh to replace an earlier export there",
             where="--out",
         )
-    remove(out)
+    check_replaceable(out)
 
 
 def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:

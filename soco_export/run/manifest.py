@@ -1,37 +1,28 @@
 """manifest.json: what a run read, wrote and still owes, so that it resumes by itself and can be checked later.
 
 A stage is done when the hash over everything it read (its key) and the hashes of everything it wrote still agree.
-A file whose size and modification time are those on record is not read again: checking a 20 GB run takes no time.
+What is listed in `written` is the run's own; whatever else lies in its folder, or was changed there, is the user's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
+from soco_export.files.atomic import write_atomic
+from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
 from soco_train.errors import RecipeError
 
 MANIFEST = "manifest.json"
-
-
-class Record(BaseModel):
-    """A part of the manifest; unknown keys are an error, so that a foreign file is not taken for ours."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class FileRecord(Record):
-    """One file as it was: `modified_ns` and `bytes` spare reading it again."""
-
-    sha256: str
-    bytes: int
-    modified_ns: int
+EDITED = (
+    "move them elsewhere: the same command then makes what is missing; "
+    "a model that you changed is measured by soco-export validate FOLDER --against MODEL"
+)
 
 
 class StageRecord(Record):
@@ -39,8 +30,8 @@ class StageRecord(Record):
 
     status: Literal["running", "done"]
     key: str
-    inputs: dict[str, str] = {}
-    outputs: dict[str, FileRecord] = {}
+    inputs: dict[str, str] = Field(default_factory=dict)
+    outputs: dict[str, FileRecord] = Field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -53,7 +44,11 @@ class Process(Record):
 
 
 class Manifest(Record):
-    """The whole run. `inputs` are the files read from outside, by path; the recipe lies beside it as a lock file."""
+    """The whole run. `inputs` are the files read from outside, by path; the recipe lies beside it as a lock file.
+
+    `written` are all files of the run as they were last written; while some are being replaced `earlier` still has
+    the ones that go, so that a run killed in between knows either as its own.
+    """
 
     schema_version: Literal[1] = 1
     model: str
@@ -61,8 +56,10 @@ class Manifest(Record):
     seed: int
     versions: dict[str, str]
     process: Process
-    inputs: dict[str, FileRecord] = {}
-    stages: dict[str, StageRecord] = {}
+    inputs: dict[str, FileRecord] = Field(default_factory=dict)
+    stages: dict[str, StageRecord] = Field(default_factory=dict)
+    written: dict[str, FileRecord] = Field(default_factory=dict)
+    earlier: dict[str, FileRecord] = Field(default_factory=dict)
 
     @staticmethod
     def load(root: Path) -> Manifest | None:
@@ -71,27 +68,38 @@ class Manifest(Record):
         if not path.exists():
             return None
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            manifest = Manifest.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise RecipeError(
                 f"{MANIFEST} is not a manifest of this version of soco-export",
-                fix="give another --out, or start over with --fresh",
+                fix="give another --out: what another program or version wrote is left alone, even with --fresh",
                 where=str(path),
             ) from error
+        if not manifest.written:  # made before files were listed apart from stages
+            manifest.written = {
+                name: file for stage in manifest.stages.values() for name, file in stage.outputs.items()
+            }
+        return manifest
 
     def save(self, root: Path) -> None:
         """Write the manifest of `root` atomically."""
         write_atomic(root / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
+    def check_own(self, root: Path, names: Iterable[str]) -> None:
+        """Raise RecipeError if a file under `names` is not the run's own, as it wrote it; reads only."""
+        known: dict[str, list[FileRecord]] = {}
+        for records in (self.written, self.earlier):
+            for name, record in records.items():
+                known.setdefault(name, []).append(record)
+        check_ours(root, names, known, EDITED)
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` beside `path` and move it into place: a file with the final name is always whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    def settle(self, root: Path) -> None:
+        """Forget what a killed replacement left in `earlier`: what lies there now is what was written."""
+        for name, before in self.earlier.items():
+            path = root / name
+            if path.is_file() and not path.is_symlink() and record_file(path, before).sha256 == before.sha256:
+                self.written[name] = before
+        self.earlier = {}
 
 
 def stage_key(settings: Any, inputs: Mapping[str, str]) -> str:
@@ -100,33 +108,13 @@ def stage_key(settings: Any, inputs: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def record_file(path: Path, known: FileRecord | None = None) -> FileRecord:
-    """Return the record of `path`; its content is read only if size or time differ from `known`."""
-    status = path.stat()
-    if known and (known.bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns):
-        return known
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return FileRecord(sha256=digest.hexdigest(), bytes=status.st_size, modified_ns=status.st_mtime_ns)
-
-
 def record_outputs(root: Path, outputs: Iterable[str], others: Iterable[str]) -> dict[str, FileRecord]:
     """Return records of all files that `outputs` (files or folders under `root`) hold, by path relative to `root`.
 
     `others` are paths that another stage owns although they lie in one of these folders (the model card in hf/).
     """
     owned_by_others = set(others)
-    files = {path.relative_to(root).as_posix(): path for output in outputs for path in _files(root / output)}
-    return {name: record_file(path) for name, path in sorted(files.items()) if name not in owned_by_others}
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from (file for file in path.rglob("*") if file.is_file())
-    elif path.exists():
-        yield path
+    return {name: record for name, record in record_files(root, outputs).items() if name not in owned_by_others}
 
 
 def why_stale(root: Path, record: StageRecord | None, key: str) -> str:

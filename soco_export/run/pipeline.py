@@ -9,7 +9,6 @@ settings and inputs, so a killed stage finds its own checkpoints there and never
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError
 
-from soco_export.run.folder import RunFolder, remove
-from soco_export.run.manifest import StageRecord, record_outputs, stage_key, why_stale
+from soco_export.files.atomic import remove
+from soco_export.run.folder import RunFolder, workspaces
+from soco_export.run.manifest import StageRecord, stage_key, why_stale
 from soco_train import parallel
 from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
@@ -61,13 +61,25 @@ class Pipeline(Generic[Context]):
     notify: Notify = silent
 
     def run(self) -> None:
-        """Bring every stage up to date."""
+        """Bring every stage up to date; RecipeError first if that would replace what is not the run's own."""
+        self._check_own()
         for stage in self.stages:
             reason = self.why(stage)
             if not reason:
                 self.notify(Event(stage.name, 1, 1, {"": "up to date"}))
             elif not stage.cache or any(self.why(reader) for reader in self.stages if stage.name in reader.reads):
                 self._execute(stage, reason)
+
+        self.folder.drop_orphans()
+
+    def _check_own(self) -> None:
+        """Check the outputs of all stages that run, or that read from one that does and so may run."""
+        running: set[str] = set()
+        for stage in self.stages:
+            if running.intersection(stage.reads) or self.why(stage):
+                running.add(stage.name)
+                home = self._home(stage)
+                home.manifest.check_own(home.root, stage.writes)
 
     def why(self, stage: Stage[Context]) -> str:
         """Return why a stage must run, "" if it need not."""
@@ -106,22 +118,16 @@ class Pipeline(Generic[Context]):
                 parallel.call(f"{stage.name}\n{workspace}")
             stage.work(self.context, workspace)
         seconds = time.monotonic() - started
-        for name in stage.writes:
-            install(workspace / name, home.root / name)
-        remove(workspace)
         others = {name for other in self.stages if other is not stage for name in other.writes}
-        outputs = record_outputs(home.root, stage.writes, others)
-        home.manifest.stages[stage.name] = StageRecord(
-            status="done", key=key, inputs=inputs, outputs=outputs, seconds=round(seconds, 3)
-        )
-        home.save()
+        done = StageRecord(status="done", key=key, inputs=inputs, seconds=round(seconds, 3))
+        home.install(workspace, stage.name, done, stage.writes, others)
         self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}))
 
     def _workspace(self, stage: Stage[Context], key: str) -> Path:
         """Return the stage's own folder in unfinished/; those of its earlier tasks go."""
-        unfinished = self._home(stage).unfinished
-        own = unfinished / f"{stage.name}.{key[:12]}"
-        for other in unfinished.glob(f"{stage.name}.*") if unfinished.exists() else ():
+        home = self._home(stage)
+        own = home.unfinished / f"{stage.name}.{key[:12]}"
+        for other in workspaces(home.root, stage.name):
             if other != own:
                 remove(other)
         for name in () if stage.cache else stage.writes:
@@ -161,11 +167,3 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         found = found[part]
     return found
-
-
-def install(made: Path, target: Path) -> None:
-    """Move a whole file or folder to its name, in place of what was there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        remove(target)
-    os.replace(made, target)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soco_export.bench.layer_times import Profile, Shape, limits
+from soco_export.files.atomic import write_atomic
 from soco_export.recipe import Recipe
-from soco_export.run.manifest import write_atomic
+from soco_export.run.folder import PROFILE
 from soco_train.artifacts import Scores
 from soco_train.budget import RankPlan, plan_ranks
 from soco_train.errors import RecipeError
@@ -21,8 +22,6 @@ from soco_train.settings import Storage
 
 if TYPE_CHECKING:
     from soco_export.bench.layer_timing import Device
-
-PROFILE = "latency.json"
 
 
 def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> RankPlan:

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.atomic import write_atomic
 from soco_export.recipe import Recipe
-from soco_export.run.manifest import write_atomic
 from soco_export.validate.decoder import Decoder
 from soco_export.validate.figures import StepParity
 from soco_export.validate.parity import Observation, compare, observe

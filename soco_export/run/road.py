@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from soco_export.files.records import check_apart
 from soco_export.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import Format, RunContext
@@ -19,9 +20,9 @@ from soco_export.run.folder import (
     open_folder,
     read_folder,
     read_lock,
-    remove,
 )
-from soco_export.run.pipeline import Pipeline, Stage, assist, install
+from soco_export.run.manifest import StageRecord, stage_key
+from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request
 from soco_export.run.results import applicable, write_reports
 from soco_export.run.stages import ARTEFACTS, PLAN, SCORES, SPECTRUM, TRAINING
@@ -101,12 +102,15 @@ def check(request: Request, recipe: Recipe, root: Path) -> None:
     """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does."""
     if not parallel.leading():
         return
+    from soco_export.models import find_folder
     from soco_export.preflight import check_everything
     from soco_train.scorers import find_scorer
     from soco_train.spectrum import find_basis
 
     find_scorer(recipe.train.scorer)
     find_basis(recipe.train.basis)
+    folder = find_folder(recipe) if recipe.model.weights == "pretrained" else None
+    check_apart(root, [folder] if folder else [])
     check_folder(root, recipe, request.fresh)
     check_everything(recipe, root, request.format)
 
@@ -122,7 +126,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
     with open_folder(run, recipe, request.argv) as folder:
-        folder.manifest.stages.pop(stage, None)
+        folder.manifest.stages.pop(stage, None)  # its files stay listed as the run's own
         context = RunContext(folder, there.format, notify)
         Pipeline(folder, stages, context, context.sources(), notify=notify).run()
     return run_outcome(run)
@@ -147,12 +151,12 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
         context = RunContext(folder, results.format, notify)
         rejudged = results.judged(applicable(recipe.gates, results.format))
         settings = recipe.model_dump(mode="json", by_alias=True)
-        work = folder.unfinished / "report"
+        folder.manifest.check_own(run, REPORT_FILES)
+        work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"
         work.mkdir(parents=True, exist_ok=True)
         write_reports(rejudged.model_copy(update={"recipe": settings}), context, work)
-        for name in REPORT_FILES:
-            install(work / name, run / name)
-        remove(work)
+        # with no key the stage is stale: the next run judges by its own gates again
+        folder.install(work, "report", StageRecord(status="done", key=""), REPORT_FILES, set())
     return run_outcome(run)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.atomic import write_atomic
 from soco_export.recipe import Recipe
-from soco_export.run.manifest import write_atomic
 from soco_export.run.planning import plan_for
 from soco_export.run.request import Outcome, table
 from soco_train.artifacts import Scores
@@ -33,6 +33,8 @@ def plan_sizes(
             fix=f"soco-export train --model {recipe.name}, or give the folder of a finished training",
             where=str(scores_file),
         )
+    if out:
+        _check_free(out, sizes)
     scores = Scores.load(scores_file)
     plans = {
         size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
@@ -45,9 +47,19 @@ def plan_sizes(
     return Outcome({"plans": documents}, "\n".join([*text, *(f"wrote {path}" for path in written.values())]))
 
 
+def _check_free(out: Path, sizes: Sequence[float]) -> None:
+    for path in [out / _name(size) for size in sizes]:
+        if path.is_symlink() or path.exists():
+            raise RecipeError(f"{path} is there already", fix="give another --out, or move it away", where="--out")
+
+
+def _name(size: float) -> str:
+    return f"plan-{size:g}.json"
+
+
 def _write(plan: RankPlan, size: float, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"plan-{size:g}.json"
+    path = out / _name(size)
     write_atomic(path, plan.to_json())
     return path
 

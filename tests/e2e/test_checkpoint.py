@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, merge_dense, save_checkpoint, save_dense
 from soco_export.checkpoint import check_folder
-from soco_export.checkpoint.writer import replacing_folder
 from soco_export.lowrank import FactoredLinear, PivotedLinear, count_parameters, factored_layers
 from soco_train.artifacts import Factors
 from soco_train.errors import DataError, RecipeError
@@ -210,10 +209,12 @@ def test_the_tokenizer_comes_back(saved: tuple[Any, Path]) -> None:
 
 def test_saving_replaces_a_checkpoint_whole_or_not_at_all(saved: tuple[Any, Path], ids: torch.Tensor) -> None:
     model, folder = saved
-    (folder / "stale.txt").write_text("from before")
+    (folder / "notes.txt").write_text("from before")
+    with pytest.raises(RecipeError, match=r"notes.txt \(not written by soco-export\)"):
+        save_checkpoint(model, None, folder)
+    (folder / "notes.txt").unlink()
     save_checkpoint(model, None, folder, card="# mine")
     assert (folder / "README.md").read_text() == "# mine"
-    assert not (folder / "stale.txt").exists()
 
     class Broken:
         def save_pretrained(self, folder: str) -> None:
@@ -228,46 +229,9 @@ def test_saving_replaces_a_checkpoint_whole_or_not_at_all(saved: tuple[Any, Path
 def test_a_foreign_folder_is_left_alone(saved: tuple[Any, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(RecipeError, match="not a checkpoint"):
+    with pytest.raises(RecipeError, match=r"chapter.tex \(not written by soco-export\)"):
         save_checkpoint(saved[0], None, tmp_path / "thesis")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
-
-
-def test_a_folder_with_an_onnx_model_is_ours_to_replace(tmp_path: Path) -> None:
-    out = tmp_path / "onnx"
-    out.mkdir()
-    (out / "model.onnx").write_text("old")
-    with replacing_folder(out) as folder:
-        (folder / "model.onnx").write_text("new")
-    assert (out / "model.onnx").read_text() == "new"
-
-
-def test_the_last_good_folder_outlives_a_kill_between_the_renames(tmp_path: Path) -> None:
-    (tmp_path / ".hf.old").mkdir()
-    (tmp_path / ".hf.old" / "config.json").write_text("good")
-    (tmp_path / ".hf.partial").mkdir()
-    with pytest.raises(OSError, match="disk full"), replacing_folder(tmp_path / "hf"):
-        raise OSError("disk full")
-    assert (tmp_path / "hf" / "config.json").read_text() == "good"
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_the_last_good_folder_outlives_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "hf"
-    out.mkdir()
-    (out / "config.json").write_text("good")
-    rename = os.rename
-
-    def refuse(source: Path, target: Path) -> None:
-        if source.name.endswith(".partial"):
-            raise PermissionError("no")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(PermissionError), replacing_folder(out):
-        pass
-    assert (out / "config.json").read_text() == "good"
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_model_that_is_not_finite_is_not_written(saved: tuple[Any, Path], tmp_path: Path) -> None:

@@ -82,12 +82,16 @@ class TestFinishedRun:
         assert document["run"] == str(run)
         assert all(verdict["passed"] for verdict in document["verdicts"])
 
-    def test_a_damaged_file_is_made_again(self, run: Path, quick: list[str]) -> None:
+    def test_a_deleted_file_is_made_again_and_a_changed_one_refused(self, run: Path, quick: list[str]) -> None:
         whole = (run / "onnx" / "model.onnx").read_bytes()
         (run / "onnx" / "model.onnx").write_bytes(whole[:100])
         ran = soco("train-and-export", *quick, "--out", run)
-        assert ran.code == 0
-        assert "onnx/model.onnx was changed" in ran.err
+        assert ran.code == 2
+        assert "onnx/model.onnx (changed since it was written)" in ran.err
+        (run / "onnx" / "model.onnx").unlink()
+        ran = soco("train-and-export", *quick, "--out", run)
+        assert ran.code == 0, ran.err
+        assert "onnx/model.onnx is gone" in ran.err
         assert stages(ran)["scores"] == "up to date"
         assert stages(ran)["proof"] == "up to date"  # the file is what it was
         assert (run / "onnx" / "model.onnx").read_bytes() == whole

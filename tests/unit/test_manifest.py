@@ -10,18 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soco_export.run.manifest import (
-    MANIFEST,
-    FileRecord,
-    Manifest,
-    Process,
-    StageRecord,
-    record_file,
-    record_outputs,
-    stage_key,
-    why_stale,
-    write_atomic,
-)
+from soco_export.files.atomic import write_atomic
+from soco_export.files.records import FileRecord, record_file
+from soco_export.run.manifest import MANIFEST, Manifest, Process, StageRecord, record_outputs, stage_key, why_stale
 from soco_train.errors import RecipeError
 
 hashes = st.dictionaries(

@@ -95,8 +95,9 @@ def test_progress_counts_every_layer(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_export_is_not_replaced(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
-    with pytest.raises(RecipeError, match="holds something"):
-        export_onnx(folder, folder, ExportSettings())
+    for out in (folder, folder / "onnx", folder.parent):
+        with pytest.raises(RecipeError, match="that is read"):
+            export_onnx(folder, out, ExportSettings())
     assert (folder / "model.safetensors").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,8 +79,57 @@ class TestPipeline:
 
     def test_equal_results_end_the_repetition(self, tmp_path: Path) -> None:
         run(tmp_path, a_recipe())
-        (tmp_path / "scores").write_text("damaged")
+        (tmp_path / "scores").unlink()
         assert run(tmp_path, a_recipe()) == ["scores"]
+
+    def test_what_was_changed_by_hand_is_refused_before_any_stage_runs(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "hf" / "config.json").write_text("fine-tuned")
+        with pytest.raises(RecipeError, match=r"lost: hf/config.json \(changed since it was written\)"):
+            run(tmp_path, a_recipe(), model="other weights")
+        with pytest.raises(RecipeError, match=r"hf/config\.json"):
+            run(tmp_path, a_recipe())
+        assert (tmp_path / "scores").read_text() == "scores wrote scores"
+        assert (tmp_path / "hf" / "config.json").read_text() == "fine-tuned"
+
+    def test_what_was_added_to_a_folder_is_refused_when_the_folder_is_to_be_replaced(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / "hf" / "notes.md").write_text("mine")
+        assert run(tmp_path, a_recipe()) == []
+        with pytest.raises(RecipeError, match=r"hf/notes.md \(not written by soco-export\)"):
+            run(tmp_path, a_recipe(), model="other weights")
+        assert (tmp_path / "scores").read_text() == "scores wrote scores"
+
+    @pytest.mark.parametrize("moment", range(8))
+    def test_a_death_while_results_are_installed_leaves_whole_folders(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    ) -> None:
+        """`hf` is replaced by a longer one; killed at any rename, the folder is one version, whole, or is not there."""
+        run(tmp_path, a_recipe())
+        longer = Stage[Log]("hf", ("plan", "model"), (), ("hf",), writer("new", "hf/config.json", "hf/second.json"))
+        stages = (SPECTRUM, SCORES, PLAN, longer, CARD)
+        steps = iter(range(100))
+
+        def dying(name: str) -> Callable[..., None]:
+            original = getattr(os, name)
+
+            def call(*arguments: object) -> None:
+                if next(steps) == moment:
+                    raise KeyboardInterrupt
+                original(*arguments)
+
+            return call
+
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, dying(name))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, a_recipe(), stages)
+        monkeypatch.undo()
+        files = {path.name for path in (tmp_path / "hf").iterdir()} if (tmp_path / "hf").exists() else set()
+        assert files in (set(), {"config.json", "README.md"}, {"config.json", "second.json"})
+        run(tmp_path, a_recipe(), stages)
+        assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "second.json", "README.md"}
+        assert run(tmp_path, a_recipe(), stages) == []
 
     def test_a_deleted_cache_is_not_missed(self, tmp_path: Path) -> None:
         run(tmp_path, a_recipe())
@@ -190,11 +240,60 @@ class TestFolder:
         assert "--fresh" in error.value.fix
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
-    def test_fresh_starts_over(self, tmp_path: Path) -> None:
+    def test_fresh_starts_over_and_keeps_each_result_until_the_new_one_is_whole(self, tmp_path: Path) -> None:
         run(tmp_path, a_recipe())
         with open_folder(tmp_path, a_recipe(keep_params=0.5), fresh=True) as folder:
             assert folder.manifest.stages == {}
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["scores", MANIFEST, LOCK, HELD])
+            assert (tmp_path / "hf" / "config.json").exists()
+            Pipeline(folder, (SPECTRUM, SCORES), [], {"model": lambda: "weights"}).run()
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != UNFINISHED) == sorted(
+            ["scores", "spectrum", MANIFEST, LOCK, HELD]
+        )
+
+    def test_fresh_forgets_the_checkpoints_of_killed_stages(self, tmp_path: Path) -> None:
+        def killed(log: Log, out: Path) -> None:
+            log.extend(path.name for path in out.iterdir())
+            (out / "checkpoint").write_text("half")
+            raise KeyboardInterrupt
+
+        stages = (Stage[Log]("scores", ("model",), (), ("scores",), killed),)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, a_recipe(), stages)
+        (tmp_path / UNFINISHED / "mine.txt").write_text("mine")
+        log: Log = []
+        with open_folder(tmp_path, a_recipe(), fresh=True) as folder, pytest.raises(KeyboardInterrupt):
+            Pipeline(folder, stages, log, {"model": lambda: "weights"}).run()
+        assert log == []
+        assert (tmp_path / UNFINISHED / "mine.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["hf", UNFINISHED, MANIFEST, LOCK, HELD])
+    @pytest.mark.parametrize("fresh", [False, True])
+    def test_links_are_refused(self, tmp_path: Path, name: str, fresh: bool) -> None:
+        root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        run(root, a_recipe())
+        if (root / name).exists():
+            (root / name).rename(elsewhere)
+        (root / name).symlink_to(elsewhere)
+        with pytest.raises(RecipeError, match=f"{name} is a link"):
+            check_folder(root, a_recipe(), fresh)
+
+    def test_a_run_that_died_before_it_began_goes_on(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe(), ())
+        (tmp_path / LOCK).unlink()
+        (tmp_path / ".manifest.json.77.partial").write_text("{")
+        assert run(tmp_path, a_recipe()) == ["spectrum", "scores", "plan", "hf", "card"]
+        assert not (tmp_path / ".manifest.json.77.partial").exists()
+
+    def test_a_partial_file_alone_is_a_folder_to_begin_in(self, tmp_path: Path) -> None:
+        (tmp_path / HELD).touch()
+        (tmp_path / ".manifest.json.77.partial").write_text("{")
+        assert run(tmp_path, a_recipe()) == ["spectrum", "scores", "plan", "hf", "card"]
+
+    def test_a_run_without_its_manifest_is_named(self, tmp_path: Path) -> None:
+        run(tmp_path, a_recipe())
+        (tmp_path / MANIFEST).unlink()
+        with pytest.raises(RecipeError, match=r"has lost its manifest\.json"):
+            check_folder(tmp_path, a_recipe(), fresh=True)
 
     def test_fresh_leaves_what_is_not_ours(self, tmp_path: Path) -> None:
         run(tmp_path, a_recipe())
@@ -215,13 +314,15 @@ class TestFolder:
         with pytest.raises(RecipeError, match="is a file"):
             check_folder(tmp_path / "out", a_recipe(), fresh=True)
 
-    def test_fresh_gets_past_a_broken_manifest(self, tmp_path: Path) -> None:
-        run(tmp_path, a_recipe())
-        (tmp_path / MANIFEST).write_text("{")
-        with pytest.raises(RecipeError, match="not a manifest"):
-            check_folder(tmp_path, a_recipe(), fresh=False)
-        with open_folder(tmp_path, a_recipe(), fresh=True) as folder:
-            assert folder.manifest.stages == {}
+    @pytest.mark.parametrize("fresh", [False, True])
+    def test_another_programs_manifest_is_never_written_over(self, tmp_path: Path, fresh: bool) -> None:
+        (tmp_path / MANIFEST).write_text('{"name": "web app"}')
+        (tmp_path / "onnx").mkdir()
+        (tmp_path / "onnx" / "precious").write_text("mine")
+        with pytest.raises(RecipeError, match="not a manifest"), open_folder(tmp_path, a_recipe(), fresh=fresh):
+            pass
+        assert (tmp_path / MANIFEST).read_text() == '{"name": "web app"}'
+        assert (tmp_path / "onnx" / "precious").exists()
 
     def test_two_processes_do_not_share_a_folder(self, tmp_path: Path) -> None:
         spawn = multiprocessing.get_context("spawn")

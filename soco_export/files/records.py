@@ -1,0 +1,100 @@
+"""What this program wrote, by SHA-256: the only files that it ever deletes or replaces.
+
+A file whose size and modification time are those on record is not read again: checking a 20 GB run takes no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from soco_train.errors import RecipeError
+
+SHOWN = 3  # files that an error names
+
+
+class Record(BaseModel):
+    """A part of a manifest; unknown keys are an error, so that a foreign file is not taken for ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class FileRecord(Record):
+    """One file as it was: `modified_ns` and `bytes` spare reading it again."""
+
+    sha256: str
+    bytes: int
+    modified_ns: int
+
+
+def record_file(path: Path, known: FileRecord | None = None) -> FileRecord:
+    """Return the record of `path`; its content is read only if size or time differ from `known`."""
+    status = path.stat()
+    if known and (known.bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns):
+        return known
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 18):
+            digest.update(chunk)
+    return FileRecord(sha256=digest.hexdigest(), bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+
+def record_files(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Return the records of all files that `names` (files or folders under `root`) hold, by path relative to `root`."""
+    files = {path.relative_to(root).as_posix(): path for name in names for path in walk(root / name)}
+    return {name: record_file(path) for name, path in sorted(files.items())}
+
+
+def walk(path: Path) -> Iterator[Path]:
+    """Yield `path` if it is a file or a link, else every file and link below it; no link is followed."""
+    if path.is_symlink() or path.is_file():
+        yield path
+    elif path.is_dir():
+        for inner in path.iterdir():
+            yield from walk(inner)
+
+
+def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[FileRecord]]) -> list[str]:
+    """Return the files under `names` that are not as `known` has them, each with why: these must not be touched.
+
+    known: by path relative to `root`, the records under which a file counts as ours.
+    """
+    found = []
+    for path in sorted(path for name in names for path in walk(root / name)):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            found.append(f"{name} (a link)")
+        elif name not in known:
+            found.append(f"{name} (not written by soco-export)")
+        elif not any(record_file(path, record).sha256 == record.sha256 for record in known[name]):
+            found.append(f"{name} (changed since it was written)")
+    return found
+
+
+def check_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[FileRecord]], fix: str) -> None:
+    """Raise RecipeError naming what lies under `names` and is not as `known` has it; nothing is touched."""
+    strangers = not_ours(root, names, known)
+    if strangers:
+        more = f" and {len(strangers) - SHOWN} more" if len(strangers) > SHOWN else ""
+        raise RecipeError(
+            f"{root} holds what would be lost: {', '.join(strangers[:SHOWN])}{more}", fix=fix, where=str(root)
+        )
+
+
+def check_apart(out: Path, inputs: Iterable[Path], where: str = "--out") -> None:
+    """Raise RecipeError if `out` is a link, or is, contains or lies in a folder that is read."""
+    if out.is_symlink():
+        raise RecipeError(f"{out} is a link", fix=f"give the folder it leads to: {out.resolve()}", where=where)
+    there = out.resolve()
+    for source in inputs:
+        origin = source.resolve()
+        if there == origin or origin in there.parents or there in origin.parents:
+            relation = "is" if there == origin else "lies in" if origin in there.parents else "contains"
+            raise RecipeError(
+                f"the output {out} {relation} the folder {source} that is read",
+                fix="give a folder beside it: what is read is never written to",
+                where=where,
+            )

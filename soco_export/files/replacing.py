@@ -1,0 +1,139 @@
+"""A folder that appears whole or not at all, and replaces only what an earlier call of ours wrote there.
+
+Each folder lists its files by hash in soco_files.json. The new one is made beside the old one and swapped in by two
+renames; a death between them leaves the old one under a hidden name, from which the next call puts it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import Field, ValidationError
+
+from soco_export.files.atomic import remove, write_atomic
+from soco_export.files.records import FileRecord, Record, check_apart, check_ours, record_files
+from soco_train.errors import RecipeError
+
+LISTING = "soco_files.json"
+FIX = "give another --out, or move these files away"
+
+
+class Listing(Record):
+    """The SHA-256 of each file of a folder that is whole, or the process that is making it.
+
+    No dates: the same model gives the same listing.
+    """
+
+    schema_version: Literal[1] = 1
+    files: dict[str, str] = Field(default_factory=dict)
+    making: str = ""
+
+    @staticmethod
+    def load(folder: Path) -> Listing | None:
+        """Return the listing of `folder`, None if it has none of ours."""
+        path = folder / LISTING
+        if path.is_symlink() or not path.is_file():
+            return None
+        try:
+            return Listing.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def save(self, folder: Path) -> None:
+        """Write the listing of `folder`."""
+        write_atomic(folder / LISTING, json.dumps(self.model_dump(exclude_defaults=True), indent=2) + "\n")
+
+    def check(self, folder: Path) -> None:
+        """Raise RecipeError if `folder` holds anything that is not listed, or not as it is listed."""
+        known = {name: [FileRecord(sha256=digest, bytes=-1, modified_ns=-1)] for name, digest in self.files.items()}
+        check_ours(folder, [path.name for path in folder.iterdir() if path.name != LISTING or not known], known, FIX)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise RecipeError unless `out` is free, empty, or to the file what an earlier call wrote; reads only."""
+    check_apart(out, ())
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise RecipeError(f"{out} is a file", fix="give another --out", where=str(out))
+    if out.resolve() == Path.cwd():
+        raise RecipeError(f"{out} is the working directory", fix="give a folder below or beside it", where="--out")
+    (Listing.load(out) or Listing()).check(out)
+
+
+@contextmanager
+def replacing_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
+
+    RecipeError if `out` holds anything but what an earlier call wrote there, unchanged; it is then left as it is.
+    """
+    out = Path(os.path.abspath(out))
+    _settle(out)
+    check_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    old = partial.with_suffix(".old")
+    try:
+        Listing(making=_me()).save(partial)
+        yield partial
+        _give_usual_mode(partial)
+        remove(partial / LISTING)
+        Listing(files={name: record.sha256 for name, record in record_files(partial, ["."]).items()}).save(partial)
+        if out.exists():
+            check_replaceable(out)
+            os.rename(out, old)
+        os.rename(partial, out)
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        remove(partial)
+        if old.exists():
+            remove(old)
+
+
+def _settle(out: Path) -> None:
+    """Finish what killed calls left beside `out`: put the last good folder back, remove what they had made."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w+\.(old|partial)")
+    left = [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)] if out.parent.is_dir() else []
+    for path in left:
+        listing = None if path.is_symlink() else Listing.load(path)
+        if listing is None:
+            continue
+        if listing.making:
+            if _dead(listing.making):
+                remove(path)
+        elif not out.exists():
+            os.rename(path, out)
+        else:
+            with suppress(RecipeError):
+                listing.check(path)
+                remove(path)
+
+
+def _me() -> str:
+    return f"{os.getpid()}@{socket.gethostname()}"
+
+
+def _dead(process: str) -> bool:
+    """Tell whether a process of this host, as `_me` names it, has ended."""
+    number, _, host = process.partition("@")
+    with suppress(ValueError):
+        return host == socket.gethostname() and not psutil.pid_exists(int(number))
+    return False
+
+
+def _give_usual_mode(folder: Path) -> None:
+    """Give a folder that mkdtemp made, which is private, the mode that the umask gives new folders."""
+    sample = folder / ".mode"
+    sample.mkdir()
+    folder.chmod(sample.stat().st_mode)
+    sample.rmdir()
