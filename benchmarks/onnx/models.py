@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from soco_export.bench.layer_times import Profile, limits
-from soco_export.onnx.architecture import Architecture, describe, read_config
+from soco_export.onnx.architecture import Architecture, read_config
 from soco_export.onnx.export import write_graph
+from soco_export.onnx.families import describe
 from soco_export.onnx.matrix import Array
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.weights import Form, expected_tensors

@@ -263,7 +263,7 @@ def weights_hash(model: Any) -> str:
 
 def code_hash() -> str:
     """Return a short hash over the code of soco_train."""
-    files: Sequence[Path] = sorted(Path(str(soco_train.__file__)).parent.glob("*.py"))
+    files: Sequence[Path] = sorted(Path(str(soco_train.__file__)).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
