@@ -1,7 +1,6 @@
 """Reading a checkpoint folder with suspicion: every shard whole, every pruned tensor there, every number finite.
 
-`check_folder` reads what is on disk and needs no model; `load_checkpoint` also builds the model and refuses one that
-would run with a weight the folder does not hold.
+`check_folder` reads what is on disk and needs no model.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from soco_export.autoload import install
 from soco_export.lowrank import QUANT_METHOD
 from soco_train.errors import DataError
 
@@ -29,30 +27,6 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-
-
-def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map: Any = None) -> Any:
-    """Return the causal LM of `folder`, pruned or dense, in evaluation mode.
-
-    dtype: "auto" as stored. device_map: as transformers takes it. Raises DataError, naming the file, if the folder is
-    damaged or holds no value for one of the model's weights.
-    """
-    check_folder(folder)
-    install()
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
-    )
-    for problem in ("missing_keys", "unexpected_keys"):
-        names = sorted(report[problem])
-        if names:
-            raise DataError(
-                f"weights and config.json disagree: {problem.replace('_', ' ')} {names[:3]} ({len(names)} in all)",
-                fix=REPAIR,
-                where=str(folder),
-            )
-    return model
 
 
 def check_folder(folder: Path) -> dict[str, StoredTensor]:

@@ -1,14 +1,12 @@
-"""What a decoder is made of, as data: the one place that knows model families.
+"""What a decoder is made of, as data, and the configuration that says so.
 
-A family is one decorated function from a config to an `Architecture` (soco_export/onnx/families.py). Everything else
-reads the description. A config key that would change the mathematics and is not part of the description is refused by
-name.
+A family is one decorated function from a config to an `Architecture` (families.py). Everything else reads the
+description.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,15 +135,6 @@ class Config:
 Describe = Callable[[Config], Architecture]
 FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
 
-# Keys that never change what the forward pass computes at inference.
-HARMLESS = """architectures attention_dropout auto_map bos_token_id dropout dtype eos_token_id init_std
-    initializer_range layerdrop pad_token_id pretraining_tp quantization_config tie_word_embeddings torch_dtype
-    use_cache vocab_size"""
-# Keys that no config class declares are only looked at if they smell of mathematics; the rest is somebody's note.
-SUSPICIOUS = re.compile(
-    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
-)
-
 
 def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
     """Register a description for `model_types`; `keys` are the config keys that it understands, separated by spaces."""
@@ -172,29 +161,3 @@ def read_config(folder: Path) -> Config:
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     shared = frozenset(PretrainedConfig().to_dict())
     return Config({**resolved.to_dict(), **rope}, type(resolved)().to_dict(), shared, str(path))
-
-
-def describe(config: Config) -> Architecture | None:
-    """Return the description of `config`, None if its family has none.
-
-    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand.
-    """
-    import soco_export.onnx.families  # noqa: F401 (registers)
-
-    entry = FAMILIES.get(str(config.get("model_type")))
-    if entry is None:
-        return None
-    describer, understood = entry
-    known = understood | config.shared | frozenset(HARMLESS.split())
-    for key, value in config.values.items():
-        if key not in known and _matters(key, value, config.defaults):
-            raise config.refuse(key, f"the description of {config['model_type']} does not know it")
-    return describer(config)
-
-
-def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
-    if value is None or value is False or value in ("", [], {}):
-        return False
-    if key in defaults:
-        return bool(value != defaults[key])
-    return SUSPICIOUS.search(key) is not None

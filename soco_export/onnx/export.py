@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable, replacing_folder
-from soco_export.onnx.architecture import Architecture, describe, read_config
+from soco_export.onnx.architecture import Architecture, read_config
 from soco_export.onnx.builder import DecoderBuilder
 from soco_export.onnx.fallback import check_fallback, export_traced
+from soco_export.onnx.families import describe
 from soco_export.onnx.graph import DataFile, Graph
 from soco_export.onnx.inspect import MODEL_FILE, GraphSummary, summarise
 from soco_export.onnx.layouts import Layout, check_layouts, write_layouts

@@ -1,8 +1,15 @@
-"""The described families. A new one is one decorated function: what its config says, as an `Architecture`."""
+"""The one place that knows model families. A new one is one decorated function: its config, as an `Architecture`.
+
+A config key that would change the mathematics and is not part of the description is refused by name.
+"""
 
 from __future__ import annotations
 
-from soco_export.onnx.architecture import Activation, Architecture, Config, Names, Norm, family
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from soco_export.onnx.architecture import FAMILIES, Activation, Architecture, Config, Names, Norm, family
 from soco_export.onnx.rope import inverse_frequencies
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -17,6 +24,39 @@ SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num
 ROPE = "max_position_embeddings rope_parameters rope_theta rope_scaling partial_rotary_factor"
 COMMON = f"{SIZES} {ROPE} hidden_act rms_norm_eps"
 WINDOWS = "sliding_window use_sliding_window max_window_layers layer_types"
+
+# Keys that never change what the forward pass computes at inference.
+HARMLESS = """architectures attention_dropout auto_map bos_token_id dropout dtype eos_token_id init_std
+    initializer_range layerdrop pad_token_id pretraining_tp quantization_config tie_word_embeddings torch_dtype
+    use_cache vocab_size"""
+# Keys that no config class declares are only looked at if they smell of mathematics; the rest is somebody's note.
+SUSPICIOUS = re.compile(
+    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
+)
+
+
+def describe(config: Config) -> Architecture | None:
+    """Return the description of `config`, None if its family has none.
+
+    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand.
+    """
+    entry = FAMILIES.get(str(config.get("model_type")))
+    if entry is None:
+        return None
+    describer, understood = entry
+    known = understood | config.shared | frozenset(HARMLESS.split())
+    for key, value in config.values.items():
+        if key not in known and _matters(key, value, config.defaults):
+            raise config.refuse(key, f"the description of {config['model_type']} does not know it")
+    return describer(config)
+
+
+def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if value is None or value is False or value in ("", [], {}):
+        return False
+    if key in defaults:
+        return bool(value != defaults[key])
+    return SUSPICIOUS.search(key) is not None
 
 
 def _activation(config: Config, key: str) -> Activation:

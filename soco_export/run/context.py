@@ -10,10 +10,9 @@ from soco_export.files.records import record_file
 from soco_export.recipe import Recipe
 from soco_export.run.folder import RunFolder
 from soco_export.run.manifest import stage_key
+from soco_export.run.names import Format
 from soco_train.corpus import Blocks, load_blocks
 from soco_train.events import Notify
-
-Format = Literal["onnx", "hf", "dense"]
 
 
 class RunContext:

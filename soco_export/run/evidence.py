@@ -12,12 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from soco_export.run.context import Format, RunContext
+from soco_export.run.context import RunContext
+from soco_export.run.names import BENCH_FILE, PROOF_FILE, REPORT_FILES, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages import write_evidence
-
-PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
-REPORT_FILES = ("results.json", "report.md", "report.html", "junit.xml", "hf/README.md")
 
 
 def prove_run(context: RunContext, out: Path) -> None:

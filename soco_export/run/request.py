@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.recipe import Recipe
-from soco_export.run.context import Format
 from soco_export.run.folder import LOCK
+from soco_export.run.names import Format
 from soco_train.errors import ExitCode, RecipeError
 
 RUNS = Path("runs")

@@ -15,10 +15,9 @@ from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_markdown
 from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
 from soco_export.run.card import model_card
-from soco_export.run.context import Format, RunContext
-from soco_export.run.evidence import BENCH_FILE, PROOF_FILE
+from soco_export.run.context import RunContext
+from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE, Format
 from soco_export.run.proof import DENSE, LOW_RANK, SHIPPED
-from soco_export.run.stages import CARD_FILE, EXPORT_FILE
 from soco_export.validate.figures import PerplexityFigures
 from soco_train.artifacts import PivotedFactors, Scores
 from soco_train.budget import RankPlan

@@ -10,8 +10,8 @@ from pathlib import Path
 from soco_export.files.records import check_apart
 from soco_export.recipe import Recipe
 from soco_export.report.schema import Results
-from soco_export.run.context import Format, RunContext
-from soco_export.run.evidence import EVIDENCE, REPORT_FILES
+from soco_export.run.context import RunContext
+from soco_export.run.evidence import EVIDENCE
 from soco_export.run.folder import (
     EVIDENCE_SECTIONS,
     RunFolder,
@@ -22,6 +22,7 @@ from soco_export.run.folder import (
     read_lock,
 )
 from soco_export.run.manifest import StageRecord, stage_key
+from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request
 from soco_export.run.results import applicable, write_reports

@@ -13,13 +13,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from soco_export.run.context import Format, RunContext
+from soco_export.run.context import RunContext
+from soco_export.run.names import CARD_FILE, EXPORT_FILE, Format
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
 from soco_train.artifacts import Scores, SpectrumStore
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
-CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
 
 

@@ -66,6 +66,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("arguments", [("recipes", "list"), ("recipes", "show", "tiny"), ("compare", "RUN", "RUN")])
+def test_what_needs_no_model_does_without_torch(arguments: tuple[str, ...], tiny_run: Path) -> None:
+    command = [str(tiny_run) if word == "RUN" else word for word in arguments]
+    code = "import sys; from soco_export.cli import app; app(sys.argv[1:], standalone_mode=False); "
+    code += "sys.exit(', '.join({'torch', 'transformers', 'onnx'} & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

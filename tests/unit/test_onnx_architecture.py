@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soco_export.onnx.architecture import Architecture, describe, read_config
+from soco_export.onnx.architecture import Architecture, read_config
+from soco_export.onnx.families import describe
 from soco_export.recipe import list_recipes, load_recipe
 from soco_train.errors import DataError, RecipeError
 

@@ -1,0 +1,36 @@
+"""A checkpoint folder → the model, unless it would run with a weight that the folder does not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soco_export.autoload import install
+from soco_export.checkpoint.reader import REPAIR, check_folder
+from soco_train.errors import DataError
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map: Any = None) -> Any:
+    """Return the causal LM of `folder`, pruned or dense, in evaluation mode.
+
+    dtype: "auto" as stored. device_map: as transformers takes it. Raises DataError, naming the file, if the folder is
+    damaged or holds no value for one of the model's weights.
+    """
+    check_folder(folder)
+    install()
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
+    )
+    for problem in ("missing_keys", "unexpected_keys"):
+        names = sorted(report[problem])
+        if names:
+            raise DataError(
+                f"weights and config.json disagree: {problem.replace('_', ' ')} {names[:3]} ({len(names)} in all)",
+                fix=REPAIR,
+                where=str(folder),
+            )
+    return model

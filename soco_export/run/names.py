@@ -1,0 +1,12 @@
+"""The names a run goes by: the forms of a model that can be asked for, and the files that a stage writes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Format = Literal["onnx", "hf", "dense"]
+
+# written by the checkpoint, the export, the proof and the bench
+CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
+PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
+REPORT_FILES = ("results.json", "report.md", "report.html", "junit.xml", "hf/README.md")
