@@ -10,22 +10,37 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from soco_train.settings import Section
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Loss = Annotated[float, Field(ge=0)]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+
 
 class GateSettings(Section):
     """A recipe's thresholds; None: that gate is not judged. KL in nats; ratios are compressed / dense.
 
-    Speed-ups are dense time / compressed time. Off by default: machines shared by CI jobs are too noisy to judge.
+    What an export may lose depends on what it rounds to: those thresholds are one number, or one by precision
+    (`{float32: 1e-4, int8: 0.01}`; a precision that is not named is not judged). Speed-ups are dense time /
+    compressed time. Off by default: machines shared by CI jobs are too noisy to judge.
     """
 
-    max_export_kl: float | None = Field(default=None, ge=0, description="mean KL(low-rank ‖ ONNX), prefill and decode")
-    max_logit_difference: float | None = Field(default=None, ge=0, description="max |Δlogit|, low-rank to ONNX")
-    min_token_agreement: float | None = Field(default=None, ge=0, le=1, description="top-1 agreement, low-rank to ONNX")
-    min_greedy_agreement: float | None = Field(default=None, ge=0, le=1, description="greedy tokens kept by the export")
+    max_export_kl: Loss | dict[Precision, Loss] | None = Field(
+        default=None, description="mean KL(low-rank ‖ ONNX), prefill and decode"
+    )
+    max_logit_difference: Loss | dict[Precision, Loss] | None = Field(
+        default=None, description="max |Δlogit|, low-rank to ONNX"
+    )
+    min_token_agreement: Share | dict[Precision, Share] | None = Field(
+        default=None, description="top-1 agreement, low-rank to ONNX"
+    )
+    min_greedy_agreement: Share | dict[Precision, Share] | None = Field(
+        default=None, description="greedy tokens kept by the export"
+    )
     max_compression_kl: float | None = Field(default=None, ge=0, description="mean KL(dense ‖ low-rank)")
     max_ppl_ratio: float | None = Field(default=None, gt=0, description="perplexity of what ships / dense")
     min_task_recovery: float | None = Field(
@@ -35,6 +50,12 @@ class GateSettings(Section):
     max_memory_ratio: float | None = Field(default=None, gt=0, description="peak memory of what ships / dense")
     min_decode_speedup: float | None = Field(default=None, gt=0)
     min_prefill_speedup: float | None = Field(default=None, gt=0, description="worst over the prompt lengths")
+
+    def at(self, dtype: str, weights: str) -> GateSettings:
+        """Return the thresholds of one export: its rounded `weights` decide, or its `dtype` where they are `same`."""
+        precision = dtype if weights == "same" else weights
+        chosen = {key: value.get(precision) for key, value in self if isinstance(value, dict)}
+        return self.model_copy(update=chosen)
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,10 @@ class Verdict:
 
 
 def judge(figures: Mapping[str, float | None], gates: GateSettings) -> tuple[Verdict, ...]:
-    """Judge every gate that has a threshold. `figures`: dotted name → number, as `Results.figures()` gives them."""
+    """Judge every gate that has a threshold, by one precision's numbers (`GateSettings.at`).
+
+    figures: dotted name → number, as `Results.figures()` gives them.
+    """
     thresholds = gates.model_dump()
     return tuple(_judge(gate, thresholds[gate.key], figures) for gate in GATES if thresholds[gate.key] is not None)
 

@@ -64,7 +64,7 @@ def report_run(context: RunContext, out: Path) -> None:
     """Put all figures together, judge them by the gates, and write the reports and the model card."""
     from soco_export.run.results import applicable, collect, write_reports
 
-    results = collect(context).judged(applicable(context.recipe.gates, context.format))
+    results = collect(context).judged(applicable(context.recipe, context.format))
     write_reports(results, context, out)
 
 

@@ -90,7 +90,8 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
         "ratio": ratio,
     }
     measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity}
-    verdicts = judge(flatten(measured), _measurable(recipe.gates, step))
+    gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
+    verdicts = judge(flatten(measured), _measurable(gates, step))
     return _proof_outcome(measured, step, verdicts)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from soco_export.bench.machine import describe_machine
 from soco_export.gate import GATES, GateSettings
 from soco_export.lowrank import stored_factors
+from soco_export.recipe import Recipe
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_markdown
@@ -29,11 +30,21 @@ ONNX_ONLY = ("latency.", "memory.", "sizes.bytes_ratio")
 EXPORT_ONLY = "parity.export."
 
 
-def applicable(gates: GateSettings, format: Format) -> GateSettings:
-    """Return the gates that mean something for `format`: without ONNX nothing is timed, and hf has no export step."""
+def applicable(recipe: Recipe, format: Format) -> GateSettings:
+    """Return the gates that mean something for `format`, with the thresholds of the precision that it is written in.
+
+    Without ONNX nothing is timed, and hf has no export step.
+    """
+    gates = thresholds(recipe, format)
     off: tuple[str, ...] = {"onnx": (), "dense": ONNX_ONLY, "hf": (*ONNX_ONLY, EXPORT_ONLY)}[format]
     keys = [gate.key for gate in GATES if any(figure.startswith(off) for figure in gate.figures)]
     return gates.model_copy(update={key: None for key in keys})
+
+
+def thresholds(recipe: Recipe, format: Format) -> GateSettings:
+    """Return every gate of the recipe as one number; only ONNX is rounded to `export.weights`."""
+    weights = recipe.export.weights if format == "onnx" else "same"
+    return recipe.gates.at(recipe.export.dtype if format == "onnx" else recipe.model.dtype, weights)
 
 
 def collect(context: RunContext) -> Results:
@@ -130,8 +141,7 @@ def _notes(context: RunContext) -> Iterator[str]:
     rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
     if context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
         yield f"the factors were trained to be rounded to {rounding}, and here they are not"
-    off = context.recipe.gates.model_dump() != applicable(context.recipe.gates, context.format).model_dump()
-    if off:
+    if thresholds(context.recipe, context.format) != applicable(context.recipe, context.format):
         yield f"gates on ONNX are not judged: the format is {context.format}"
 
 

@@ -150,7 +150,7 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
         )
     with open_folder(run, recipe, request.argv) as folder:
         context = RunContext(folder, results.format, notify)
-        rejudged = results.judged(applicable(recipe.gates, results.format))
+        rejudged = results.judged(applicable(recipe, results.format))
         settings = recipe.model_dump(mode="json", by_alias=True)
         folder.manifest.check_own(run, REPORT_FILES)
         work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"

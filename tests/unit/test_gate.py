@@ -1,11 +1,13 @@
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from soco_export.gate import GATES, GateSettings, judge
+from soco_export.gate import GATES, GateSettings, Precision, judge
+from soco_export.recipe import list_recipes, load_recipe
 
 EXPORT_KL = ("parity.export.prefill.mean_kl", "parity.export.decode.mean_kl")
 NUMBERS = st.floats(min_value=1e-9, max_value=1e9)
@@ -69,3 +71,38 @@ def test_thresholds_that_mean_nothing_are_refused():
         GateSettings(min_token_agreement=1.5)
     with pytest.raises(ValidationError):
         GateSettings(max_export_kls=1)
+
+
+class TestPrecision:
+    GATES = GateSettings(max_export_kl={"float32": 1e-4, "int8": 0.01}, max_ppl_ratio=2)
+
+    @pytest.mark.parametrize(
+        ("dtype", "weights", "limit"),
+        [
+            ("float32", "same", 1e-4),
+            ("float32", "int8", 0.01),
+            ("bfloat16", "int8", 0.01),
+            ("float16", "same", None),
+            ("float32", "int4", None),
+        ],
+    )
+    def test_the_threshold_is_that_of_what_is_rounded_to(self, dtype: str, weights: str, limit: float | None) -> None:
+        assert self.GATES.at(dtype, weights) == GateSettings(max_export_kl=limit, max_ppl_ratio=2)
+
+    def test_one_number_holds_for_all(self) -> None:
+        assert GateSettings(max_export_kl=0.5).at("float32", "int4").max_export_kl == 0.5
+
+    def test_an_unknown_precision_or_a_share_above_one_is_refused(self) -> None:
+        for wrong in ({"int3": 0.5}, {"int4": 1.5}, 1.5):
+            with pytest.raises(ValueError, match="min_token_agreement"):
+                GateSettings(min_token_agreement=wrong)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_judges_quality_at_every_precision(name: str) -> None:
+    gates = load_recipe(name).gates
+    assert gates.max_ppl_ratio is not None
+    assert gates.max_ppl_ratio <= 1.5
+    for precision in get_args(Precision):
+        assert gates.at("float32", precision).max_export_kl is not None
+        assert gates.at("float32", precision).min_token_agreement is not None
