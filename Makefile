@@ -46,7 +46,7 @@ bench-onnx: setup ## measure the tables of benchmarks/onnx again (about three qu
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-setup:
+setup: ## make .venv and install everything into it
 	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,serve,report,dev
 
 setup-optimum:

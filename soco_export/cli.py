@@ -19,6 +19,7 @@ import typer
 from soco_export.console import NORMAL, QUIET, VERBOSE, Console
 from soco_train import parallel
 from soco_train.errors import SocoError
+from soco_train.installed import version
 
 INTERRUPTED = 130
 # what several processes under torchrun do together; any other verb is the leading one's alone
@@ -45,15 +46,33 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every step, and 
 RunArgument = Annotated[Path | None, typer.Argument(help="A run folder; default: the model's, or the latest in runs/.")]
 
 app = typer.Typer(
-    help="Train SoCo's singular spectrum, prune to low rank, export to ONNX, and prove the result.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version())
+        raise typer.Exit(0)
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train SoCo's singular spectrum, prune to low rank, export to ONNX, and prove the result.
+
+    Start with: soco-export train-and-export --model tiny
+
+    Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine, 130 interrupted.
+    """
 
 
 @app.command("train-and-export")

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from soco_train.installed import install_command
+
 Level = Literal["ok", "note", "warning", "problem"]
 SUPPORTED_TRANSFORMERS = ((4, 57), (6, 0))
 EXTRAS = {
@@ -107,7 +109,7 @@ def _runtime() -> list[Finding]:
     cpu, gpu = version_of("onnxruntime"), version_of("onnxruntime-gpu")
     if not (cpu or gpu):
         text = "onnxruntime is not installed: export works, validate and bench do not"
-        return [Finding("onnxruntime", "problem", text, 'pip install "soco-export[cpu]"')]
+        return [Finding("onnxruntime", "problem", text, install_command("cpu"))]
     import onnxruntime
 
     providers = ", ".join(onnxruntime.get_available_providers())
@@ -143,7 +145,7 @@ def _extras() -> list[Finding]:
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if version_of(package) is None]
         if missing:
-            fix = f'pip install "soco-export[{extra}]"'
+            fix = install_command(extra)
             findings.append(Finding(f"extra {extra}", "note", f"not installed: {', '.join(missing)}", fix))
         else:
             have = ", ".join(f"{package} {version_of(package)}" for package in packages)

@@ -15,6 +15,7 @@ from soco_export.cost_card import CostCard, size
 from soco_export.doctor import version_of
 from soco_export.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
+from soco_train.installed import install_command
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -126,7 +127,7 @@ def check_provider(recipe: Recipe) -> None:
     except ImportError as error:
         raise MachineError(
             f"onnxruntime is not installed ({error})",
-            fix='pip install "soco-export[cpu]" (or [gpu]), or ask for --format hf',
+            fix=f"{install_command('cpu')} (or [gpu]), or ask for --format hf",
             where="recipe: validate.provider",
         ) from None
     try:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from soco_train.errors import DataError, RecipeError
+from soco_train.installed import install_command
 from soco_train.settings import SHORTEST_BLOCK, DataSettings
 
 Purpose = Literal["calibration", "evaluation"]
@@ -198,7 +199,7 @@ def _import_datasets(address: str) -> Any:
     except ImportError:
         raise RecipeError(
             f"the hub data set {address} needs the package datasets",
-            fix='pip install "soco-export[data]", or give a local file: --set data.path=calibration.txt',
+            fix=f"{install_command('data')}, or give a local file: --set data.path=calibration.txt",
             where="data.hub",
         ) from None
     return datasets

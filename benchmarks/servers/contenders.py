@@ -63,7 +63,7 @@ def onnxruntime(task: Task) -> list[Answer]:
 @contender("onnxruntime-genai")
 def genai(task: Task) -> list[Answer]:
     """The loop, the search and the tokenizer of onnxruntime-genai."""
-    _needs("onnxruntime_genai", "pip install 'soco-export[genai]'")
+    _needs("onnxruntime_genai", "pip install '.[genai]'")
     return _script([sys.executable, EXAMPLES / "genai_generate.py"], task)
 
 
@@ -90,7 +90,7 @@ def node(task: Task) -> list[Answer]:
 def openai(task: Task) -> list[Answer]:
     """The FastAPI example over HTTP."""
     for module in ("fastapi", "uvicorn", "onnxruntime_genai"):
-        _needs(module, "pip install 'soco-export[serve]'")
+        _needs(module, "pip install '.[serve]'")
     port = free_port()
     with serving([sys.executable, str(SERVER), str(task.folder), "--port", str(port)], port, "/health"):
         return [_complete(port, prompt, task.tokens) for prompt in task.prompts]

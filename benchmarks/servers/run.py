@@ -141,7 +141,7 @@ def load(given: argparse.Namespace, say: Say) -> list[Figures]:
         return []
     absent = [name for name in ("fastapi", "uvicorn", "onnxruntime_genai") if find_spec(name) is None]
     if absent:
-        say(f"load test left out: {', '.join(absent)} missing, pip install 'soco-export[serve]'")
+        say(f"load test left out: {', '.join(absent)} missing, pip install '.[serve]'")
         return []
     loads = load_test(given.run / "onnx", given.clients, given.requests, given.load_tokens, PROMPTS)
     for figures in loads:

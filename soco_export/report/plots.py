@@ -10,7 +10,7 @@ from typing import Any
 
 from soco_export.report.schema import Results
 
-ABSENT = "No plots: matplotlib is not installed (pip install 'soco-export[report]')."
+ABSENT = "No plots: matplotlib is not installed (pip install matplotlib)."
 NOTHING = "No plots: nothing that can be drawn was measured."
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from soco_export.bench.figures import LatencyFigures, MemoryFigures
@@ -33,6 +33,30 @@ def verdict_line(results: Results) -> str:
     if failed:
         return f"FAILED: {len(failed)} of {len(verdicts)} gates ({', '.join(failed)})"
     return f"PASSED: {len(verdicts)} of {len(verdicts)} gates"
+
+
+def verdict_sentence(results: Results) -> str:
+    """Return verdict and figures in a sentence; a speed-up counts only where its interval excludes 1.
+
+    "PASSED: 3 of 3 gates. 0.69 × the bytes, decode 1.13 × as fast, perplexity 1.045 × dense."
+    """
+    parts = [*_bytes_part(results), *_speed_part(results)]
+    if results.perplexity:
+        parts.append(f"perplexity {results.perplexity.ratio:.3f} × dense")
+    return f"{verdict_line(results)}. {', '.join(parts)}." if parts else f"{verdict_line(results)}."
+
+
+def _bytes_part(results: Results) -> Iterator[str]:
+    if results.sizes.bytes_ratio is not None:
+        yield f"{results.sizes.bytes_ratio:.2f} × the bytes"
+
+
+def _speed_part(results: Results) -> Iterator[str]:
+    for name, work in (results.latency.workloads if results.latency else {}).items():
+        if name.startswith("decode"):
+            ratio = work.speedup
+            sure = not ratio.low <= 1 <= ratio.high
+            yield f"decode {ratio.value:.2f} × as fast" if sure else "decode as fast as dense, within the noise"
 
 
 def all_tables(results: Results) -> list[Table]:

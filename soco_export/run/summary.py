@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.report.tables import verdict_sentence
 from soco_export.run.request import Outcome
 from soco_export.run.results import folder_bytes
 from soco_train.budget import RankPlan
@@ -22,6 +23,7 @@ def run_outcome(root: Path) -> Outcome:
 
 
 def _lines(results: Results, root: Path) -> Iterator[str]:
+    yield verdict_sentence(results)
     plan = RankPlan.from_json((root / "plan.json").read_text(encoding="utf-8"))
     yield plan.describe(results.sizes.params_before)
     yield from _quality(results)

@@ -27,6 +27,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from soco_export.validate.decoder import Decoder, FloatArray, IntArray
 from soco_export.validate.settings import CPU
 from soco_train.errors import DataError, MachineError, RecipeError
+from soco_train.installed import install_command
 
 MODEL_FILE = "model.onnx"
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
@@ -172,7 +173,7 @@ def check_provider(provider: str) -> None:
     if provider not in available:
         raise MachineError(
             f"{provider} is not in this onnxruntime {ort.__version__} (it has {', '.join(available)})",
-            fix=f"pip install 'soco-export[{PACKAGES.get(provider, 'cpu')}]', or set validate.provider to {CPU}",
+            fix=f"{install_command(PACKAGES.get(provider, 'cpu'))}, or set validate.provider to {CPU}",
             where="recipe: validate.provider",
         )
 

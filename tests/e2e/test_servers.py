@@ -47,7 +47,7 @@ def reference(tiny_run: Path) -> Reference:
 @contextmanager
 def server(folder: Path, *options: str, script: Path = SERVER) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     for module in ("fastapi", "uvicorn", "onnxruntime_genai"):
-        pytest.importorskip(module, reason=f"no {module} here: pip install 'soco-export[serve]'")
+        pytest.importorskip(module, reason=f"no {module} here: pip install '.[serve]'")
     port = free_port()
     command = [sys.executable, str(script), str(folder), "--port", str(port), *options]
     with serving(command, port, "/health") as process:

@@ -25,7 +25,7 @@ from soco_export.report.schema import (
     Results,
     SizeFigures,
 )
-from soco_export.report.tables import headline, number, percent, size, verdict_line
+from soco_export.report.tables import headline, number, percent, size, verdict_line, verdict_sentence
 from soco_export.run.results import _largest_coefficient, slower
 from soco_export.validate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
 from soco_train.artifacts import Factors, StackedFactors
@@ -182,6 +182,24 @@ def test_the_verdict_line():
     assert verdict_line(base(verdicts=(good, good))) == "PASSED: 2 of 2 gates"
     assert verdict_line(base(verdicts=(good, bad))) == "FAILED: 1 of 2 gates (b)"
     assert verdict_line(base(verdicts=())) == "NOT JUDGED: the recipe sets no gate"
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "said"),
+    [
+        (1.1, 1.2, 1.3, "decode 1.20 × as fast"),
+        (0.7, 0.8, 0.9, "decode 0.80 × as fast"),
+        (0.9, 1.2, 1.5, "decode as fast as dense, within the noise"),
+    ],
+)
+def test_the_verdict_sentence_claims_no_speed_within_the_noise(results, low, value, high, said):
+    work = results.latency.workloads["decode_128"]
+    work = replace(work, speedup=replace(work.speedup, low=low, value=value, high=high))
+    latency = replace(results.latency, workloads={"decode_128": work})
+    sentence = verdict_sentence(results.model_copy(update={"latency": latency}))
+    assert said in sentence
+    assert f"{results.sizes.bytes_ratio:.2f} × the bytes" in sentence
+    assert f"perplexity {results.perplexity.ratio:.3f} × dense" in sentence
 
 
 def test_markdown_has_the_verdict_first_and_whole_tables(results):
