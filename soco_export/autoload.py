@@ -15,6 +15,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 TABLE = "transformers.quantizers.auto"
+# Imports the table, and is imported before any model is loaded. If it was the table that imported PyTorch, and so
+# called `install`, the table itself can no longer be waited for.
+USER = "transformers.modeling_utils"
 
 
 def install() -> None:
@@ -39,12 +42,12 @@ def register(table: ModuleType) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds only the table, by asking the other finders, and wraps its loader."""
+    """Finds only the table and its user, by asking the other finders, and wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TABLE:
+        if fullname not in (TABLE, USER):
             return None
         for finder in sys.meta_path:
             spec = None if isinstance(finder, _Watch) else finder.find_spec(fullname, path, target)
@@ -56,7 +59,7 @@ class _Watch(MetaPathFinder):
 
 
 class _Then(Loader):
-    """Runs the table's own loader, then registers."""
+    """Runs the module's own loader, then registers."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -69,7 +72,7 @@ class _Then(Loader):
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            register(module)
+            register(sys.modules[TABLE])
         except (ImportError, AttributeError) as error:
             # Every user of transformers passes here; a broken install of ours must not take theirs down.
             warnings.warn(f"soco-export cannot register with transformers: {error}", stacklevel=2)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from soco_export.autoload import install
 from soco_export.checkpoint.reader import REPAIR, check_folder
 from soco_train.errors import DataError
 
@@ -19,7 +18,6 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map:
     damaged or holds no value for one of the model's weights.
     """
     check_folder(folder)
-    install()
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(

@@ -53,6 +53,17 @@ def test_a_transformers_we_do_not_fit_is_left_working(tmp_path: Path) -> None:
     assert "soco-export cannot register with transformers" in output
 
 
+def test_registration_when_the_table_is_what_imports_torch() -> None:
+    """PyTorch calls `install` while it is imported, which here is in the middle of the table."""
+    pytest.importorskip("transformers")
+    python(
+        "import transformers.quantizers.auto as table\n"
+        "import transformers.modeling_utils\n"
+        "import soco_export\n"
+        "assert 'soco-export' in table.AUTO_QUANTIZER_MAPPING\n"
+    )
+
+
 def test_an_absent_transformers_stays_absent() -> None:
     python(
         "import soco_export.autoload as a, importlib.util\n"
