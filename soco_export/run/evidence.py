@@ -24,7 +24,9 @@ def prove_run(context: RunContext, out: Path) -> None:
 
     work = out / "work"
     work.mkdir(exist_ok=True)
-    questions = Questions(context.recipe, context.blocks("evaluation"), context.tokenizer(), work, context.notify)
+    questions = Questions(
+        context.recipe.validation, context.blocks("evaluation"), context.tokenizer(), work, context.notify
+    )
     proof = prove(_openers(context), questions)
     write_evidence(out / PROOF_FILE, json.dumps(proof, indent=2) + "\n")
 

@@ -79,7 +79,7 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
-        questions = Questions(recipe, blocks, tokenizer, Path(work), notify)
+        questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify)
         folders = dict(zip(forms, (reference, candidate), strict=True))
         openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
         proof = prove(openers, questions)

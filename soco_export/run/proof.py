@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.files.atomic import write_atomic
-from soco_export.recipe import Recipe
 from soco_export.validate.decoder import Decoder
 from soco_export.validate.figures import StepParity
 from soco_export.validate.parity import Observation, compare, observe
 from soco_export.validate.perplexity import measure_perplexity
+from soco_export.validate.settings import ValidateSettings
 from soco_export.validate.tasks import TaskAnswers, answer_task, compare_answers, load_items
 from soco_train.corpus import Blocks
 from soco_train.events import Notify
@@ -30,9 +30,9 @@ STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
 
 @dataclass(frozen=True)
 class Questions:
-    """What every model is asked: `blocks` of evaluation text, and the tasks of `recipe`; answers go to `folder`."""
+    """What every model is asked: `blocks` of evaluation text, and the tasks of `settings`; answers go to `folder`."""
 
-    recipe: Recipe
+    settings: ValidateSettings
     blocks: Blocks
     tokenizer: Any
     folder: Path
@@ -48,7 +48,7 @@ def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) ->
         decoder, kept = opener(), questions.folder / form
         kept.mkdir(exist_ok=True)
         observations[form] = observe(
-            decoder, questions.blocks.tokens, questions.recipe.validation.parity, kept, questions.notify
+            decoder, questions.blocks.tokens, questions.settings.parity, kept, questions.notify
         )
         answers[form] = _answers(form, decoder, questions)
         placed = getattr(decoder, "placement", None)  # a PyTorch model is where it is
@@ -75,7 +75,7 @@ def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any
     if not path.exists():
         figures = measure_perplexity(decoder, questions.blocks.tokens, questions.notify)
         tasks = {}
-        for task in questions.recipe.validation.tasks:
+        for task in questions.settings.tasks:
             name = task.name or task.path.stem
             tasks[name] = asdict(answer_task(decoder, questions.tokenizer, load_items(task), name, questions.notify))
         write_atomic(path, json.dumps({"perplexity": asdict(figures), "tasks": tasks}))
