@@ -3,7 +3,7 @@ VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
 # What is pure, and what only reads documents, gives the same answer whatever transformers is installed.
-MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|soco_export.models" tests/unit --include='*.py')
+MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|soco_export.model" tests/unit --include='*.py')
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
@@ -38,10 +38,10 @@ test-compat: setup-optimum ## run the tests that meet transformers once more wit
 check-servers: setup ## start every server installed here on RUN (runs/demo), compare with PyTorch, then 16 clients
 	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)
 
-bench-onnx: setup ## measure the tables of benchmarks/onnx again (about three quarters of an hour on an idle machine)
-	@$(VENV)/bin/python -m benchmarks.onnx --fresh --others $(addprefix --optimum-python ,$(wildcard $(VENV_OPTIMUM)/bin/python))
-	@$(VENV)/bin/python -m benchmarks.onnx --fresh --model smollm2 --weights fp32 int4 --pack
-	@$(VENV)/bin/python -m benchmarks.onnx --fresh --model smollm2 --weights fp32 --bias
+bench-onnx: setup ## measure the tables of benchmarks/speed again (about three quarters of an hour on an idle machine)
+	@$(VENV)/bin/python -m benchmarks.speed --fresh --others $(addprefix --optimum-python ,$(wildcard $(VENV_OPTIMUM)/bin/python))
+	@$(VENV)/bin/python -m benchmarks.speed --fresh --model smollm2 --weights fp32 int4 --pack
+	@$(VENV)/bin/python -m benchmarks.speed --fresh --model smollm2 --weights fp32 --bias
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soco_export import apply_factors, export_onnx, save_checkpoint
-from soco_export.models import BUILTIN_MODEL
+from soco_export.model.source import BUILTIN_MODEL
 from soco_export.onnx.settings import ExportSettings
 from soco_export.run.verbs import Request, validate
 from soco_train import DataSettings, PlanSettings, TrainSettings, cut_factors, learn_scores, load_blocks, plan_ranks

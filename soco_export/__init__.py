@@ -12,16 +12,16 @@ from soco_export.autoload import install
 
 if TYPE_CHECKING:
     from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
-    from soco_export.lowrank import apply_factors, merge_dense
-    from soco_export.onnx.export import export_onnx
+    from soco_export.checkpoint.layers import apply_factors, merge_dense
+    from soco_export.export import export_onnx
 
 __all__ = ["apply_factors", "export_onnx", "load_checkpoint", "merge_dense", "save_checkpoint", "save_dense"]
 
 _HOMES = {
-    "apply_factors": "soco_export.lowrank",
-    "export_onnx": "soco_export.onnx.export",
+    "apply_factors": "soco_export.checkpoint.layers",
+    "export_onnx": "soco_export.export",
     "load_checkpoint": "soco_export.checkpoint",
-    "merge_dense": "soco_export.lowrank",
+    "merge_dense": "soco_export.checkpoint.layers",
     "save_checkpoint": "soco_export.checkpoint",
     "save_dense": "soco_export.checkpoint",
 }

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from soco_train.api import cut_factors, learn_scores
-    from soco_train.budget import plan_ranks
-    from soco_train.corpus import load_blocks
+    from soco_train.data.corpus import load_blocks
+    from soco_train.plan.ranks import plan_ranks
     from soco_train.settings import DataSettings, LayerSettings, PlanSettings, RefineSettings, TrainSettings
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "plan_ranks",
 ]
 
-_HOMES = {"cut_factors": "api", "learn_scores": "api", "load_blocks": "corpus", "plan_ranks": "budget"}
+_HOMES = {"cut_factors": "api", "learn_scores": "api", "load_blocks": "data.corpus", "plan_ranks": "plan.ranks"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from soco_train.artifacts import Factors, Scores, SpectrumStore
-from soco_train.budget import RankPlan
-from soco_train.corpus import fingerprint
+from soco_train.data.corpus import fingerprint
 from soco_train.events import Notify, silent
-from soco_train.layers import select_linears
-from soco_train.refine import RefineTask
-from soco_train.refine import refine as run_ladder
-from soco_train.scorers import ScoringTask, train_scores
+from soco_train.modules.layers import select_linears
+from soco_train.plan.ranks import RankPlan
+from soco_train.refine.ladder import RefineTask
+from soco_train.refine.ladder import refine as run_ladder
+from soco_train.scores.registry import train_scores
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
-from soco_train.spectrum import decompose_model
+from soco_train.spectra.decompose import decompose_model
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import SpectrumStore
 
 
 def learn_scores(

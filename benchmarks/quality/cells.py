@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from soco_export.files.atomic import write_atomic
-from soco_export.recipe import Recipe, load_recipe
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
-from soco_train.spectrum import find_basis
+from soco_train.spectra.bases import find_basis
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size
 DENSE = "dense"

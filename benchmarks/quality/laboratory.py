@@ -25,23 +25,26 @@ import torch
 import soco_train
 from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
 from soco_export.checkpoint import save_checkpoint
+from soco_export.checkpoint.layers import apply_factors, count_parameters, record_layers
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items
 from soco_export.files.atomic import write_atomic
-from soco_export.lowrank import apply_factors, count_parameters, record_layers
-from soco_export.models import load_model
-from soco_export.recipe import Recipe
+from soco_export.model.load import load_model
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.perplexity import measure_perplexity
-from soco_export.validate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items
-from soco_train.artifacts import Factors, Scores, SpectrumStore
-from soco_train.budget import RankPlan, plan_ranks
-from soco_train.corpus import Blocks, fingerprint, load_blocks
+from soco_train.data.corpus import Blocks, fingerprint, load_blocks
 from soco_train.events import Notify, silent
-from soco_train.layers import replace_module, select_linears
-from soco_train.refine import RefineTask, refine
-from soco_train.scorers import ScoringTask, train_scores
+from soco_train.modules.layers import replace_module, select_linears
+from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.refine.ladder import RefineTask, refine
+from soco_train.scores.registry import train_scores
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import DataSettings
-from soco_train.spectrum import decompose_model
+from soco_train.spectra.decompose import decompose_model
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import SpectrumStore
 
 T = TypeVar("T")
 

@@ -27,10 +27,10 @@ from benchmarks.quality.cells import Cell, CellResult, Grid, Perplexity
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plot import draw
 from benchmarks.quality.table import markdown, rows, task_table
-from soco_export.doctor import versions
+from soco_export.evaluate.tasks import summarise_answers
 from soco_export.files.atomic import write_atomic
-from soco_export.recipe import load_recipe
-from soco_export.validate.tasks import summarise_answers
+from soco_export.preflight.doctor import versions
+from soco_export.recipe.load import load_recipe
 from soco_train.errors import RecipeError, SocoError
 from soco_train.settings import DataSettings
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from benchmarks.quality.cells import CONTROL, CellResult, Perplexity
-from soco_export.validate.figures import TaskFigures
+from soco_export.evaluate.figures import TaskFigures
 
 
 @dataclass(frozen=True)

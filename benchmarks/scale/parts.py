@@ -19,21 +19,24 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from soco_export.bench.memory import high_water_mark
+from soco_export.checkpoint.layers import apply_factors, count_parameters, stored_factors
 from soco_export.checkpoint.stream import stream_checkpoint
-from soco_export.lowrank import apply_factors, count_parameters, stored_factors
-from soco_export.models import dense_config
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
+from soco_export.model.load import dense_config
+from soco_export.model.weights import map_weights
 from soco_export.onnx.settings import ExportSettings
-from soco_export.recipe import Recipe
-from soco_export.weights import map_weights
-from soco_train.artifacts import Factors, LayerScores, Scores, Spectrum, SpectrumStore
-from soco_train.budget import plan_ranks
+from soco_export.recipe.recipe import Recipe
 from soco_train.events import Event
-from soco_train.factors import make_factors, store_as
-from soco_train.layers import select_linears
+from soco_train.modules.layers import select_linears
+from soco_train.plan.ranks import plan_ranks
+from soco_train.refine.cut import make_factors, store_as
+from soco_train.scores.task import TrainingTask
+from soco_train.scores.trainer import train_spectrum
 from soco_train.settings import PlanSettings
-from soco_train.spectrum import decompose_model
-from soco_train.trainer import TrainingTask, train_spectrum
+from soco_train.spectra.decompose import decompose_model
+from soco_train.store.factors import Factors
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum, SpectrumStore
 
 GPU = torch.cuda.is_available()
 # On a CPU the processor's seconds, with which other programs have less to do.

@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.quality.run import machine
 from benchmarks.scale.estimate import H100_FLOPS, Sizes, hours_of_decomposition, training
 from benchmarks.scale.parts import GPU, Size, do, shapes
-from soco_export.doctor import versions
 from soco_export.files.atomic import write_atomic
-from soco_export.models import dense_config
-from soco_export.recipe import Recipe, load_recipe
-from soco_train.layers import select_linears
+from soco_export.model.load import dense_config
+from soco_export.preflight.doctor import versions
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
+from soco_train.modules.layers import select_linears
 
 TOKENS = 30e6  # of score training: what the whole is extrapolated to
 

@@ -17,7 +17,7 @@ from typing import Any
 import onnxruntime_genai as genai
 
 from benchmarks.servers.prompts import PROMPTS
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, Flavour
 
 FLAVOURS: tuple[Flavour, ...] = ("standard", "contrib")

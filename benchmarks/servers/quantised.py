@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from soco_export.checkpoint import load_checkpoint
-from soco_export.lowrank import FactoredLinear
-from soco_export.onnx.export import export_onnx
-from soco_export.onnx.quantize import dequantize, quantize
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.session import OnnxDecoder
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings, WeightType
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.perplexity import measure_perplexity
-from soco_export.validate.session import OnnxDecoder
-from soco_train.corpus import load_blocks
+from soco_export.onnx.write.blocks import dequantize, quantize
+from soco_train.data.corpus import load_blocks
+from soco_train.forms.base import FactoredLinear
 from soco_train.settings import BITS, DataSettings
 
 TOLERANCE = 0.02

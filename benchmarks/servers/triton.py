@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from soco_export.onnx.architecture import read_config
-from soco_export.onnx.layouts import LAYOUTS, Layout
+from soco_export.onnx.describe.config import read_config
 from soco_export.onnx.settings import ExportSettings
+from soco_export.runtimes.registry import LAYOUTS, Layout
 
 # numpy 1 because the backend was built for it; packages of the environment that runs this serve for the rest.
 INSTALL = "pip install --no-deps --target .venv-triton nvidia-pytriton==0.7.0 'numpy<2'"

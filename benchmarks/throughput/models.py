@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from soco_train.artifacts import LayerScores, Scores, Spectrum
-from soco_train.budget import RankPlan, kept, plan_ranks
-from soco_train.layers import replace_module, select_linears
-from soco_train.objective import divergence
-from soco_train.scored import ScoreBank, ScoredLinear
+from soco_train.learn.divergence import divergence
+from soco_train.modules.layers import replace_module, select_linears
+from soco_train.modules.scored import ScoreBank, ScoredLinear
+from soco_train.plan.ranks import RankPlan, kept, plan_ranks
 from soco_train.settings import LayerSettings, PlanSettings
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum
 
 
 @dataclass

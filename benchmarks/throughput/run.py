@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.run import machine
 from benchmarks.throughput.models import Subject, subjects
-from soco_export.doctor import versions
 from soco_export.files.atomic import write_atomic
-from soco_export.models import dense_config
-from soco_export.recipe import load_recipe
-from soco_train.budget import RankPlan
+from soco_export.model.load import dense_config
+from soco_export.preflight.doctor import versions
+from soco_export.recipe.load import load_recipe
+from soco_train.plan.ranks import RankPlan
 from soco_train.settings import PlanSettings
 
 FLOORS = {"full": 0.45, "cut": 0.7}

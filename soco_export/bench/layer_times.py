@@ -1,6 +1,6 @@
 """What one Linear costs on one device, measured, as data: times by form and rank, and the rank from which dense wins.
 
-Pure: soco_export/bench/layer_timing.py measures, soco_export/run/planning.py keeps the file.
+Pure: soco_export/bench/layer_timing.py measures, soco_export/run/measured_plan.py keeps the file.
 
     {"conditions": {...}, "multiple": 32, "layers": {"1536x576": {"stacked": {"dense": [...], "ranks": [...], ...}}}}
 """
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soco_train.allocation import Limit
 from soco_train.errors import DataError
+from soco_train.plan.allocation import Limit
 from soco_train.settings import Storage
 
 Shape = tuple[int, int]

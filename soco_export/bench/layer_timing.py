@@ -21,17 +21,17 @@ from soco_export.bench.layer_times import Conditions, FormTimes, Profile, Shape,
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.runner import Run, interleave
 from soco_export.bench.settings import LatencySettings
-from soco_export.onnx.export import DTYPES
-from soco_export.onnx.graph import DataFile, Graph
+from soco_export.evaluate.session import DEVICES, check_provider, session_options
+from soco_export.evaluate.settings import CPU
+from soco_export.onnx.build import DTYPES
+from soco_export.onnx.emit.linear import Linears
 from soco_export.onnx.inspect import MODEL_FILE
-from soco_export.onnx.linear import Linears
-from soco_export.onnx.matrix import Array
+from soco_export.onnx.read import Form
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import Form
-from soco_export.validate.session import DEVICES, check_provider, session_options
-from soco_export.validate.settings import CPU
-from soco_train.allocation import layer_cost
+from soco_export.onnx.write.graph import DataFile, Graph
+from soco_export.onnx.write.matrix import Array
 from soco_train.events import Event, Notify
+from soco_train.plan.allocation import layer_cost
 from soco_train.settings import BITS, Storage
 
 # Parts of the dense layer's parameters at which a form is measured; the last one saves nothing any more.

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from soco_export.bench.figures import PEAK_METHOD, PeakMemory
-from soco_export.validate.settings import CPU
+from soco_export.evaluate.settings import CPU
 from soco_train.errors import MachineError
 
 TIMEOUT_S = 1800
@@ -56,7 +56,7 @@ def high_water_mark() -> int:
 def _main(folder: str, provider: str, threads: str, tokens: str) -> None:
     import numpy as np
 
-    from soco_export.validate.session import OnnxDecoder
+    from soco_export.evaluate.session import OnnxDecoder
 
     interpreter = high_water_mark()
     decoder = OnnxDecoder(Path(folder), provider, int(threads))

@@ -20,8 +20,8 @@ from soco_export.bench.memory import measure_peak_memory
 from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
 from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import paired_ratio, summarise
-from soco_export.validate.decoder import IntArray
-from soco_export.validate.session import DEVICES, MODEL_FILE, OnnxDecoder
+from soco_export.evaluate.decoder import IntArray
+from soco_export.evaluate.session import DEVICES, MODEL_FILE, OnnxDecoder
 from soco_train.events import Event, Notify, silent
 
 Run = Callable[[], None]

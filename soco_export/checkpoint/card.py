@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from soco_export.lowrank import INSTALL, QUANT_METHOD, factored_layers
+from soco_export.checkpoint.layers import INSTALL, QUANT_METHOD, factored_layers
 
 TEMPLATE = "card.md.jinja"
 

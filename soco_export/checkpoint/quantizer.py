@@ -16,10 +16,11 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from soco_export.checkpoint.layers import FORMAT, INSTALL, factored_layers, quantization_record
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards
-from soco_export.lowrank import FACTORED, FORMAT, INSTALL, factored_layers, quantization_record
 from soco_train.errors import DataError
-from soco_train.layers import replace_module
+from soco_train.forms.registry import FACTORED
+from soco_train.modules.layers import replace_module
 
 
 class SocoExportConfig(QuantizationConfigMixin):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from soco_export.lowrank import QUANT_METHOD
+from soco_export.checkpoint.layers import QUANT_METHOD
 from soco_train.errors import DataError
 
 REPAIR = "copy or write the checkpoint again"

@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from soco_export.checkpoint.reader import is_finite
 from soco_train.errors import DataError
-from soco_train.tensorfile import Pending, write_file
+from soco_train.store.tensorfile import Pending, write_file
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Pending], max_shard_size: int | str, parameters: int) -> None:

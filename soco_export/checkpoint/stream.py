@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from soco_export.checkpoint.biases import check_dense_parts
+from soco_export.checkpoint.layers import replacement
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.checkpoint.shards import write_shards
-from soco_export.checkpoint.skeleton import check_dense_parts
 from soco_export.checkpoint.writer import SHARD, finish, save_checkpoint
 from soco_export.files.replacing import replacing_folder
-from soco_export.lowrank import replacement
-from soco_train.artifacts import LayerFactors
-from soco_train.layers import replace_module
-from soco_train.tensorfile import Pending
+from soco_train.forms.registry import LayerFactors
+from soco_train.modules.layers import replace_module
+from soco_train.store.tensorfile import Pending
 
 
 def stream_checkpoint(

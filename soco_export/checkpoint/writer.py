@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from soco_export.checkpoint.biases import check_dense_parts, fit_biases
 from soco_export.checkpoint.card import render_card, summarise
-from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both_forms
+from soco_export.checkpoint.layers import factored_layers, record_layers
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
 from soco_export.checkpoint.shards import check_values
-from soco_export.checkpoint.skeleton import check_dense_parts, fit_biases
+from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
 from soco_export.files.replacing import check_replaceable, replacing_folder
-from soco_export.lowrank import factored_layers, record_layers
 
 SHARD = "5GB"
 

@@ -36,7 +36,7 @@ class ExportSettings(Section):
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
     cache and unquantised weights; logits are always float32. `weights`: int8 or int4 blocks for every MatMul.
     `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
-    input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/onnx/layouts.py).
+    input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/runtimes/).
     """
 
     flavour: Flavour = "standard"

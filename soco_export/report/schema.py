@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
+from soco_export.evaluate.figures import PerplexityFigures, StepParity, TaskComparison
 from soco_export.files.atomic import write_atomic
-from soco_export.gate import GateSettings, Verdict, judge
-from soco_export.validate.figures import PerplexityFigures, StepParity, TaskComparison
+from soco_export.report.gates import GateSettings, Verdict, judge
 from soco_train.errors import DataError
 
 SCHEMA_VERSION: Literal[1] = 1

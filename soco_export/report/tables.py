@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from soco_export.bench.figures import LatencyFigures, MemoryFigures
 from soco_export.bench.stats import Summary, render_percentile
+from soco_export.evaluate.figures import ParityFigures, TaskComparison
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
-from soco_export.validate.figures import ParityFigures, TaskComparison
 
 Row = tuple[str, ...]
 NOT_MEASURED = "not measured"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soco_export.files.records import record_file
-from soco_export.recipe import Recipe
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import RunFolder
 from soco_export.run.manifest import stage_key
 from soco_export.run.names import Format
-from soco_train.corpus import Blocks, load_blocks
+from soco_train.data.corpus import Blocks, load_blocks
 from soco_train.events import Notify
 
 
@@ -65,7 +65,7 @@ class RunContext:
 
         The one that trains is let go.
         """
-        from soco_export.models import open_model
+        from soco_export.model.load import open_model
 
         self._model = None
         return open_model(self.recipe)
@@ -74,7 +74,7 @@ class RunContext:
         """Read the dense model: onto the GPU in `dtype`, else in fp32 on the CPU, which computes in nothing less."""
         import torch
 
-        from soco_export.models import load_model, load_onto
+        from soco_export.model.load import load_model, load_onto
 
         if torch.cuda.is_available():
             return load_onto(self.recipe, "cuda", getattr(torch, dtype))
@@ -83,14 +83,14 @@ class RunContext:
     def tokenizer(self) -> Any:
         """Return the model's tokenizer."""
         if self._tokenizer is None:
-            from soco_export.models import load_tokenizer
+            from soco_export.model.load import load_tokenizer
 
             self._tokenizer = load_tokenizer(self.recipe)
         return self._tokenizer
 
     def linears(self) -> dict[str, Any]:
         """Return the participating Linears of the dense model by name."""
-        from soco_train.layers import select_linears
+        from soco_train.modules.layers import select_linears
 
         return dict(select_linears(self.model(), self.recipe.layers))
 
@@ -118,7 +118,7 @@ class RunContext:
         return self._model_hash
 
     def _weight_files(self) -> dict[str, str]:
-        from soco_export.models import fetch_folder
+        from soco_export.model.source import fetch_folder
 
         found = {}
         known = self.folder.manifest.inputs

@@ -12,17 +12,18 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from soco_export.doctor import versions
 from soco_export.files.atomic import remove, write_atomic
 from soco_export.files.records import check_apart
-from soco_export.recipe import Recipe, load_recipe, lock
+from soco_export.preflight.doctor import versions
+from soco_export.recipe.difference import differences
+from soco_export.recipe.load import load_recipe, lock
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import MANIFEST, Manifest, Process, StageRecord, record_outputs
 from soco_train.errors import MachineError, RecipeError
 
@@ -193,21 +194,6 @@ def read_lock(root: Path) -> Recipe:
             where=str(root),
         )
     return load_recipe(root / LOCK)
-
-
-def differences(one: Recipe, two: Recipe) -> list[str]:
-    """Return the dotted keys in which two recipes differ."""
-    flat_one, flat_two = (flatten(recipe.model_dump(mode="json", by_alias=True)) for recipe in (one, two))
-    return [key for key in {**flat_one, **flat_two} if flat_one.get(key) != flat_two.get(key)]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-        flat.update(inner)
-    return flat
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soco_export.recipe import Recipe
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import LOCK
 from soco_export.run.names import Format
 from soco_train.errors import ExitCode, RecipeError
@@ -40,7 +40,7 @@ class Request:
 
     def resolve(self) -> Recipe:
         """Return the recipe that the flags mean together; settings go before what `--tiny` shrinks."""
-        from soco_export.models import recipe_for, shrink
+        from soco_export.model.which import recipe_for, shrink
 
         recipe = recipe_for(self.model, self.recipe, self.overrides)
         return shrink(recipe).override(self.overrides) if self.tiny else recipe

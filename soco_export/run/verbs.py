@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from soco_export.recipe import list_recipes, load_recipe, lock
+from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.request import Outcome, Request, find_run, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
@@ -21,21 +21,21 @@ from soco_train.events import Notify, silent
 
 def train_and_export(request: Request, notify: Notify = silent) -> Outcome:
     """Do everything into one run folder: train, prune, export, prove, judge."""
-    from soco_export.run.road import whole_road
+    from soco_export.run.on_run import whole_road
 
     return whole_road(request, notify)
 
 
 def train(request: Request, notify: Notify = silent) -> Outcome:
     """Learn the scores and stop."""
-    from soco_export.run.road import training
+    from soco_export.run.on_run import training
 
     return training(request, notify)
 
 
 def plan(request: Request, run: Path | None = None, sizes: str | None = None, notify: Notify = silent) -> Outcome:
     """Show what the scores of `run` give at each of `sizes` ("0.9,0.8"); `request.out` receives plan files."""
-    from soco_export.run.sizes import plan_sizes
+    from soco_export.run.plan_table import plan_sizes
 
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
@@ -46,10 +46,10 @@ def plan(request: Request, run: Path | None = None, sizes: str | None = None, no
 def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
     """Write a run or a Hugging Face folder in `request.format`, or a run at another size."""
     if (folder / LOCK).is_file():
-        from soco_export.run.road import from_run
+        from soco_export.run.on_run import from_run
 
         return from_run(request, folder, notify)
-    from soco_export.run.folders import export_folder
+    from soco_export.run.on_folder import export_folder
 
     return export_folder(request, folder, notify)
 
@@ -57,10 +57,10 @@ def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
 def validate(request: Request, folder: Path, against: Path | None = None, notify: Notify = silent) -> Outcome:
     """Measure parity and perplexity of a run, or of `folder` against another one, and judge them."""
     if against is None:
-        from soco_export.run.road import again
+        from soco_export.run.on_run import again
 
         return again(request, folder, "proof", notify)
-    from soco_export.run.folders import prove_folders
+    from soco_export.run.on_folder import prove_folders
 
     return prove_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
 
@@ -68,10 +68,10 @@ def validate(request: Request, folder: Path, against: Path | None = None, notify
 def bench(request: Request, folder: Path, against: Path | None = None, notify: Notify = silent) -> Outcome:
     """Measure latency and memory of a run, or of one ONNX folder against another."""
     if against is None:
-        from soco_export.run.road import again
+        from soco_export.run.on_run import again
 
         return again(request, folder, "bench", notify)
-    from soco_export.run.folders import bench_folders
+    from soco_export.run.on_folder import bench_folders
 
     return bench_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
 
@@ -87,7 +87,7 @@ def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> 
 
 def report(request: Request, run: Path | None = None, notify: Notify = silent) -> Outcome:
     """Judge a run's results.json again by its recipe's gates, and write every report anew."""
-    from soco_export.run.road import report_again
+    from soco_export.run.on_run import report_again
 
     return report_again(request, find_run(run, request), notify)
 
@@ -120,7 +120,7 @@ def recipes_check(request: Request, names: Sequence[str] | None = None, notify: 
 
 def doctor(request: Request, notify: Notify = silent) -> Outcome:
     """Examine the machine."""
-    from soco_export import doctor
+    from soco_export.preflight import doctor
     from soco_export.run.request import RUNS
 
     findings = doctor.examine(RUNS)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from onnx_models import Decoder
 
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

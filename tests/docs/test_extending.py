@@ -12,15 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from soco_export.onnx import layouts
 from soco_export.onnx.settings import ExportSettings
-from soco_export.recipe import load_recipe
-from soco_train import scorers, spectrum
+from soco_export.recipe.load import load_recipe
+from soco_export.runtimes import registry as layouts
+from soco_train.scores import closed_form
+from soco_train.scores.registry import SCORERS, train_scores
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import PlanSettings, TrainSettings
-from soco_train.statistics import LayerStatistics
+from soco_train.spectra import bases
+from soco_train.spectra.decompose import decompose
+from soco_train.spectra.statistics import LayerStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
-REGISTRIES = (spectrum._BASES, scorers.SCORERS, layouts.LAYOUTS)
+REGISTRIES = (bases._BASES, SCORERS, layouts.LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +46,26 @@ def define(start: str, module: object) -> None:
 
 
 def test_the_basis_decomposes_exactly() -> None:
-    define("@basis", spectrum)
+    define("@basis", bases)
     weight = torch.randn(7, 5)
     statistics = LayerStatistics(input_magnitude=torch.rand(5, dtype=torch.float64) + 0.1)
-    found = spectrum.decompose(weight, statistics, "magnitude", ridge=0.0)
+    found = decompose(weight, statistics, "magnitude", ridge=0.0)
     torch.testing.assert_close(found.P @ found.B, weight, rtol=1e-5, atol=1e-5)
 
 
 def test_the_scorer_scores(tmp_path: Path) -> None:
-    define("@scorer", scorers)
+    define("@scorer", closed_form)
     linear = nn.Linear(5, 7)
-    task = scorers.ScoringTask(
+    task = ScoringTask(
         model=linear,
         linears={"layer": linear},
-        spectra={"layer": spectrum.decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)},
+        spectra={"layer": decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)},
         tokens=torch.zeros(1, 8, dtype=torch.int64),
         train=TrainSettings(scorer="energy-per-parameter"),
         plan=PlanSettings(),
         workdir=tmp_path,
     )
-    importance = scorers.train_scores(task).layers["layer"].importance
+    importance = train_scores(task).layers["layer"].importance
     torch.testing.assert_close(importance, torch.linalg.svdvals(linear.weight.detach()) ** 2 / 12)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from soco_export import cli
-from soco_export.run.summary import run_outcome
+from soco_export.run.terminal import run_outcome
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

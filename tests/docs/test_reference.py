@@ -10,8 +10,8 @@ from typing import Any
 from typer.main import get_command
 
 from soco_export.cli import app
-from soco_export.recipe import Recipe, keys
-from soco_export.recipe_yaml import read_yaml_value
+from soco_export.recipe.recipe import Recipe, keys
+from soco_export.recipe.yaml import read_yaml_value
 
 COMMON = {"--json", "--quiet", "--verbose"}
 DOCS = Path(__file__).parents[2] / "docs"

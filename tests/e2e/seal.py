@@ -156,7 +156,7 @@ def _keys(value: Any, prefix: str = "") -> list[str]:
 
 
 def _recipe_keys() -> list[str]:
-    from soco_export.recipe import keys
+    from soco_export.recipe.recipe import keys
 
     return sorted(keys())
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from soco_train.artifacts import StackedFactors
-from soco_train.distill import DistillTask, distill
 from soco_train.events import Event
-from soco_train.layers import select_linears
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.layers import select_linears
+from soco_train.refine.distill import DistillTask, distill
 from soco_train.settings import DistillSettings, LayerSettings
 from tests.e2e.tiny_models import make_model, random_layer
 

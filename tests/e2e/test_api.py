@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import soco_export
 import soco_train
-from soco_export.models import BUILTIN_MODEL
+from soco_export.model.source import BUILTIN_MODEL
 from soco_export.run.folder import read_lock
-from soco_train.artifacts import Factors, Scores
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
 
 
 def test_the_api_learns_and_cuts_what_the_command_line_does(tiny_run: Path, tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, merge_dense, save_checkpoint, save_dense
 from soco_export.checkpoint import check_folder
-from soco_export.lowrank import FactoredLinear, PivotedLinear, count_parameters, factored_layers
-from soco_train.artifacts import Factors
+from soco_export.checkpoint.layers import count_parameters, factored_layers
 from soco_train.errors import DataError, RecipeError
+from soco_train.forms.base import FactoredLinear
+from soco_train.forms.pivoted import PivotedLinear
+from soco_train.store.factors import Factors
 
 transformers_logging.disable_progress_bar()
 OTHER_PYTHON = os.environ.get("SOCO_EXPORT_OTHER_PYTHON")

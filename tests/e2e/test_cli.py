@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 from soco_export.cli import app
-from soco_export.models import BUILTIN_MODEL
+from soco_export.model.source import BUILTIN_MODEL
 
 GOLDEN = ROOT / "tests" / "golden" / "cli-options.json"
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "numpy", "pydantic", "rich", "yaml"}
@@ -228,7 +228,7 @@ def test_doctor() -> None:
 
 
 def test_two_onnxruntimes_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from soco_export import doctor
+    from soco_export.preflight import doctor
 
     monkeypatch.setattr(doctor, "version_of", lambda package: "5.0.0")
     ran = soco("doctor")

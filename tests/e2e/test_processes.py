@@ -13,8 +13,9 @@ import torch
 from cli_runner import ROOT, soco
 
 from soco_train import parallel
-from soco_train.artifacts import Factors, Scores
 from soco_train.errors import RecipeError
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
 from tests.e2e.sharing import small_distillation
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -16,13 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, save_checkpoint
 from soco_export.checkpoint import stream
+from soco_export.checkpoint.layers import stored_factors
 from soco_export.checkpoint.stream import stream_checkpoint
-from soco_export.lowrank import stored_factors
-from soco_train.artifacts import Factors, LayerFactors, LazyLayers
 from soco_train.errors import DataError
-from soco_train.layers import select_linears
+from soco_train.forms.registry import LayerFactors, LazyLayers
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
-from soco_train.tensorfile import Pending, write_file
+from soco_train.store.factors import Factors
+from soco_train.store.tensorfile import Pending, write_file
 
 transformers_logging.disable_progress_bar()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -22,9 +22,12 @@ from transformers import (
 )
 
 from soco_export import apply_factors
-from soco_train.artifacts import Factors, LayerFactors, PivotedFactors, StackedFactors
-from soco_train.layers import select_linears
+from soco_train.forms.pivoted import PivotedFactors
+from soco_train.forms.registry import LayerFactors
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
+from soco_train.store.factors import Factors
 
 VOCABULARY = 259
 LLAMA3_ROPE = {

@@ -9,16 +9,19 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_train.acip import ADAPTER_SCALE, MASKS_STOP, MaskedLinear
-from soco_train.artifacts import LayerScores, Scores, Spectrum, SpectrumStore
-from soco_train.budget import plan_ranks
 from soco_train.events import Event
-from soco_train.factors import make_factors
-from soco_train.layers import select_linears
-from soco_train.scorers import ScoringTask, train_scores
+from soco_train.modules.layers import select_linears
+from soco_train.modules.masked import ADAPTER_SCALE, MaskedLinear
+from soco_train.plan.ranks import plan_ranks
+from soco_train.refine.cut import make_factors
+from soco_train.scores.acip import MASKS_STOP
+from soco_train.scores.registry import train_scores
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import LayerSettings, PlanSettings, TrainSettings
-from soco_train.spectrum import decompose_layers
-from soco_train.statistics import LayerStatistics
+from soco_train.spectra.decompose import decompose_layers
+from soco_train.spectra.statistics import LayerStatistics
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum, SpectrumStore
 
 STEPS = 20
 TRAIN = TrainSettings(

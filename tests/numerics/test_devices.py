@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from soco_train import cut_factors, learn_scores, plan_ranks
-from soco_train.artifacts import Factors, Scores
 from soco_train.settings import DistillSettings, PlanSettings, RefineSettings, Storage, TrainSettings
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
 from tests.e2e.tiny_models import make_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

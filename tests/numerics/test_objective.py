@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from soco_train.objective import SoftSize, divergence, polarisation, soft_gate
+from soco_train.learn.divergence import divergence
+from soco_train.scores.size import SoftSize, polarisation, soft_gate
 from soco_train.settings import PlanSettings
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx_models import CONFIGS, Decoder, factor, save_dense, tiny_model, torch_logits
 
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "down_proj": ("stacked", 17),

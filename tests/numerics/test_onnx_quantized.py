@@ -10,9 +10,9 @@ import torch
 from onnx_models import Decoder, factor, save_dense, tiny_model, torch_logits
 from safetensors.torch import load_file
 
-from soco_export.onnx.export import export_onnx
-from soco_export.onnx.quantize import dequantize, quantize
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
+from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.settings import BITS
 
 FORMS = {"q_proj": ("stacked", 21), "k_proj": ("pivoted", 9)}
@@ -111,7 +111,7 @@ def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:
 def test_rounding_in_pieces_is_rounding_at_once(monkeypatch) -> None:
     weight = np.random.default_rng().standard_normal((37, 70)).astype(np.float32)
     once = quantize(weight, 4, 16, symmetric=False)
-    monkeypatch.setattr("soco_export.onnx.quantize.CHUNK", 4 * 70 * 5)
+    monkeypatch.setattr("soco_export.onnx.write.blocks.CHUNK", 4 * 70 * 5)
     pieces = quantize(weight, 4, 16, symmetric=False)
     assert (once.packed == pieces.packed).all()
     assert (once.scales == pieces.scales).all()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from onnx_models import CONFIGS, Decoder, factor, tiny_model
 
-from soco_export.onnx.export import export_onnx
+from soco_export.evaluate.session import OnnxDecoder
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
-from soco_export.validate.session import OnnxDecoder
 
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "fc1": ("pivoted", 24)}
 NEW = 32

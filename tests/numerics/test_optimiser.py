@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from soco_train.errors import RecipeError
-from soco_train.optimiser import check_optimiser, optimisers
+from soco_train.learn.optimiser import check_optimiser, optimisers
 
 HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
 

@@ -7,9 +7,17 @@ import time
 import pytest
 import torch
 
-from soco_train.artifacts import Factors, PivotedFactors, StackedFactors
-from soco_train.factors import store_as
-from soco_train.pivot import LARGEST, _swap_until_small, largest_coefficient, pivot_factors, unpivot
+from soco_train.forms.pivoted import (
+    LARGEST,
+    PivotedFactors,
+    _swap_until_small,
+    largest_coefficient,
+    pivot_factors,
+    unpivot,
+)
+from soco_train.forms.stacked import StackedFactors
+from soco_train.refine.cut import store_as
+from soco_train.store.factors import Factors
 
 SHAPES = [(40, 24, 10), (24, 40, 10), (32, 32, 31), (32, 32, 32), (9, 30, 9), (30, 9, 9), (20, 20, 1), (1, 5, 1)]
 
@@ -132,7 +140,9 @@ def test_the_published_size_and_quality_on_a_real_shape():
 
 def test_pivots_are_chosen_when_a_layer_is_asked_for_and_saved_one_layer_at_a_time(tmp_path, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr("soco_train.factors.pivot_factors", lambda layer: asked.append(layer) or pivot_factors(layer))
+    monkeypatch.setattr(
+        "soco_train.refine.cut.pivot_factors", lambda layer: asked.append(layer) or pivot_factors(layer)
+    )
     factors = {name: StackedFactors(spread(24, 7, 1e3), torch.randn(7, 16), torch.randn(24)) for name in ("a", "b")}
     stored = Factors(store_as(factors, "pivoted"), {"seed": 3})
     assert not asked

@@ -9,18 +9,21 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_train.artifacts import Scores, SpectrumStore, StackedFactors
-from soco_train.budget import plan_ranks
-from soco_train.compensate import SKIPPED, compensate, compensated, score_fisher
-from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
-from soco_train.factors import factored, make_factors
-from soco_train.layers import parked, select_linears
-from soco_train.objective import divergence
-from soco_train.refit import Moments, refit, solve
-from soco_train.rounding import rounded
-from soco_train.scorers import ScoringTask, train_scores
+from soco_train.forms.stacked import StackedFactors
+from soco_train.learn.divergence import divergence
+from soco_train.modules.factored import factored
+from soco_train.modules.layers import parked, select_linears
+from soco_train.modules.subject import Subject
+from soco_train.numbers.rounding import rounded
+from soco_train.plan.ranks import plan_ranks
+from soco_train.refine.compensate import SKIPPED, compensate, compensated, score_fisher
+from soco_train.refine.cut import make_factors
+from soco_train.refine.distill import DistillTask, distill
+from soco_train.refine.refit import Moments, refit, solve
+from soco_train.scores.registry import train_scores
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import (
     CompensateSettings,
     DistillSettings,
@@ -30,8 +33,9 @@ from soco_train.settings import (
     RoundingSettings,
     TrainSettings,
 )
-from soco_train.spectrum import decompose_model
-from soco_train.subject import Subject
+from soco_train.spectra.decompose import decompose_model
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import SpectrumStore
 from tests.e2e.tiny_models import make_model
 
 HAS_MUON = hasattr(torch.optim, "Muon")

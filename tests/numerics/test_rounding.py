@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.onnx.quantize import dequantize, quantize
+from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.errors import RecipeError
-from soco_train.rounding import check_rounding, rounded, rounds
+from soco_train.numbers.rounding import check_rounding, rounded, rounds
 from soco_train.settings import BITS, RoundingSettings
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from soco_train.artifacts import Spectrum
-from soco_train.scored import ScoreBank, ScoredLinear, ScoredProduct
+from soco_train.modules.scored import ScoreBank, ScoredLinear, ScoredProduct
+from soco_train.store.spectra import Spectrum
 
 
 def spectrum(weight: torch.Tensor, whitened: bool) -> Spectrum:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from soco_train.objective import divergence
-from soco_train.teacher import Teacher, TopPredictions
+from soco_train.learn.divergence import divergence
+from soco_train.learn.teacher import Teacher, TopPredictions
 
 VOCABULARY = 23
 

@@ -7,18 +7,23 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_train.artifacts import SpectrumStore
-from soco_train.budget import kept, plan_ranks
-from soco_train.distill import DistillTask, distill
 from soco_train.errors import DataError
 from soco_train.events import Event
-from soco_train.factors import factored, make_factors
-from soco_train.layers import select_linears
-from soco_train.objective import divergence
-from soco_train.scorers import ScoringTask, attributed, saliency, train_scores, wiener_start
+from soco_train.learn.divergence import divergence
+from soco_train.modules.factored import factored
+from soco_train.modules.layers import select_linears
+from soco_train.plan.ranks import kept, plan_ranks
+from soco_train.refine.cut import make_factors
+from soco_train.refine.distill import DistillTask, distill
+from soco_train.scores.closed_form import saliency
+from soco_train.scores.registry import train_scores
+from soco_train.scores.soco import attributed, wiener_start
+from soco_train.scores.task import ScoringTask
 from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
-from soco_train.spectrum import decompose_layers, find_basis
-from soco_train.statistics import collect_statistics
+from soco_train.spectra.bases import find_basis
+from soco_train.spectra.decompose import decompose_layers
+from soco_train.spectra.statistics import collect_statistics
+from soco_train.store.spectra import SpectrumStore
 
 STEPS = 30
 TRAIN = TrainSettings(steps=STEPS, batch_tokens=64, lr=0.05, checkpoint_every=7, fisher_blocks=6)

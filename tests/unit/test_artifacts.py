@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from soco_train import artifacts
-from soco_train.artifacts import Spectrum, SpectrumStore, read_tensors, write_tensors
+from soco_train.store import tensorfile
+from soco_train.store.spectra import Spectrum, SpectrumStore
+from soco_train.store.tensorfile import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
@@ -36,16 +37,16 @@ def test_what_is_written_over_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_two_processes_that_write_one_file_both_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, save = tmp_path / "a.safetensors", artifacts.write_file
+    path, save = tmp_path / "a.safetensors", tensorfile.write_file
 
     def overtaken(*arguments, **named) -> None:
         save(*arguments, **named)
         with monkeypatch.context() as other:
-            other.setattr(artifacts, "write_file", save)
+            other.setattr(tensorfile, "write_file", save)
             other.setattr(os, "getpid", lambda: -1)
             write_tensors(path, {"x": torch.ones(2)}, {"kind": "test"})
 
-    monkeypatch.setattr(artifacts, "write_file", overtaken)
+    monkeypatch.setattr(tensorfile, "write_file", overtaken)
     write_tensors(path, {"x": torch.zeros(2)}, {"kind": "test"})
     assert torch.equal(read_tensors(path, "test")[0]["x"], torch.zeros(2))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soco_train.allocation import layer_cost
-from soco_train.artifacts import LayerScores, Scores
-from soco_train.budget import RankPlan, kept, plan_ranks
 from soco_train.errors import DataError, RecipeError
+from soco_train.plan.allocation import layer_cost
+from soco_train.plan.ranks import RankPlan, kept, plan_ranks
 from soco_train.settings import PlanSettings
+from soco_train.store.scores import LayerScores, Scores
 
 STORAGES = st.sampled_from(["stacked", "pivoted"])
 EXACT = st.sampled_from(["global", "lagrangian"])

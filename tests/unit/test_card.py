@@ -10,10 +10,12 @@ import yaml
 from torch import nn
 
 from soco_export.checkpoint.card import CardSummary, format_cell, render_card, summarise
-from soco_export.lowrank import apply_factors, count_parameters
-from soco_export.recipe import load_recipe
-from soco_export.run.card import model_card, summary_json
-from soco_train.artifacts import Factors, PivotedFactors, StackedFactors
+from soco_export.checkpoint.layers import apply_factors, count_parameters
+from soco_export.recipe.load import load_recipe
+from soco_export.run.stages.model_card import model_card, summary_json
+from soco_train.forms.pivoted import PivotedFactors
+from soco_train.forms.stacked import StackedFactors
+from soco_train.store.factors import Factors
 
 RECIPE = "model:\n  name: tiny  # with ``` in a comment\nkeep_params: 0.8\n"
 RESULTS = {"dense": {"perplexity": 19.13412, "decode ms": 22}, "low rank | 0.8": {"perplexity": None, "MiB": 12345.6}}

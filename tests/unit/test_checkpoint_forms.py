@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from soco_export.checkpoint.forms import config_in_both_forms, tokenizer_in_both_forms
+from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
 
 
 def test_plain_rope() -> None:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from soco_export import models
-from soco_export.recipe import load_recipe
+from soco_export.model import load
+from soco_export.model.source import BUILTIN_MODEL
+from soco_export.recipe.load import load_recipe
 from soco_export.run.context import RunContext
 from soco_export.run.folder import RunFolder
 from soco_train.events import silent
@@ -27,7 +28,7 @@ def dtypes(model: Any) -> set[torch.dtype]:
 
 
 def as_published(model: Any) -> bool:
-    weights = load_file(models.BUILTIN_MODEL / "model.safetensors")
+    weights = load_file(BUILTIN_MODEL / "model.safetensors")
     state = model.state_dict()
     return all(torch.equal(weight.float(), state[name]) for name, weight in weights.items())
 
@@ -52,9 +53,9 @@ def test_on_the_cpu_the_model_is_read_once_and_given_away_once(tmp_path: Path) -
 def test_a_gpu_holds_it_as_the_factors_are_and_gives_it_away_exact(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_on = models.put_on
+    put_on = load.put_on
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models, "put_on", lambda model, device, dtype: put_on(model, {"cuda": "cpu"}[device], dtype))
+    monkeypatch.setattr(load, "put_on", lambda model, device, dtype: put_on(model, {"cuda": "cpu"}[device], dtype))
     context = a_context(tmp_path, **{"train.factor_dtype": str(dtype).removeprefix("torch.")})
     assert dtypes(context.model()) == {dtype}
     assert context.model() is context.model()
@@ -67,7 +68,7 @@ def test_the_stored_model_is_as_its_files_have_it(tmp_path: Path) -> None:
     context = a_context(tmp_path)
     context.model()
     stored = context.take_stored_model()
-    weights = load_file(models.BUILTIN_MODEL / "model.safetensors")
+    weights = load_file(BUILTIN_MODEL / "model.safetensors")
     assert dtypes(stored) == {weight.dtype for weight in weights.values()}
     assert as_published(stored.float())
     assert context._model is None

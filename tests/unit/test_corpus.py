@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from soco_train import corpus
-from soco_train.corpus import join_wikitext, load_blocks
+from soco_train.data import corpus
+from soco_train.data.corpus import join_wikitext, load_blocks
 from soco_train.errors import DataError, RecipeError
 from soco_train.settings import DataSettings
 

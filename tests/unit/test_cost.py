@@ -11,18 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soco_export import cost_training
-from soco_export.cost import ModelShape, estimate, measure
-from soco_export.cost_card import Phase, count, size
-from soco_export.models import dense_config, put_on, shrink
-from soco_export.recipe import Recipe, list_recipes, load_recipe
-from soco_export.tiny import random_model
-from soco_train.artifacts import Spectrum, SpectrumStore
-from soco_train.compensate import FISHER_AT_ONCE
-from soco_train.layers import select_linears
-from soco_train.scored import ScoreBank, scored_model
-from soco_train.spectrum import find_basis
-from soco_train.statistics import SUMS_AT_ONCE, groups, sums_bytes
+from soco_export.model.load import dense_config, put_on
+from soco_export.model.tiny import random_model
+from soco_export.model.which import shrink
+from soco_export.preflight import cost_training
+from soco_export.preflight.cost import ModelShape, estimate, measure
+from soco_export.preflight.cost_card import Phase, count, size
+from soco_export.recipe.load import list_recipes, load_recipe
+from soco_export.recipe.recipe import Recipe
+from soco_train.modules.layers import select_linears
+from soco_train.modules.scored import ScoreBank, scored_model
+from soco_train.refine.compensate import FISHER_AT_ONCE
+from soco_train.spectra.bases import find_basis
+from soco_train.spectra.statistics import SUMS_AT_ONCE, groups, sums_bytes
+from soco_train.store.spectra import Spectrum, SpectrumStore
 
 # parameter counts of the published checkpoints
 PUBLISHED = {

@@ -13,7 +13,7 @@ import torch
 from onnx_models import CONFIGS, factor, tiny_model
 from safetensors.torch import load_file, save_file
 
-from soco_export.onnx.matrix import Matrix, Part
+from soco_export.onnx.write.matrix import Matrix, Part
 
 HIDDEN, INNER = 512, 49152
 LARGEST = 4 * HIDDEN * INNER
@@ -28,7 +28,7 @@ CASES = {
 MEASURE = """
 import json, sys
 from pathlib import Path
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -67,7 +67,7 @@ def test_peak_memory_is_at_most_one_and_a_half_times_the_largest_layer(
 @pytest.mark.parametrize("ordered", [True, False])
 def test_pieces_are_the_matrix(ordered, monkeypatch) -> None:
     random = np.random.default_rng()
-    monkeypatch.setattr("soco_export.onnx.matrix.CHUNK", 4 * 11 * 3)
+    monkeypatch.setattr("soco_export.onnx.write.matrix.CHUNK", 4 * 11 * 3)
     arrays = [random.standard_normal((m, 11)).astype(np.float32) for m in (7, 1, 5)]
     rows = [random.permutation(7) if ordered else None, None, None]
     columns = random.permutation(11) if ordered else None

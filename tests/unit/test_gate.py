@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from soco_export.gate import GATES, GateSettings, Precision, judge
-from soco_export.recipe import list_recipes, load_recipe
+from soco_export.recipe.load import list_recipes, load_recipe
+from soco_export.report.gates import GATES, GateSettings, Precision, judge
 
 EXPORT_KL = ("parity.export.prefill.mean_kl", "parity.export.decode.mean_kl")
 NUMBERS = st.floats(min_value=1e-9, max_value=1e9)

@@ -16,12 +16,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_export.cost import estimate, measure
-from soco_export.cost_shape import BASE_HOST, WEIGHTS_AT_ONCE
-from soco_export.models import BUILTIN_MODEL, recipe_for
-from soco_train.artifacts import Factors, StackedFactors
-from soco_train.layers import select_linears
+from soco_export.model.source import BUILTIN_MODEL
+from soco_export.model.which import recipe_for
+from soco_export.preflight.cost import estimate, measure
+from soco_export.preflight.cost_shape import BASE_HOST, WEIGHTS_AT_ONCE
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
+from soco_train.store.factors import Factors
 
 HIDDEN, INNER, LAYERS = 512, 16384, 6
 LARGEST = 4 * HIDDEN * INNER  # in fp32
@@ -30,15 +32,18 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from soco_export.models import load_onto, recipe_for
-from soco_export.run import stages
+from soco_export.model.load import load_onto
+from soco_export.model.which import recipe_for
+from soco_export.run.stages import artefacts
 from soco_export.run.context import RunContext
 from soco_export.run.folder import RunFolder
-from soco_train.artifacts import Factors, LayerScores, Scores, Spectrum
-from soco_train.budget import plan_ranks
+from soco_train.store.factors import Factors
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum
+from soco_train.plan.ranks import plan_ranks
 from soco_train.events import silent
-from soco_train.factors import make_factors, store_as
-from soco_train.layers import select_linears
+from soco_train.refine.cut import make_factors, store_as
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings, PlanSettings
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
@@ -50,7 +55,7 @@ def peak(work):
 def write(root, dtype):
     recipe = recipe_for(str(root / "model"), overrides=[f"model.dtype={dtype}"])
     (root / dtype).mkdir()
-    stages.write_checkpoint(RunContext(RunFolder(root, recipe, manifest=None), "hf", silent), root / dtype)
+    artefacts.write_checkpoint(RunContext(RunFolder(root, recipe, manifest=None), "hf", silent), root / dtype)
 class Spectra:
     def __getitem__(self, name):
         m, n = shapes[name]

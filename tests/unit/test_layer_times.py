@@ -21,15 +21,15 @@ from soco_export.bench.layer_timing import (
     measure_profile,
     rank_grid,
 )
+from soco_export.onnx.read import Form
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import Form
-from soco_export.recipe import load_recipe
-from soco_export.run.planning import plan_for
-from soco_train.allocation import layer_cost
-from soco_train.artifacts import LayerScores, Scores
-from soco_train.budget import plan_ranks
+from soco_export.recipe.load import load_recipe
+from soco_export.run.measured_plan import plan_for
 from soco_train.errors import DataError, RecipeError
+from soco_train.plan.allocation import layer_cost
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings import PlanSettings
+from soco_train.store.scores import LayerScores, Scores
 
 CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", False, (1, 512))
 STORAGES = st.sampled_from(["stacked", "pivoted"])

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from soco_export.lowrank import (
-    FactoredLinear,
-    LowRankLinear,
-    PivotedLinear,
+from soco_export.checkpoint.layers import (
     apply_factors,
     count_parameters,
     factored_layers,
-    from_factors,
     merge_dense,
     stored_factors,
 )
-from soco_train.artifacts import Factors, LayerFactors, PivotedFactors, StackedFactors
 from soco_train.errors import DataError
+from soco_train.forms.base import FactoredLinear
+from soco_train.forms.pivoted import PivotedFactors, PivotedLinear
+from soco_train.forms.registry import LayerFactors, from_factors
+from soco_train.forms.stacked import LowRankLinear, StackedFactors
+from soco_train.store.factors import Factors
 
 
 def random_factors(kind: str, m: int, n: int, r: int, bias: bool, dtype: torch.dtype = torch.float64) -> LayerFactors:

@@ -12,22 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from soco_export.models import (
-    architecture_fields,
-    check_vocabulary,
-    dense_config,
-    fetch_folder,
-    find_folder,
-    load_model,
-    load_onto,
-    open_model,
-    put_on,
-    read_architecture,
-    recipe_for,
-    shrink,
-)
-from soco_export.recipe import Recipe, list_recipes, load_recipe, lock
-from soco_export.tiny import WINDOW, random_model, shrink_architecture
+from soco_export.model.load import check_vocabulary, dense_config, load_model, load_onto, open_model, put_on
+from soco_export.model.source import architecture_fields, fetch_folder, find_folder, read_architecture
+from soco_export.model.tiny import WINDOW, random_model, shrink_architecture
+from soco_export.model.which import recipe_for, shrink
+from soco_export.recipe.load import list_recipes, load_recipe, lock
+from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, RecipeError
 
 SIZES: dict[str, Any] = {

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soco_export.onnx.architecture import Architecture, read_config
-from soco_export.onnx.families import describe
-from soco_export.recipe import list_recipes, load_recipe
+from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.families.registry import describe
+from soco_export.recipe.load import list_recipes, load_recipe
 from soco_train.errors import DataError, RecipeError
 
 LLAMA: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The tables of benchmarks/onnx, from made-up figures; and its random models against the description."""
+"""The tables of benchmarks/speed, from made-up figures; and its random models against the description."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.onnx import frontier
-from benchmarks.onnx.frontier import Point, beaten_by, draw
-from benchmarks.onnx.frontier import markdown as frontier_table
-from benchmarks.onnx.models import (
+from benchmarks.speed import frontier
+from benchmarks.speed.frontier import Point, beaten_by, draw
+from benchmarks.speed.frontier import markdown as frontier_table
+from benchmarks.speed.models import (
     MODELS,
     RandomModel,
     architecture_of,
@@ -19,8 +19,8 @@ from benchmarks.onnx.models import (
     uniform_plan,
     write_model,
 )
-from benchmarks.onnx.series import prefill_flops
-from benchmarks.onnx.table import floors, markdown
+from benchmarks.speed.series import prefill_flops
+from benchmarks.speed.table import floors, markdown
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
 from soco_export.onnx.inspect import summarise
 

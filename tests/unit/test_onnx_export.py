@@ -16,10 +16,10 @@ import torch
 from onnx_models import CONFIGS, factor, save_dense, tiny_model
 from safetensors.torch import load_file, save_file
 
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.inspect import read_ports, summarise
+from soco_export.onnx.read import CheckpointWeights
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.weights import CheckpointWeights
 from soco_train.errors import DataError, RecipeError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,7 +65,7 @@ def test_an_export_that_dies_leaves_nothing_and_keeps_the_last_one(tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from soco_export.onnx.export import export_onnx
+from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 def kill(event):
     if event.step == event.total:  # every weight is written

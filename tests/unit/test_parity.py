@@ -5,10 +5,10 @@ import pytest
 import torch
 from toy_graph import VOCABULARY, ToyModel, save_toy
 
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.parity import common_prefix, compare, compare_logits, observe
-from soco_export.validate.session import OnnxDecoder
-from soco_export.validate.settings import ParitySettings
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.parity import common_prefix, compare, compare_logits, observe
+from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError
 
 SETTINGS = ParitySettings(blocks=3, prompt=10, decode_steps=4, greedy_prompts=2, greedy_tokens=5)

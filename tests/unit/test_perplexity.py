@@ -3,9 +3,9 @@ import pytest
 import torch
 from toy_graph import VOCABULARY, ToyModel, save_toy
 
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.perplexity import measure_perplexity, token_losses
-from soco_export.validate.session import OnnxDecoder
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.perplexity import measure_perplexity, token_losses
+from soco_export.evaluate.session import OnnxDecoder
 from soco_train.errors import DataError
 
 

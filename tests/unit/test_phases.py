@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soco_train.phases import Timetable
+from soco_train.scores.phases import Timetable
 from soco_train.settings import PhaseSettings, TrainSettings
 
 

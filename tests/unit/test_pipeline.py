@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from soco_export.recipe import Recipe
-from soco_export.run.folder import CONTENT, HELD, LOCK, UNFINISHED, RunFolder, check_folder, differences, open_folder
+from soco_export.recipe.difference import differences
+from soco_export.recipe.recipe import Recipe
+from soco_export.run.folder import CONTENT, HELD, LOCK, UNFINISHED, RunFolder, check_folder, open_folder
 from soco_export.run.manifest import MANIFEST, Manifest
 from soco_export.run.pipeline import Pipeline, Stage
 from soco_train.errors import MachineError, RecipeError
@@ -353,7 +354,8 @@ class TestFolder:
         assert differences(a_recipe(), other) == ["keep_params", "data.path", "data.builtin", "train.steps"]
 
     def test_what_runs_write_is_listed_for_fresh(self) -> None:
-        from soco_export.run.stages import ARTEFACTS, DENSE_ONNX, TRAINING
+        from soco_export.run.stages.artefacts import ARTEFACTS, DENSE_ONNX
+        from soco_export.run.stages.training import TRAINING
 
         stages = {stage.name: stage for chain in ARTEFACTS.values() for stage in (*TRAINING, *chain, DENSE_ONNX)}
         assert {path.split("/")[0] for stage in stages.values() for path in stage.writes} <= set(CONTENT)

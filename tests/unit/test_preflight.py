@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soco_export import preflight
-from soco_export.cost_card import CostCard, Phase
-from soco_export.models import shrink
-from soco_export.preflight import (
+from soco_export.model.which import shrink
+from soco_export.preflight import checks as preflight
+from soco_export.preflight.checks import (
     Machine,
     bytes_in,
     check_everything,
@@ -20,7 +19,9 @@ from soco_export.preflight import (
     check_room,
     look,
 )
-from soco_export.recipe import Recipe, load_recipe
+from soco_export.preflight.cost_card import CostCard, Phase
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 
 
@@ -74,7 +75,7 @@ def test_bad_input_stops_a_run_before_it_starts(
     override: str, kind: type[SocoError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("soco_export.weights.read_weights", None)
+    monkeypatch.setattr("soco_export.model.weights.read_weights", None)
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "short.txt").write_text("not enough of it")
     recipe = load_recipe("tiny", [override, *(["model.weights=pretrained"] if override.startswith("model.") else [])])

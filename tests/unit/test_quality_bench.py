@@ -20,12 +20,12 @@ from benchmarks.quality.cells import CONTROL, CellResult, Grid, Perplexity, is_r
 from benchmarks.quality.laboratory import Laboratory, rotated
 from benchmarks.quality.table import markdown, rows
 from soco_export.checkpoint import load_checkpoint
-from soco_export.recipe import list_recipes, load_recipe
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.perplexity import measure_perplexity
-from soco_train.corpus import load_blocks
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.recipe.load import list_recipes, load_recipe
+from soco_train.data.corpus import load_blocks
 from soco_train.errors import RecipeError
-from soco_train.phases import QUIET_STEPS, Timetable
+from soco_train.scores.phases import QUIET_STEPS, Timetable
 from soco_train.settings import PhaseSettings, RefineSettings
 
 METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]

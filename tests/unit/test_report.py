@@ -12,9 +12,10 @@ import torch
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
 from soco_export.bench.stats import paired_ratio, summarise
-from soco_export.gate import GateSettings, Verdict
+from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
 from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
+from soco_export.report.gates import GateSettings, Verdict
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_markdown
@@ -26,11 +27,11 @@ from soco_export.report.schema import (
     SizeFigures,
 )
 from soco_export.report.tables import headline, number, percent, size, verdict_line, verdict_sentence
-from soco_export.run.results import _largest_coefficient, slower
-from soco_export.validate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
-from soco_train.artifacts import Factors, StackedFactors
+from soco_export.run.stages.report import _largest_coefficient, slower
 from soco_train.errors import DataError
-from soco_train.pivot import pivot_factors
+from soco_train.forms.pivoted import pivot_factors
+from soco_train.forms.stacked import StackedFactors
+from soco_train.store.factors import Factors
 
 GATES = GateSettings(max_export_kl=1e-4, max_ppl_ratio=1.5, min_decode_speedup=1.0)
 

@@ -14,8 +14,8 @@ from benchmarks.scale.estimate import Sizes, hours_of_decomposition, training
 from benchmarks.scale.parts import Size, Unit, do, random_model, shapes
 from benchmarks.throughput import run as throughput
 from benchmarks.throughput.models import rotation
-from soco_export.recipe import load_recipe
-from soco_train.layers import select_linears
+from soco_export.recipe.load import load_recipe
+from soco_train.modules.layers import select_linears
 
 SIZES = Sizes([(6, 4), (4, 6), (5, 5)], head=70)
 

@@ -6,8 +6,8 @@ from onnx import TensorProto
 from toy_graph import VOCABULARY, ToyModel, save_toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_export.validate.decoder import TorchDecoder
-from soco_export.validate.session import OnnxDecoder, _as_float32, read_placement
+from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.session import OnnxDecoder, _as_float32, read_placement
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError
 
 AZURE = "AzureExecutionProvider"

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_train.artifacts import SpectrumStore
 from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event
-from soco_train.layers import select_linears
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings, TrainSettings
-from soco_train.spectrum import Metric, Roots, basis, decompose, decompose_layers, decompose_model, find_basis
-from soco_train.statistics import LayerStatistics, collect_statistics, groups
+from soco_train.spectra.bases import Metric, Roots, basis, find_basis
+from soco_train.spectra.decompose import decompose, decompose_layers, decompose_model
+from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
+from soco_train.store.spectra import SpectrumStore
 
 BASES = ["plain", "fisher", "activation", "whitened", "two-sided"]
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
@@ -226,8 +227,10 @@ def test_groups_of_layers_give_what_all_at_once_give(name, tmp_path, monkeypatch
         alive.extend(weakref.ref(value) for value in values if isinstance(value, torch.Tensor))
         return found
 
-    monkeypatch.setattr("soco_train.spectrum.collect_statistics", collect)
-    monkeypatch.setattr("soco_train.spectrum.groups", lambda linears, needs: groups(linears, needs, budget=8000))
+    monkeypatch.setattr("soco_train.spectra.decompose.collect_statistics", collect)
+    monkeypatch.setattr(
+        "soco_train.spectra.decompose.groups", lambda linears, needs: groups(linears, needs, budget=8000)
+    )
     events: list[Event] = []
     decompose_model(model, linears, tokens, train, parts, events.append)
     assert list(parts) == list(whole) == sorted(linears)
@@ -257,7 +260,7 @@ def test_bases_are_found_by_name_with_what_they_need():
 
 
 def test_a_new_basis_is_one_decorated_function(monkeypatch):
-    monkeypatch.setattr("soco_train.spectrum._BASES", {})
+    monkeypatch.setattr("soco_train.spectra.bases._BASES", {})
 
     @basis("doubled", needs=("input_magnitude",))
     def doubled(statistics: LayerStatistics, roots: Roots) -> Metric:

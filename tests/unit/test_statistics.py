@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from soco_train.errors import DataError
 from soco_train.events import Event
-from soco_train.layers import select_linears
+from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
-from soco_train.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
+from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
 
 ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher"})
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from toy_graph import ToyModel
 
-from soco_export.validate.decoder import Decoder, TorchDecoder
-from soco_export.validate.settings import TaskSettings
-from soco_export.validate.tasks import (
+from soco_export.evaluate.decoder import Decoder, TorchDecoder
+from soco_export.evaluate.settings import TaskSettings
+from soco_export.evaluate.tasks import (
     Item,
     TaskAnswers,
     answer_task,

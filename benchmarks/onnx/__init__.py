@@ -1,1 +1,0 @@
-"""Low rank against dense in ONNX Runtime, and against what others write: see benchmarks.onnx.run."""

@@ -1,0 +1,5 @@
+"""python -m benchmarks.speed: see benchmarks.speed.run."""
+
+from benchmarks.speed.run import main
+
+main()

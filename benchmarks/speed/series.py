@@ -1,0 +1,103 @@
+"""One series: several ONNX folders (and PyTorch models) that take turns at the same passes, each against the first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from soco_export.bench.roofline import bytes_per_decode_step
+from soco_export.bench.runner import Run, Workload, interleave, prepare
+from soco_export.bench.stats import paired_ratio
+from soco_export.evaluate.session import MODEL_FILE, OnnxDecoder
+from soco_export.evaluate.settings import CPU
+from soco_export.onnx.inspect import summarise
+
+WORKLOADS = (Workload(1, 128), Workload(512, 0))
+SAMPLES = {"decode_128": 4, "prefill_512": 1}
+ROUNDS = (10, 40)  # fewer say little about a shared machine
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a series. `bytes`: read for a decode step; `flops`: of a prefill; both None outside our graphs.
+
+    `milliseconds`: median of a pass by workload; `speedups`: (value, low, high) against the first model, by workload;
+    `rounds`: how often it had its turn.
+    """
+
+    name: str
+    disk: int
+    bytes: int | None
+    flops: int | None
+    milliseconds: Mapping[str, float]
+    speedups: Mapping[str, tuple[float, float, float]]
+    rounds: Mapping[str, int]
+    remark: str = ""
+
+
+def measure(folders: Mapping[str, Path], others: Mapping[str, Any], threads: int, seconds: float) -> list[Entry]:
+    """Time everything in turns, about `seconds` for each workload; `others` are further Decoders by name."""
+    decoders = {name: OnnxDecoder(folder, CPU, threads, name) for name, folder in folders.items()} | dict(others)
+    found: dict[str, dict[str, list[list[float]]]] = {name: {} for name in decoders}
+    for work in WORKLOADS:
+        prompt = np.random.default_rng(0).integers(0, 1000, (1, work.past + work.tokens))
+        runs = [prepare(decoder, work, prompt) for decoder in decoders.values()]
+        samples = SAMPLES[work.name]
+        series = interleave(runs, _rounds(runs, samples, seconds), warmup=1, samples=samples)
+        for name, times in zip(decoders, series, strict=True):
+            found[name][work.name] = times
+    first = next(iter(decoders))
+    return [_entry(name, folders.get(name), times, found[first]) for name, times in found.items()]
+
+
+def _rounds(runs: list[Run], samples: int, seconds: float) -> int:
+    start = time.perf_counter()
+    for run in runs:
+        run()
+    once = (time.perf_counter() - start) * samples
+    return int(np.clip(seconds / once, *ROUNDS))
+
+
+def _entry(
+    name: str, folder: Path | None, times: Mapping[str, list[list[float]]], first: Mapping[str, list[list[float]]]
+) -> Entry:
+    ratios = {work: paired_ratio(first[work], rounds) for work, rounds in times.items()}
+    return Entry(
+        name=name,
+        disk=sum(file.stat().st_size for file in folder.glob("model.onnx*")) if folder else 0,
+        bytes=bytes_per_decode_step(folder / MODEL_FILE, WORKLOADS[0].past) if folder else None,
+        flops=prefill_flops(folder, WORKLOADS[1].tokens) if folder else None,
+        milliseconds={work: float(np.median(rounds)) for work, rounds in times.items()},
+        speedups={work: (ratio.value, ratio.low, ratio.high) for work, ratio in ratios.items()},
+        rounds={work: len(rounds) for work, rounds in times.items()},
+    )
+
+
+def prefill_flops(folder: Path, tokens: int) -> int:
+    """Return the arithmetic of a prefill: weight products for each token, the head for the last, and attention."""
+    graph = onnx.load(str(folder / MODEL_FILE), load_external_data=False).graph
+    cache = [entry.type.tensor_type.shape for entry in graph.input if entry.name.endswith(".key")]
+    logits = next(entry for entry in graph.output if entry.name == "logits").type.tensor_type.shape.dim
+    inner = {node.op_type: node for node in graph.node}
+    attention = inner.get("GroupQueryAttention") or inner.get("Attention")
+    if attention is None:
+        return 0
+    heads = next(a.i for a in attention.attribute if a.name in ("num_heads", "q_num_heads"))
+    hidden = heads * cache[0].dim[3].dim_value
+    every = summarise(folder).flops_per_token
+    head = 2 * logits[2].dim_value * _width(graph)
+    once = logits[1].dim_value == 1
+    return (every - head) * tokens + head * (1 if once else tokens) + len(cache) * 4 * tokens * tokens * hidden
+
+
+def _width(graph: onnx.GraphProto) -> int:
+    """Return the width of the model: the size of its norms' scales."""
+    norm = next(node for node in graph.node if "Normalization" in node.op_type)
+    sizes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    return int(next(sizes[name][0] for name in norm.input if len(sizes.get(name, ())) == 1))

@@ -1,0 +1,123 @@
+"""Factors into a model's Linears and back to dense, and the record of it in the model's config.
+
+A layer whose rank reaches m would have the dense shape and save nothing, so `apply_factors` puts a plain nn.Linear
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from soco_train.errors import DataError
+from soco_train.forms.base import FactoredLinear
+from soco_train.forms.registry import LayerFactors, LazyLayers, forms_of, from_factors
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.layers import replace_module
+from soco_train.store.factors import Factors
+
+QUANT_METHOD = "soco-export"
+INSTALL = "pip install soco-export"
+FORMAT = 1  # of the record in config.json and the tensor names that go with it
+
+
+def stored_factors(path: Path) -> LazyLayers[LayerFactors]:
+    """Return the layers of a `factors.safetensors`, each read when it is asked for."""
+    return LazyLayers(forms_of(Factors.load(path).layers), lambda name: Factors.load(path).layers[name])
+
+
+def apply_factors(
+    model: nn.Module,
+    factors: Factors | Mapping[str, LayerFactors],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Replace each Linear that `factors` names, keeping its mode, and its dtype and device unless they are given.
+
+    A layer of full rank becomes one dense nn.Linear. On the device `meta` layers have shapes alone; `replacement` gives
+    the values. Raises DataError, with the model untouched, if a name is not a Linear of the model or a shape differs.
+    """
+    layers = factors.layers if isinstance(factors, Factors) else factors
+    modules = dict(model.named_modules())
+    forms = forms_of(layers)
+    for name, form in forms.items():
+        _check_same_layer(name, modules.get(name), form)
+    del modules  # with it the dense weights, one at a time as they are replaced
+    for name, layer in (forms if str(device) == "meta" else layers).items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        module = replacement(layer, dtype or linear.weight.dtype, device or linear.weight.device)
+        replace_module(model, name, module.train(linear.training))
+    record_layers(model)
+
+
+def replacement(layer: LayerFactors, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
+    """Return what `apply_factors` puts in the place of a Linear; a product is formed before anything is rounded."""
+    sizes = from_factors(layer, device="meta")
+    if sizes.rank < sizes.out_features:
+        return from_factors(layer, dtype, device)
+    return from_factors(layer, device=device).to_linear().to(dtype)
+
+
+def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
+    if isinstance(layer, StackedFactors):
+        m, n = layer.up.shape[0], layer.down.shape[1]
+    else:
+        m, n = layer.order.shape[0], layer.pivot.shape[1]
+    if not isinstance(module, nn.Linear) or module.weight.shape != (m, n):
+        raise DataError(
+            f"the factors of {name} make a Linear of {m} × {n}, the model has {module or 'nothing'} there",
+            fix="use the factors of this model's own run",
+            where=name,
+        )
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """Return the pruned modules by qualified name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def merge_dense(model: nn.Module) -> None:
+    """Replace each pruned module by one nn.Linear with the same map; the product is formed in float32 or float64."""
+    for name, module in factored_layers(model).items():
+        replace_module(model, name, module.to_linear())
+    record_layers(model)
+
+
+def record_layers(model: nn.Module) -> None:
+    """Write which layers are pruned into `model.config`, if there is one, so that `save_pretrained` keeps it.
+
+    The record is the config's `quantization_config`; a model without pruned layers has none.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    layers = {
+        name: {"kind": module.kind, "rank": module.rank, "bias": module.dense_bias() is not None}
+        for name, module in factored_layers(model).items()
+    }
+    if layers:
+        config.quantization_config = quantization_record(layers)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def quantization_record(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint with these `layers`: name → kind, rank, bias."""
+    kinds = {str(layer["kind"]) for layer in layers.values()}
+    return {
+        "quant_method": QUANT_METHOD,
+        "install": INSTALL,
+        "format": FORMAT,
+        "storage": kinds.pop() if len(kinds) == 1 else "mixed",
+        "layers": layers,
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers the model's parameters hold; a tied parameter counts once, `order` not at all."""
+    return sum(parameter.numel() for parameter in model.parameters())

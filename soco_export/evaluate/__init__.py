@@ -1,0 +1,1 @@
+"""How close a model is to the one before it: parity, perplexity, tasks."""

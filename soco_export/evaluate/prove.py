@@ -1,0 +1,92 @@
+"""The proof: the dense model, the pruned one and what ships, each asked the same questions, one after the other.
+
+    dense ──compression── low-rank ──export── what ships (ONNX, or the merged dense form)
+
+Only one model is in memory at a time; logits lie in files. A model's long answers (perplexity, tasks) are kept as they
+are had, so that a killed proof goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soco_export.evaluate.decoder import Decoder
+from soco_export.evaluate.figures import StepParity
+from soco_export.evaluate.parity import Observation, compare, observe
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.settings import ValidateSettings
+from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers, load_items
+from soco_export.files.atomic import write_atomic
+from soco_train.data.corpus import Blocks
+from soco_train.events import Notify
+
+DENSE, LOW_RANK, SHIPPED = "dense", "low-rank", "shipped"
+STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked: `blocks` of evaluation text, and the tasks of `settings`; answers go to `folder`."""
+
+    settings: ValidateSettings
+    blocks: Blocks
+    tokenizer: Any
+    folder: Path
+    notify: Notify
+
+
+def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) -> dict[str, Any]:
+    """Ask the models that `openers` open, by form; return parity, perplexity, tasks and placement as JSON."""
+    observations: dict[str, Observation] = {}
+    answers: dict[str, dict[str, Any]] = {}
+    placement: Mapping[str, Any] = {}
+    for form, opener in openers.items():
+        decoder, kept = opener(), questions.folder / form
+        kept.mkdir(exist_ok=True)
+        observations[form] = observe(
+            decoder, questions.blocks.tokens, questions.settings.parity, kept, questions.notify
+        )
+        answers[form] = _answers(form, decoder, questions)
+        placed = getattr(decoder, "placement", None)  # a PyTorch model is where it is
+        placement = placed.nodes if placed else placement
+        del decoder
+    return {
+        "parity": {step: _parity(observations, *forms) for step, forms in STEPS.items()},
+        "perplexity": {form: answer["perplexity"] for form, answer in answers.items()},
+        "tasks": _tasks(answers),
+        "placement": placement,
+    }
+
+
+def _parity(observations: Mapping[str, Observation], reference: str, candidate: str) -> dict[str, Any] | None:
+    if reference not in observations or candidate not in observations:
+        return None
+    step: StepParity = compare(observations[reference], observations[candidate])
+    return asdict(step)
+
+
+def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any]:
+    """Return a model's perplexity and its answers to the tasks, from the file if it has been asked before."""
+    path = questions.folder / f"{form}.json"
+    if not path.exists():
+        figures = measure_perplexity(decoder, questions.blocks.tokens, questions.notify)
+        tasks = {}
+        for task in questions.settings.tasks:
+            name = task.name or task.path.stem
+            tasks[name] = asdict(answer_task(decoder, questions.tokenizer, load_items(task), name, questions.notify))
+        write_atomic(path, json.dumps({"perplexity": asdict(figures), "tasks": tasks}))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _tasks(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare what ships (or the low-rank model, where nothing else was written) with the dense model, task by task."""
+    if DENSE not in answers:
+        return {}
+    final = answers[SHIPPED if SHIPPED in answers else LOW_RANK]["tasks"]
+    dense = answers[DENSE]["tasks"]
+    return {name: asdict(compare_answers(TaskAnswers(**dense[name]), TaskAnswers(**final[name]))) for name in final}

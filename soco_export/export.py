@@ -1,0 +1,74 @@
+"""The door: one HF folder in, one ONNX folder out, complete or not there at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from soco_export.files.records import check_apart
+from soco_export.files.replacing import check_replaceable, replacing_folder
+from soco_export.onnx.build import write_graph
+from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.families.registry import describe
+from soco_export.onnx.inspect import GraphSummary, summarise
+from soco_export.onnx.read import CheckpointWeights, check_tensors
+from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.trace import check_fallback, export_traced
+from soco_export.runtimes.registry import Layout, check_layouts, write_layouts
+from soco_train.events import Notify, silent
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written.
+
+    `route`: `builder` or `traced` (the fallback); `forms`: Linears by form (builder only); `bytes`: on disk.
+    """
+
+    folder: Path
+    route: str
+    flavour: str
+    forms: dict[str, int]
+    bytes: int
+    graph: GraphSummary
+
+
+def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notify = silent) -> ExportSummary:
+    """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
+
+    Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
+    Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
+    not what its config says; both before any weight is read.
+    """
+    check_apart(out, [folder], where=str(out))
+    check_replaceable(out)
+    check_layouts(settings)
+    config = read_config(folder)
+    architecture = describe(config)
+    source = CheckpointWeights(folder)
+    if architecture is None:
+        check_fallback(config, settings)
+    else:
+        check_tensors(architecture, source)
+    with replacing_folder(out) as partial:
+        if architecture is None:
+            export_traced(folder, partial, settings, notify)
+        else:
+            write_graph(architecture, source, settings, partial, notify)
+        write_layouts(Layout(folder, partial, config, settings))
+    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
+    return ExportSummary(
+        folder=out,
+        route="builder" if architecture else "traced",
+        flavour=settings.flavour,
+        forms=dict(forms),
+        bytes=_bytes_on_disk(out),
+        graph=summarise(out),
+    )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of all files; linked files count once."""
+    found = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum({file.st_ino: file.st_size for file in found}.values())

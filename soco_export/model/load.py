@@ -1,0 +1,129 @@
+"""The dense model and its tokenizer, read from the model's folder; safetensors only.
+
+Everything that can be wrong with a folder is found before the first weight is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
+from soco_export.recipe.load import suggestion
+from soco_export.recipe.recipe import Recipe
+from soco_train.errors import RecipeError
+
+# a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
+SMALLEST_VOCABULARY = 0.9
+
+
+def dense_config(recipe: Recipe) -> Any:
+    """Return the `PretrainedConfig` of the dense model; RecipeError for an architecture transformers does not know."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if recipe.model.trust_remote_code:
+        return AutoConfig.from_pretrained(fetch_folder(recipe), trust_remote_code=True)
+    # the folder's own fields, where there is one, say more than the recipe's
+    pretrained = recipe.model.weights != "random"
+    folder = find_folder(recipe) if pretrained else None
+    fields = read_architecture(folder) if folder else architecture_fields(recipe)
+    kind = fields.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = suggestion(str(kind), list(CONFIG_MAPPING.keys()))
+        raise RecipeError(
+            f"transformers does not know the architecture {kind!r}",
+            fix=f"{near}update transformers, or set model.trust_remote_code",
+            where="model.architecture.model_type",
+        )
+    return AutoConfig.for_model(kind, **fields)
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Return the model's tokenizer (the built-in one for random weights)."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = BUILTIN_MODEL if recipe.model.weights == "random" else fetch_folder(recipe)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
+    except (OSError, ValueError, AttributeError) as error:
+        # transformers 4.57 does not know the tokenizer class that 5 writes, but reads its tokenizer.json
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        raise RecipeError(f"no tokenizer in {folder}: {error}", fix="add tokenizer.json", where=str(folder)) from error
+
+
+def check_vocabulary(tokenizer: Any, config: Any, where: str = "") -> None:
+    """Raise RecipeError if the tokenizer gives ids the model has no row for, or is another model's (far too small)."""
+    rows = config.get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows or highest + 1 < SMALLEST_VOCABULARY * rows:
+        raise RecipeError(
+            f"tokenizer and model disagree: token ids go up to {highest}, the model has {rows} embedding rows",
+            fix="give the tokenizer that belongs to the model",
+            where=where,
+        )
+
+
+def check_model(recipe: Recipe) -> Any:
+    """Return the tokenizer of a model whose parts are all there and belong together; reads headers, no weights.
+
+    Raises RecipeError or DataError for all that is wrong with the model's files, short of values that are not finite.
+    """
+    config = dense_config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    check_vocabulary(tokenizer, config, where=f"model {recipe.name}")
+    if recipe.model.weights != "random":
+        from soco_export.model.weights import check_weight_files
+
+        check_weight_files(fetch_folder(recipe))
+    return tokenizer
+
+
+def load_model(recipe: Recipe) -> tuple[Any, Any]:
+    """Return (dense model in fp32 on the CPU, in eval mode; its tokenizer).
+
+    Raises RecipeError (not found, vocabularies disagree) before, and DataError (missing weight, NaN) after reading.
+    """
+    config, tokenizer = dense_config(recipe), check_model(recipe)
+    if recipe.model.weights == "random":
+        from soco_export.model.tiny import random_model
+
+        return random_model(config, recipe.train.seed), tokenizer
+    from soco_export.model.weights import read_weights
+
+    return read_weights(fetch_folder(recipe), config, recipe.model.trust_remote_code), tokenizer
+
+
+def open_model(recipe: Recipe) -> Any:
+    """Return the dense model on the CPU as its files have it, next to nothing of it in memory; values unchecked.
+
+    Random weights are made, in fp32. Errors as `load_model`, short of values that are not finite.
+    """
+    if recipe.model.weights == "random":
+        return load_model(recipe)[0]
+    from soco_export.model.weights import map_weights
+
+    config, _ = dense_config(recipe), check_model(recipe)
+    return map_weights(fetch_folder(recipe), config, recipe.model.trust_remote_code)
+
+
+def load_onto(recipe: Recipe, device: str, dtype: Any) -> Any:
+    """Return the dense model on `device` in `dtype`, in eval mode; weights go there from their files one at a time.
+
+    Errors as `load_model`.
+    """
+    from soco_export.model.weights import check_finite
+
+    model = put_on(open_model(recipe), device, dtype)
+    check_finite(model, recipe.name)
+    return model
+
+
+def put_on(model: Any, device: str, dtype: Any) -> Any:
+    """Return `model`, changed in place, on `device` with its parameters in `dtype`; ties stay ties.
+
+    One parameter after the other, so that the host never holds the model in `dtype`. Buffers keep their dtype:
+    `model.to(dtype)` would round the rotary frequencies as well, which puts late positions wrong by whole turns.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    return model.to(device)

@@ -1,0 +1,1 @@
+"""Nodes of the graph, part by part: decoder, attention, embedding, linear layers."""

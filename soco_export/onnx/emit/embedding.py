@@ -1,0 +1,84 @@
+"""The token table: read by rows at the start and, in a model with tied embeddings, multiplied with at the end.
+
+It is stored once, in floats or in blocks; float rows beside a quantised head need two copies, and so do blocks that do
+not divide the width.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.emit.linear import Linears, StoredBlocks
+from soco_export.onnx.write.graph import CONTRIB, Graph
+from soco_export.onnx.write.matrix import Matrix, Part
+from soco_train.settings import BITS
+
+
+class TokenTable:
+    """Emits lookups in, and products with, one table [vocab, hidden]."""
+
+    def __init__(self, graph: Graph, architecture: Architecture, linears: Linears) -> None:
+        self.graph = graph
+        self.architecture = architecture
+        self.linears = linears
+        self.name = f"{architecture.names.embed}.weight"
+        self._floats: ir.Value | None = None
+        self._blocks: StoredBlocks | None = None
+
+    # float:   tokens ── Gather table ── rows
+    # blocks:  tokens ── GatherBlockQuantized table ── rows
+    def rows(self, tokens: ir.Value) -> ir.Value:
+        """Return the rows of `tokens` [batch, sequence], [batch, sequence, hidden]."""
+        settings = self.linears.settings
+        kept = any(fnmatchcase(self.architecture.names.embed, glob) for glob in settings.quantize.keep)
+        if settings.weights == "same" or settings.quantize.embedding == "same" or kept:
+            self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
+            return self.graph.op("Gather", self._floats, tokens)
+        how, bits = settings.quantize, BITS[settings.quantize.embedding]
+        # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
+        # Gather wants the table as wide as the model: no padding behind the last block.
+        shape = (self.architecture.vocab, self.architecture.hidden * bits // 8)
+        table = Matrix([Part(self.linears.source.read(self.name))])
+        self._blocks = self.linears.store_blocks(self.name, table, bits, True, shape)
+        return self.graph.op(
+            f"{CONTRIB}::GatherBlockQuantized",
+            self._blocks.packed,
+            tokens,
+            *self._blocks.parameters,
+            bits=bits,
+            block_size=how.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    # float:   hidden ── Reshape [b·s,n] ── Gemm tableᵀ ── Reshape [b,s,vocab]
+    # blocks:  hidden ── MatMulNBits (table ── Reshape [vocab,blocks,bytes])
+    # neither: hidden ── the head's own MatMul
+    def product(self, hidden: ir.Value) -> ir.Value:
+        """Return hidden · tableᵀ: the logits of a tied head."""
+        head = self.architecture.names.head
+        quantized = self.linears.quantizes([head])
+        whole_blocks = self.architecture.hidden % self.linears.settings.quantize.block == 0
+        if quantized and whole_blocks and self._blocks is not None:
+            return self._block_product(hidden, self._blocks)
+        if quantized or self._floats is None:
+            table = Matrix([Part(self.linears.source.read(self.name))])
+            return self.linears.matmul(hidden, f"{head}.weight", table, [head])
+        return self._float_product(hidden, self._floats)
+
+    def _block_product(self, hidden: ir.Value, blocks: StoredBlocks) -> ir.Value:
+        graph, how = self.graph, self.linears.settings.quantize
+        size = how.block * blocks.bits // 8
+        table = graph.op("Reshape", blocks.packed, graph.constant([self.architecture.vocab, -1, size]))
+        return self.linears.block_product(hidden, blocks.with_packed(table))
+
+    def _float_product(self, hidden: ir.Value, table: ir.Value) -> ir.Value:
+        graph = self.graph
+        flat = graph.op("Reshape", hidden, graph.constant([-1, self.architecture.hidden]))
+        product = graph.op("Gemm", flat, table, transB=1)
+        sizes = graph.op("Shape", hidden, start=0, end=2)
+        shape = graph.op("Concat", sizes, graph.constant([self.architecture.vocab]), axis=0)
+        return graph.op("Reshape", product, shape)

@@ -1,0 +1,61 @@
+"""The families by `model_type`: a config → its `Architecture`, or a refusal.
+
+A config key that would change the mathematics and is not part of the description is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.describe.config import Config
+
+Describe = Callable[[Config], Architecture]
+FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
+
+
+def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
+    """Register a description for `model_types`; `keys` are the config keys that it understands, separated by spaces."""
+
+    def register(describe: Describe) -> Describe:
+        for model_type in model_types:
+            FAMILIES[model_type] = (describe, frozenset(keys.split()))
+        return describe
+
+    return register
+
+
+# Keys that never change what the forward pass computes at inference.
+HARMLESS = """architectures attention_dropout auto_map bos_token_id dropout dtype eos_token_id init_std
+    initializer_range layerdrop pad_token_id pretraining_tp quantization_config tie_word_embeddings torch_dtype
+    use_cache vocab_size"""
+# Keys that no config class declares are only looked at if they smell of mathematics; the rest is somebody's note.
+SUSPICIOUS = re.compile(
+    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
+)
+
+
+def describe(config: Config) -> Architecture | None:
+    """Return the description of `config`, None if its family has none.
+
+    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand.
+    """
+    entry = FAMILIES.get(str(config.get("model_type")))
+    if entry is None:
+        return None
+    describer, understood = entry
+    known = understood | config.shared | frozenset(HARMLESS.split())
+    for key, value in config.values.items():
+        if key not in known and _matters(key, value, config.defaults):
+            raise config.refuse(key, f"the description of {config['model_type']} does not know it")
+    return describer(config)
+
+
+def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if value is None or value is False or value in ("", [], {}):
+        return False
+    if key in defaults:
+        return bool(value != defaults[key])
+    return SUSPICIOUS.search(key) is not None

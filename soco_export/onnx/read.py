@@ -1,0 +1,194 @@
+"""A lazy view of an HF folder's safetensors: names and shapes at once, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from soco_export.checkpoint.layers import QUANT_METHOD
+from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.write.matrix import CHUNK, Array, Stored
+from soco_train.errors import DataError, RecipeError
+
+# Older checkpoints store buffers that are computed from the config.
+DERIVED = (".rotary_emb.inv_freq",)
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one Linear is stored: `dense`, `stacked` or `pivoted`; `rank` is 0 for dense."""
+
+    kind: str = "dense"
+    rank: int = 0
+
+
+class WeightSource(Protocol):
+    """What the graph builder reads from: the form of each Linear, shapes by tensor name, and tensors."""
+
+    shapes: Shapes
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+
+    def form(self, name: str) -> Form:
+        """Return how the Linear `name` is stored."""
+
+    def read(self, name: str) -> Stored:
+        """Return one tensor, floats as float32."""
+
+
+class CheckpointWeights:
+    """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_config(folder)
+        _refuse_quantised(config.get("quantization_config") or {}, folder)
+        layers = pruned_layers(config)
+        self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
+        self._stored = open_shards(shard_files(folder))
+        check_layer_tensors(self._stored, layers)
+        self.shapes: Shapes = {
+            name: stored.shape for name, stored in self._stored.items() if not name.endswith(DERIVED)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def form(self, name: str) -> Form:
+        """Return how the Linear `name` is stored."""
+        return self.forms.get(name, Form())
+
+    def read(self, name: str) -> Stored:
+        """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
+        file = self._stored[name].file
+        try:
+            values = _read_tensor(str(file), name)
+            finite = _is_finite(values)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
+        if not finite:
+            raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
+        return values
+
+
+class FileMatrix:
+    """A matrix that lies in a file, float32 where it is looked at.
+
+    The file is mapped anew for each look, so that no more of it counts as this process's memory than what is looked at.
+    """
+
+    def __init__(self, file: str, name: str, shape: tuple[int, ...]) -> None:
+        self._file, self._name, self.shape = file, name, shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of it would take."""
+        return 4 * math.prod(self.shape)
+
+    def __len__(self) -> int:
+        """Return m."""
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return rows, or columns with [:, columns]."""
+        with safe_open(self._file, framework="pt") as shard:
+            found: Array = shard.get_tensor(self._name)[index].float().numpy()
+        return found
+
+
+def _read_tensor(file: str, name: str) -> Stored:
+    with safe_open(file, framework="pt") as shard:
+        stored = shard.get_slice(name)
+        if stored.get_dtype() in ("F32", "BF16", "F16", "F64") and len(stored.get_shape()) == 2:
+            return FileMatrix(file, name, tuple(stored.get_shape()))
+        tensor = shard.get_tensor(name)
+    return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
+
+
+def _is_finite(values: Stored) -> bool:
+    """A sum is finite only if every term is, and needs no second array."""
+    step = max(1, CHUNK * len(values) // max(1, values.nbytes))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(
+            np.isfinite(values[start : start + step].sum(dtype=np.float64)) for start in range(0, len(values), step)
+        )
+
+
+def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
+    if record and record.get("quant_method") != QUANT_METHOD:
+        raise RecipeError(
+            f"the checkpoint is quantised already ({record.get('quant_method')})",
+            fix="start from the unquantised checkpoint and set export.weights",
+            where=str(folder / "config.json"),
+        )
+
+
+def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:
+    """Raise DataError unless the checkpoint holds exactly the tensors that the description uses, in their shapes.
+
+    A tensor too many is a part of the model that the graph would leave out.
+    """
+    needed, allowed = expected_tensors(architecture, source)
+    where = str(source.folder)
+    if missing := sorted(needed.keys() - source.shapes.keys()):
+        raise DataError(
+            f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)",
+            fix="give a complete checkpoint of the architecture that config.json names",
+            where=where,
+        )
+    expected = needed | allowed
+    if unknown := sorted(source.shapes.keys() - expected.keys()):
+        raise DataError(
+            f"the description of {architecture.family} has no place for {unknown[0]} ({len(unknown)} tensors in all)",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families/",
+            where=where,
+        )
+    for name, shape in source.shapes.items():
+        if shape != expected[name]:
+            raise DataError(
+                f"{name} is {shape}, config.json makes it {expected[name]}",
+                fix="give the config.json that belongs to these weights",
+                where=where,
+            )
+
+
+def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[Shapes, Shapes]:
+    """Return (needed, allowed besides): biases are used wherever they are stored."""
+    names = architecture.names
+    table = (architecture.vocab, architecture.hidden)
+    needed: Shapes = {f"{names.embed}.weight": table}
+    if names.positions:
+        needed[f"{names.positions}.weight"] = (
+            architecture.context + architecture.position_offset,
+            architecture.hidden,
+        )
+    for name, size in architecture.norms().items():
+        needed[f"{name}.weight"] = (size,)
+        if architecture.norm.kind == "layer":
+            needed[f"{name}.bias"] = (size,)
+    allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}
+    for name, (m, n) in architecture.linears().items():
+        if architecture.tied and name == names.head:
+            continue
+        parts, biases = _parts(source.form(name), m, n)
+        needed |= {f"{name}.{part}": shape for part, shape in parts.items()}
+        allowed |= {f"{name}.{part}": (m,) for part in biases}
+    return needed, allowed
+
+
+def _parts(form: Form, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
+    """Return (tensors that a Linear of m × n always stores, names of those that it may store)."""
+    if form.kind == "stacked":
+        return {"weight": (form.rank, n), "up.weight": (m, form.rank)}, ("up.bias",)
+    if form.kind == "pivoted":
+        parts: Shapes = {"weight": (form.rank, n), "mix.weight": (m - form.rank, form.rank), "order": (m,)}
+        return parts, ("bias",)
+    return {"weight": (m, n)}, ("bias",)

@@ -1,0 +1,142 @@
+"""Architectures without a description: the PyTorch model, traced by torch's own exporter, behind one function.
+
+The graph has the inputs and outputs of the builder's. It is slower than one from a description (traced attention, no
+quantised weights), and the whole model is in memory while it is made: a description is worth writing for a model in
+use. torch.onnx is used directly because transformers' wrapper of it (`transformers.exporters`) still changes between
+releases.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from soco_export.checkpoint import load_checkpoint
+from soco_export.onnx.describe.config import Config
+from soco_export.onnx.inspect import MODEL_FILE
+from soco_export.onnx.settings import ExportSettings
+from soco_train.errors import MachineError, RecipeError
+from soco_train.events import Event, Notify
+
+OPSET = 20
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class CachedDecoder(nn.Module):
+    """A causal LM whose cache comes and goes as plain tensors."""
+
+    def __init__(self, model: Any, last_token_logits: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.start = -1 if last_token_logits else 0
+
+    def forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[Pair]
+    ) -> tuple[torch.Tensor, list[Pair]]:
+        """Return (float32 logits, key and value of each layer) for the tokens after `past`."""
+        result = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=_cache(past),
+            use_cache=True,
+        )
+        present = [(layer.keys, layer.values) for layer in result.past_key_values.layers]
+        return result.logits[:, self.start :].float(), present
+
+
+def _cache(past: list[Pair]) -> Any:
+    """Return transformers' cache with all slots kept: windows are the mask's business."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for index, (key, value) in enumerate(past):
+        cache.update(key, value, index)
+    return cache
+
+
+def check_fallback(config: Config, settings: ExportSettings) -> None:
+    """Raise unless a traced graph can be what the settings ask for, and the tracer is installed."""
+    for key, value in (("flavour", "standard"), ("weights", "same"), ("pack", False)):
+        if getattr(settings, key) != value:
+            raise RecipeError(
+                f"export.{key} is {getattr(settings, key)!r}, but {config['model_type']} has no description for the "
+                "graph builder and is traced",
+                fix=f"set export.{key} to {value!r}, or describe it in soco_export/onnx/families/",
+                where=f"export.{key}",
+            )
+    if find_spec("onnxscript") is None:
+        raise MachineError(
+            f"{config['model_type']} has no description for the graph builder, and tracing it needs onnxscript",
+            fix="pip install onnxscript, or describe it in soco_export/onnx/families/",
+            where=config.where,
+        )
+
+
+def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Notify) -> None:
+    """Write `out`/model.onnx by tracing; RecipeError where torch cannot trace the model."""
+    notify(Event("export", 0, 1))
+    model = load_checkpoint(folder, dtype=getattr(torch, settings.dtype)).eval()
+    model.config._attn_implementation = "eager"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    past = _example_cache(model)
+    batch = torch.export.Dim.DYNAMIC
+    rows = {0: batch, 1: batch}
+    cache = [({0: batch, 2: batch}, {0: batch, 2: batch}) for _ in past]
+    parts = [f"{index}.{part}" for index in range(len(past)) for part in ("key", "value")]
+    try:
+        program = torch.onnx.export(
+            CachedDecoder(model, settings.last_token_logits).eval(),
+            (*_example_tokens(4), past),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=(rows, rows, rows, cache),
+            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)],
+            output_names=["logits", *(f"present.{part}" for part in parts)],
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise RecipeError(
+            f"torch cannot trace {model.config.model_type}: {str(error).splitlines()[0]}",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families/",
+            where=str(folder),
+        ) from error
+    if program is None:
+        raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
+    _forget_origin(program.model)
+    ir.save(program.model, out / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
+    notify(Event("export", 1, 1))
+
+
+def _example_cache(model: Any) -> list[Pair]:
+    """Return a cache of four tokens for a batch of two, in the model's own shapes."""
+    tokens = torch.ones(2, 4, dtype=torch.long)
+    with torch.no_grad():
+        result = model(input_ids=tokens, past_key_values=_cache([]), use_cache=True)
+    return [(layer.keys, layer.values) for layer in result.past_key_values.layers]
+
+
+def _example_tokens(past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens, mask and positions of three more tokens; no two sizes are equal, so none are taken for one."""
+    new = 3
+    positions = torch.arange(past, past + new).repeat(2, 1)
+    return torch.ones(2, new, dtype=torch.long), torch.ones(2, past + new, dtype=torch.long), positions
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Remove stack traces: they name files of this machine and make equal exports differ."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for function in model.functions.values():
+        function.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -1,0 +1,209 @@
+"""Everything that can be wrong, found before a weight is loaded or a file is written.
+
+`check_everything` is what a run calls. The questions are separate functions: those about the recipe and its inputs read
+headers and texts only; those about the machine compare the cost card with what `look` found, purely.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from soco_export.preflight.cost import estimate, measure
+from soco_export.preflight.cost_card import CostCard, size
+from soco_export.preflight.doctor import version_of
+from soco_export.recipe.recipe import Recipe
+from soco_train.errors import MachineError, RecipeError
+from soco_train.installed import install_command
+
+CPU_PROVIDER = "CPUExecutionProvider"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that are free: host memory, GPU memory (None: no GPU), disk where the run is written."""
+
+    memory: int
+    gpu: int | None
+    disk: int
+
+
+def check_everything(recipe: Recipe, root: Path, format: str) -> None:
+    """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
+    from soco_export.model.load import check_model
+    from soco_train.learn.optimiser import check_optimiser
+
+    check_recipe(recipe, format)
+    if recipe.refine.distill.steps:
+        check_optimiser(recipe.refine.distill.optimiser)
+    if format == "onnx":
+        check_provider(recipe)
+    # room first: checking a model of the hub downloads it
+    check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
+    check_texts(recipe, check_model(recipe))
+
+
+def check_recipe(recipe: Recipe, format: str) -> None:
+    """Raise RecipeError for settings that contradict each other, whatever the machine; a dry run asks this too."""
+    from soco_train.numbers.rounding import check_rounding
+
+    rounding, steps = recipe.refine.distill.rounding, recipe.refine.distill.steps
+    if rounding.weights != "same" and not steps:
+        raise RecipeError(
+            f"refine.distill.rounding.weights is {rounding.weights}, but nothing is distilled",
+            fix="set refine.distill.steps, or refine.distill.rounding.weights: same",
+            where="recipe: refine.distill.steps",
+        )
+    check_rounding(rounding, recipe.storage)
+    if format == "onnx":
+        check_quantisation(recipe)
+        check_precision(recipe)
+    if format == "dense":
+        check_biases(recipe)
+
+
+def check_quantisation(recipe: Recipe) -> None:
+    """Raise RecipeError if the export would round the factors where or how they were not trained to be rounded.
+
+    What it rounds less than that is no worse for it.
+    """
+    trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
+    if "same" in (trained.weights, weights):
+        return
+    differences = {
+        "weights": weights == "int4" and trained.weights == "int8",
+        "block": weights == trained.weights and how.block != trained.block,
+        "symmetric": weights == trained.weights and how.symmetric != trained.symmetric,
+        "keep": not set(trained.keep) <= set(how.keep),
+    }
+    for key in (key for key, differs in differences.items() if differs):
+        exported = f"export.{key}" if key == "weights" else f"export.quantize.{key}"
+        raise RecipeError(
+            f"the factors are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
+            fix="give both the same value and distil so, or round the factors as they are: soco-export export RUN/hf",
+            where=f"recipe: {exported}",
+        )
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raise RecipeError for a dtype that the provider lacks kernels for: half precision on the CPU, or the reverse."""
+    dtype, provider = recipe.export.dtype, recipe.validation.provider
+    if provider == "CUDAExecutionProvider" and dtype == "float32" and recipe.export.flavour == "contrib":
+        raise RecipeError(
+            f"export.flavour is contrib, whose GroupQueryAttention {provider} has in half precision only",
+            fix="export.dtype: float16 or bfloat16, or export.flavour: standard",
+            where="recipe: export.flavour",
+        )
+    if provider == CPU_PROVIDER and dtype != "float32":
+        raise RecipeError(
+            f"export.dtype is {dtype}, but {CPU_PROVIDER} runs that unfused and slowly, or not at all",
+            fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
+            where="recipe: export.dtype",
+        )
+
+
+def check_biases(recipe: Recipe) -> None:
+    """Raise RecipeError if training would give layers a bias that the merged dense form has no place for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from soco_export.checkpoint.biases import check_bias_places
+    from soco_export.model.load import dense_config
+    from soco_train.modules.layers import select_linears
+
+    if not recipe.train.deviation or recipe.train.scorer != "soco":  # the other scorers learn no deviation
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense_config(recipe))
+    check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
+
+
+def check_provider(recipe: Recipe) -> None:
+    """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
+    try:
+        from soco_export.evaluate.session import check_provider as known
+    except ImportError as error:
+        raise MachineError(
+            f"onnxruntime is not installed ({error})",
+            fix=f"{install_command('cpu')} (or [gpu]), or ask for --format hf",
+            where="recipe: validate.provider",
+        ) from None
+    try:
+        known(recipe.validation.provider)
+    except MachineError as error:
+        if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
+            raise MachineError(
+                f"{error.message}; onnxruntime and onnxruntime-gpu are both installed and write the same folder",
+                fix="pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
+                where=error.where,
+            ) from None
+        raise
+
+
+def check_texts(recipe: Recipe, tokenizer: object) -> None:
+    """Raise RecipeError or DataError for a text that is missing, not UTF-8, or shorter than one block.
+
+    Of a hub data set only the address is checked: it is downloaded when it is needed.
+    """
+    from soco_train.data.corpus import check_source, load_blocks
+
+    check_source(recipe.data, "calibration")
+    check_source(recipe.evaluation, "evaluation")
+    if recipe.data.hub is None:
+        load_blocks(tokenizer, recipe.data, "calibration")
+    if recipe.evaluation.hub is None:
+        load_blocks(tokenizer, recipe.evaluation, "evaluation")
+
+
+def check_room(card: CostCard, machine: Machine, already: int = 0) -> None:
+    """Raise MachineError if disk or memory will not do. `already`: bytes of the run that are on the disk. Pure."""
+    needed = card.disk_total - already
+    if needed > machine.disk:
+        largest = max(card.disk, key=lambda name: card.disk[name])
+        raise MachineError(
+            f"the run needs about {size(needed)} of disk, and {size(machine.disk)} are free",
+            fix=f"give --out on a larger disk (most of it is {largest}: {size(card.disk[largest])})",
+            where="--out",
+        )
+    for phase in card.phases:
+        if machine.gpu is not None and phase.device > machine.gpu:
+            raise _too_small(phase.name, "GPU memory", phase.device, machine.gpu)
+        host = phase.alone if machine.gpu is None else phase.host
+        if host > machine.memory:
+            raise _too_small(phase.name, "memory", host, machine.memory)
+
+
+def _too_small(phase: str, kind: str, needed: int, free: int) -> MachineError:
+    fixes = {
+        "statistics": "use a larger machine, or train.basis: plain",
+        "scores": "lower train.batch_tokens, set train.checkpoint_activations, or train.factor_dtype: bfloat16",
+        "compensation": "lower data.block, or refine.compensate.blocks: 0",
+        "distillation": "refine.distill.teacher_top: 512, optimiser: muon, fewer batch_tokens, or steps: 0",
+        "proof": "export.weights: int8, or bench.enabled: false on a machine that is larger",
+    }
+    return MachineError(
+        f"{phase} needs about {size(needed)} of {kind}, and {size(free)} are free",
+        fix=fixes.get(phase, "use a larger machine"),
+        where="soco-export train-and-export --dry-run shows all estimates",
+    )
+
+
+def look(root: Path) -> Machine:
+    """Return what is free on this machine; `root` is where the run will be written."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory().available
+    # a container may have less than the machine it runs on
+    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text(encoding="ascii").strip()).isdigit():
+        memory = min(memory, int(limit))
+    gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    return Machine(memory, gpu, shutil.disk_usage(existing).free)
+
+
+def bytes_in(root: Path) -> int:
+    """Return the bytes of the files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) if root.is_dir() else 0

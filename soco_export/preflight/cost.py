@@ -1,0 +1,114 @@
+"""The cost card of a dry run: what a recipe needs before anything is downloaded or started.
+
+`measure` reads the sizes off the architecture (built on torch's meta device: no weights, no network); `estimate` is
+arithmetic on those sizes and the recipe. The figures follow what the code holds at one time: a dense model (fp32 on the
+CPU, `train.factor_dtype` on a GPU, a few weights on the host beside one), all components P and B in
+`train.factor_dtype`, the covariances of one group of layers in float64, activations that autograd saves, logits in
+chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from soco_export.preflight.cost_card import CostCard, Phase
+from soco_export.preflight.cost_shape import (
+    ASSUMPTION,
+    BASE_DEVICE,
+    BASE_HOST,
+    BYTES,
+    DENSE_BYTES,
+    WEIGHTS_AT_ONCE,
+    ModelShape,
+    host,
+    measure,
+)
+from soco_export.preflight.cost_training import checkpoint_bytes, training_phases
+from soco_export.recipe.recipe import Recipe
+from soco_train.settings import BITS
+
+__all__ = ["ModelShape", "estimate", "measure"]
+
+
+def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCard:
+    """Return the cost card of a recipe on a model of this shape. Pure."""
+    kept = int(recipe.keep_params * shape.selected)
+    after = shape.parameters - shape.selected + kept
+    outputs = _outputs(recipe, shape, after)
+    phases = (*training_phases(recipe, shape), *_export_phases(recipe, shape, after, format, outputs))
+    return CostCard(
+        model=recipe.name,
+        parameters=shape.parameters,
+        selected=shape.selected,
+        kept=kept,
+        layers=len(shape.linears),
+        components=shape.components,
+        phases=phases,
+        disk=_disk(recipe, shape, kept, format, outputs),
+        outputs=outputs,
+        assumption=ASSUMPTION,
+        training_tokens=recipe.train.steps * recipe.train.batch_tokens if recipe.train.trains else 0,
+    )
+
+
+def _export_phases(
+    recipe: Recipe, shape: ModelShape, after: int, format: str, outputs: Mapping[str, int]
+) -> list[Phase]:
+    checkpoint = host(recipe, shape)
+    if recipe.model.weights == "random":  # what is not on disk is put together in memory
+        checkpoint += BYTES[recipe.model.dtype] * after
+    phases = [Phase("checkpoint", 0, checkpoint, 0.0)]
+    if format == "dense":  # every product is in memory when the first is written
+        merged = BYTES[recipe.model.dtype] * shape.parameters
+        phases.append(Phase("merge", 0, BASE_HOST + merged + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest, 0.0))
+    if format == "onnx":
+        export = BASE_HOST + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest
+        # PyTorch answers in fp32, on a GPU if there is one; the pruned model passes through the host as a whole
+        answering, both = DENSE_BYTES * max(shape.parameters, after), outputs["onnx"] + outputs["onnx dense"]
+        beside = max(host(recipe, shape), BASE_HOST + DENSE_BYTES * after) + both
+        proof = Phase("proof", BASE_DEVICE + answering, beside, 0.0, on_cpu=BASE_HOST + answering + both)
+        phases += [Phase("export", 0, export, 0.0), proof]
+    return phases
+
+
+def _outputs(recipe: Recipe, shape: ModelShape, after: int) -> dict[str, int]:
+    """Bytes of what the run makes: the chosen ONNX form first, then what the other forms would take."""
+    kinds = {"fp32": 4 * after, "fp16": 2 * after}
+    for name in BITS:
+        kinds[name] = _quantised(recipe, shape, after, name)
+    weights = recipe.export.weights
+    same = BYTES[recipe.export.dtype]
+    chosen = same * after if weights == "same" else kinds[weights]
+    dense = same * shape.parameters if weights == "same" else _quantised(recipe, shape, shape.parameters, weights)
+    others = {f"onnx in {name}": value for name, value in kinds.items()}
+    return {"hf": BYTES[recipe.model.dtype] * after, "onnx": chosen, "onnx dense": dense, **others}
+
+
+def _quantised(recipe: Recipe, shape: ModelShape, parameters: int, kind: str) -> int:
+    """The input embedding stays in `export.dtype`; every MatMul is blocks of integers with a scale each."""
+    width = BYTES[recipe.export.dtype]
+    multiplied = parameters if shape.tied else parameters - shape.embedding
+    bits = BITS[kind] + 8 * width / recipe.export.quantize.block
+    return int(width * shape.embedding + multiplied * bits / 8)
+
+
+def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the run folder by what is in it, the model itself (if it is not here yet) not counted."""
+    deviations = sum(m for m, _ in shape.linears)
+    disk = {
+        "spectrum": 4 * (shape.full_factors + shape.components),
+        # the scores, and a checkpoint of θ, d and AdamW's moments
+        "scores": 4 * (5 * shape.components + 4 * deviations),
+        "factors": 4 * kept,
+    }
+    if recipe.refine.distill.steps:
+        disk["distillation checkpoint"] = checkpoint_bytes(recipe, shape)
+        if recipe.refine.distill.teacher_top:
+            seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
+            disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new
+    disk["hf"] = outputs["hf"]
+    if format == "dense":
+        disk["dense"] = BYTES[recipe.model.dtype] * shape.parameters
+    if format == "onnx":
+        disk |= {"onnx": outputs["onnx"], "onnx dense": outputs["onnx dense"]}
+    return disk

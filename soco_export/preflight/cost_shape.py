@@ -1,0 +1,93 @@
+"""What an estimate of cost starts from: the sizes of a dense model, and what is assumed of the machine and its host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from soco_export.recipe.recipe import Recipe
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DENSE_BYTES = 4
+DOUBLE_BYTES = 8
+# interpreter, torch and ONNX Runtime before any weight
+BASE_HOST = 900 * 2**20
+BASE_DEVICE = 600 * 2**20
+# sustained FLOP/s of one H100 (SXM): 40 % of 989 TFLOP/s dense bf16, 60 % of 67 TFLOP/s fp32; eigh in float64 is slow
+SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
+ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
+# where the host streams weights, in fp32: as read, as computed, as written, and the one before; measured: 1.9 to 3.1
+WEIGHTS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer."""
+
+    parameters: int
+    embedding: int
+    tied: bool
+    hidden: int
+    vocabulary: int
+    blocks: int
+    linears: tuple[tuple[int, int], ...]
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest weight."""
+        return max(self.embedding, *(m * n for m, n in self.linears))
+
+    @property
+    def selected(self) -> int:
+        """Parameters of the participating layers."""
+        return sum(m * n for m, n in self.linears)
+
+    @property
+    def components(self) -> int:
+        """Singular components, hence scores."""
+        return sum(min(m, n) for m, n in self.linears)
+
+    @property
+    def full_factors(self) -> int:
+        """Numbers in P and B of all components."""
+        return sum(min(m, n) * (m + n) for m, n in self.linears)
+
+
+def measure(recipe: Recipe) -> ModelShape:
+    """Return the sizes of the recipe's dense model without its weights.
+
+    Raises RecipeError if transformers does not know the architecture or no layer takes part.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from soco_export.model.load import dense_config
+    from soco_train.modules.layers import select_linears
+
+    config = dense_config(recipe)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = select_linears(model, recipe.layers)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embedding=embedding.numel(),
+        tied=head is embedding,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        blocks=config.num_hidden_layers,
+        linears=tuple((linear.out_features, linear.in_features) for linear in linears.values()),
+    )
+
+
+def host(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of a host that passes weights on: a few at a time, for all others are pages of their files.
+
+    Random weights have no file.
+    """
+    model = DENSE_BYTES * shape.parameters if recipe.model.weights == "random" else 0
+    return BASE_HOST + model + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest
+
+
+def hours(flops: float, dtype: str) -> float:
+    """Return how long an H100 takes."""
+    return flops / SUSTAINED[dtype] / 3600

@@ -1,0 +1,68 @@
+"""The rank plan of a run: by parameters alone, or with the measured times of this machine as limits.
+
+Times are measured once and kept in `latency.profile` (default: latency.json in the run folder); a file made under other
+conditions (processor, threads, weight type …) is measured anew.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soco_export.bench.layer_times import Profile, Shape, limits
+from soco_export.files.atomic import write_atomic
+from soco_export.recipe.recipe import Recipe
+from soco_export.run.folder import PROFILE
+from soco_train.errors import RecipeError
+from soco_train.events import Notify
+from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.settings import Storage
+from soco_train.store.scores import Scores
+
+if TYPE_CHECKING:
+    from soco_export.bench.layer_timing import Device
+
+
+def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> RankPlan:
+    """Plan `scores` as `recipe` says; `folder` is the run's, where a profile is kept unless the recipe names a file.
+
+    Raises what `plan_ranks` raises, RecipeError too where too few layers are faster at low rank to reach the size, and
+    MachineError if the provider to be measured is not there.
+    """
+    if recipe.optimise_for == "params":
+        return plan_ranks(scores, recipe.plan)
+    from soco_export.bench.layer_timing import Device
+
+    path = recipe.latency.profile or folder / PROFILE
+    bias = any(layer.deviation is not None for layer in scores.layers.values())
+    device = Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
+    shapes = {name: layer.shape for name, layer in scores.layers.items()}
+    profile = read_or_measure(path, set(shapes.values()), recipe.storage, device, notify)
+    settings = recipe.plan.model_copy(update={"multiple": lcm(recipe.multiple, profile.multiple)})
+    ends = limits(profile, shapes, settings.storage, settings.multiple)
+    try:
+        return plan_ranks(scores, settings, limits=ends)
+    except RecipeError as error:
+        raise RecipeError(
+            f"too few layers are faster at low rank on this machine to reach keep_params {settings.keep_params:g}",
+            fix=f"{error.fix}; or plan with optimise_for: params",
+            where=str(path),
+        ) from error
+
+
+def read_or_measure(path: Path, shapes: set[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
+    """Return the profile kept in `path`, completed by what it lacks, or a new one; `path` is written if it grew."""
+    from soco_export.bench.layer_timing import measure_profile
+
+    kept = Profile.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if kept is not None and kept.conditions != device.conditions():
+        kept = None
+    missing = shapes if kept is None else kept.lacks(shapes, form)
+    if not missing and kept is not None:
+        return kept
+    found = measure_profile(sorted(missing), form, device, notify)
+    whole = found if kept is None else kept.completed_by(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, whole.to_json())
+    return whole

@@ -1,0 +1,147 @@
+"""Verbs on folders that are no run: export a Hugging Face folder, prove or time one folder against another."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from soco_export.bench.figures import LatencyFigures
+from soco_export.bench.stats import render_percentile
+from soco_export.evaluate.open import is_onnx, open_decoder
+from soco_export.files.records import check_apart
+from soco_export.files.replacing import check_replaceable
+from soco_export.recipe.difference import flatten
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
+from soco_export.report.gates import GATES, GateSettings, Verdict, judge
+from soco_export.run.context import quiet_transformers
+from soco_export.run.request import Outcome, Request, table
+from soco_train.errors import ExitCode, RecipeError
+from soco_train.events import Notify
+
+
+def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
+    """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
+    quiet_transformers()
+    recipe = load_recipe(request.recipe or "base", request.overrides)
+    out = request.out or folder.absolute().with_name(f"{folder.resolve().name}-{request.format}")
+    if request.format == "hf" or not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"{folder} is no run" + (", and a Hugging Face folder already" if request.format == "hf" else ""),
+            fix="give a run folder, or a Hugging Face folder with --format onnx or dense",
+            where=str(folder),
+        )
+    _check_out(out, folder, request.fresh)
+    if request.format == "dense":
+        _write_dense(recipe, folder, out)
+        return Outcome({"folder": str(out)}, str(out))
+    from soco_export.export import export_onnx
+
+    summary = export_onnx(folder, out, recipe.export, notify)
+    proof = prove_folders(recipe, folder, out, notify)
+    document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, **proof.document}
+    return Outcome(document, f"{out}\n{proof.text}", proof.code)
+
+
+def _check_out(out: Path, folder: Path, fresh: bool) -> None:
+    """Raise RecipeError unless `out` is free, or holds an earlier export and is to be replaced; reads only."""
+    check_apart(out, [folder])
+    if out.is_dir() and any(out.iterdir()) and not fresh:
+        raise RecipeError(
+            f"{out} holds something already",
+            fix="give another --out, or --fresh to replace an earlier export there",
+            where="--out",
+        )
+    check_replaceable(out)
+
+
+def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
+    from soco_export.checkpoint import load_checkpoint, save_dense
+
+    save_dense(load_checkpoint(folder), _tokenizer(recipe, folder), out)
+
+
+def _tokenizer(recipe: Recipe, folder: Path) -> Any:
+    from soco_export.model.load import load_tokenizer
+
+    return load_tokenizer(recipe.replace({"model.path": str(folder), "model.weights": "pretrained"}))
+
+
+def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
+    """Measure parity and perplexity of `candidate` against `reference`, and judge them by the gates of that step."""
+    from soco_export.evaluate.prove import DENSE, LOW_RANK, SHIPPED, Questions, prove
+    from soco_train.data.corpus import load_blocks
+
+    quiet_transformers()
+    step, forms = ("export", (LOW_RANK, SHIPPED)) if is_onnx(candidate) else ("compression", (DENSE, LOW_RANK))
+    tokenizer = _tokenizer(recipe, reference)
+    with tempfile.TemporaryDirectory() as work:
+        blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
+        questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify)
+        folders = dict(zip(forms, (reference, candidate), strict=True))
+        openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
+        proof = prove(openers, questions)
+    ratio = proof["perplexity"][forms[1]]["value"] / proof["perplexity"][forms[0]]["value"]
+    perplexity = {
+        "reference": proof["perplexity"][forms[0]],
+        "candidate": proof["perplexity"][forms[1]],
+        "ratio": ratio,
+    }
+    measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity}
+    gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
+    verdicts = judge(flatten(measured), _measurable(gates, step))
+    return _proof_outcome(measured, step, verdicts)
+
+
+def _measurable(gates: GateSettings, step: str) -> GateSettings:
+    """Return the gates on one parity step and on perplexity; the others need a run."""
+    wanted = (f"parity.{step}.", "perplexity.")
+    off = [gate.key for gate in GATES if not all(figure.startswith(wanted) for figure in gate.figures)]
+    return gates.model_copy(update={key: None for key in off})
+
+
+def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdict, ...]) -> Outcome:
+    parity, perplexity = measured["parity"][step], measured["perplexity"]
+    rows = [
+        (
+            part,
+            f"{parity[part]['mean_kl']:.3g}",
+            f"{parity[part]['token_agreement']:.1%}",
+            f"{parity[part]['max_logit_difference']:.3g}",
+        )
+        for part in ("prefill", "decode")
+    ]
+    values = f"{perplexity['reference']['value']:.4g} → {perplexity['candidate']['value']:.4g}"
+    lines = [
+        table((step, "mean KL", "same token", "max logit difference"), rows),
+        f"perplexity: {values} ({perplexity['ratio']:.4f} ×)",
+        *(f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}" for verdict in verdicts),
+    ]
+    failed = any(not verdict.passed for verdict in verdicts)
+    document = {**measured, "verdicts": [asdict(verdict) for verdict in verdicts]}
+    return Outcome(document, "\n".join(lines), ExitCode.GATE if failed else ExitCode.OK)
+
+
+def bench_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
+    """Time two ONNX folders in turns; the speed-up is reference / candidate."""
+    from soco_export.bench.runner import measure_latency
+
+    for folder in (reference, candidate):
+        if not is_onnx(folder):
+            raise RecipeError(f"{folder} holds no model.onnx", fix="export it first", where=str(folder))
+    settings = recipe.validation
+    figures = measure_latency(reference, candidate, recipe.bench, settings.provider, settings.threads, notify)
+    return Outcome({"latency": asdict(figures)}, _latency_table(figures))
+
+
+def _latency_table(figures: LatencyFigures) -> str:
+    rows = []
+    for name, work in figures.workloads.items():
+        one, two, ratio = work.dense, work.compressed, work.speedup
+        times = (render_percentile(value, n) for value, n in ((one.p50, one.n), (two.p50, two.n), (two.p95, two.n)))
+        rows.append((name, *times, f"{ratio.value:.2f}× ({ratio.low:.2f} … {ratio.high:.2f})"))
+    lines = [table(("", "reference p50", "p50", "p95", "speed-up"), rows)]
+    return "\n".join([*lines, *(f"{name} was skipped: {reason}" for name, reason in figures.skipped.items())])

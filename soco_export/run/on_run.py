@@ -1,0 +1,218 @@
+"""From a request to a finished run folder: check everything first, hold the folder, bring its stages up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from soco_export.files.records import check_apart
+from soco_export.recipe.difference import differences
+from soco_export.recipe.recipe import Recipe
+from soco_export.report.schema import Results
+from soco_export.run.context import RunContext
+from soco_export.run.folder import EVIDENCE_SECTIONS, RunFolder, check_folder, open_folder, read_folder, read_lock
+from soco_export.run.manifest import StageRecord, stage_key
+from soco_export.run.names import REPORT_FILES, Format
+from soco_export.run.pipeline import Pipeline, Stage, assist
+from soco_export.run.request import Outcome, Request
+from soco_export.run.stages.artefacts import ARTEFACTS, PLAN
+from soco_export.run.stages.evidence import EVIDENCE
+from soco_export.run.stages.report import applicable, write_reports
+from soco_export.run.stages.training import SCORES, SPECTRUM, TRAINING
+from soco_export.run.terminal import run_outcome
+from soco_train import parallel
+from soco_train.errors import RecipeError
+from soco_train.events import Notify, silent
+
+
+def training(request: Request, notify: Notify) -> Outcome:
+    """Bring a run up to its scores."""
+    request = replace(request, format="hf")  # nothing of ONNX is needed yet
+    recipe = request.resolve()
+    if request.dry_run:
+        return cost_card(recipe, request)
+    root = request.folder(recipe)
+    check(request, recipe, root)
+    advance(request, recipe, root, TRAINING, notify)
+    scores = root / SCORES.writes[0]
+    return Outcome(
+        {"run": str(root), "scores": str(scores)}, f"{scores}: `soco-export plan {root}` shows what it gives"
+    )
+
+
+def whole_road(request: Request, notify: Notify) -> Outcome:
+    """Bring a run up to its reports, and answer with its verdict."""
+    recipe = request.resolve()
+    if request.dry_run:
+        return cost_card(recipe, request)
+    root = request.folder(recipe)
+    check(request, recipe, root)
+    advance(request, recipe, root, (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format]), notify)
+    return run_outcome(root)
+
+
+def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
+    """Write an existing run's model in another form, or at another size or with other settings in a folder of its own.
+
+    That folder is `request.out`, or keep-SIZE inside the run; spectrum and scores stay where they are.
+    Raises RecipeError if the settings differ in what the scores depend on.
+    """
+    recipe = read_lock(run)
+    changed = recipe.override(request.overrides)
+    stages = (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format])
+    keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
+    if not keys and request.out is None:
+        check(request, changed, run)
+        advance(request, changed, run, stages, notify)
+        return run_outcome(run)
+    _check_recut(keys)
+    root = request.out or _recut_folder(run, keys, changed)
+    check(request, changed, root)
+    advance(request, changed, root, stages, notify, trained=(run, recipe))
+    return run_outcome(root)
+
+
+def _check_recut(keys: Sequence[str]) -> None:
+    fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - set(PLAN.settings)
+    wrong = [key for key in keys if key.partition(".")[0] in fixed | {"model", "data"} and key != "model.dtype"]
+    if wrong:
+        raise RecipeError(
+            f"{', '.join(wrong)} cannot change after training",
+            fix="train another run: soco-export train --set … --out FOLDER",
+            where="--set",
+        )
+
+
+def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
+    if list(keys) == ["keep_params"]:
+        return run / f"keep-{recipe.keep_params:g}"
+    raise RecipeError(
+        f"{', '.join(keys)} differ from the run's", fix="say with --out where this other model goes", where="--set"
+    )
+
+
+def check(request: Request, recipe: Recipe, root: Path) -> None:
+    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does."""
+    if not parallel.leading():
+        return
+    from soco_export.model.source import find_folder
+    from soco_export.preflight.checks import check_everything
+    from soco_train.scores.registry import find_scorer
+    from soco_train.spectra.bases import find_basis
+
+    find_scorer(recipe.train.scorer)
+    find_basis(recipe.train.basis)
+    folder = find_folder(recipe) if recipe.model.weights == "pretrained" else None
+    check_apart(root, [folder] if folder else [])
+    check_folder(root, recipe, request.fresh)
+    check_everything(recipe, root, request.format)
+
+
+def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
+    """Repeat one measuring stage of an existing run (`proof` or `bench`), and report."""
+    if request.recipe is not None:
+        raise RecipeError("a run has its recipe already", fix="change single keys with --set", where="--recipe")
+    recipe = read_lock(run).override(request.overrides)
+    there = replace(request, format=run_format(run))
+    check(there, recipe, run)
+    stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])
+    if stage not in {stage.name for stage in stages}:
+        raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
+    with open_folder(run, recipe, request.argv) as folder:
+        folder.manifest.stages.pop(stage, None)  # its files stay listed as the run's own
+        context = RunContext(folder, there.format, notify)
+        Pipeline(folder, stages, context, context.sources(), notify=notify).run()
+    return run_outcome(run)
+
+
+def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
+    """Judge results.json by the run's gates (`request.set_` may change them) and write every report anew.
+
+    Raises RecipeError if anything but gates is to change: the report would tell of what was not measured.
+    """
+    results = Results.load(run)
+    measured = read_lock(run)
+    recipe = measured.override(request.overrides)
+    keys = [key for key in differences(measured, recipe) if key.partition(".")[0] != "gates"]
+    if keys:
+        raise RecipeError(
+            f"{', '.join(keys)} cannot change what has been measured",
+            fix="set gates alone, or measure again with soco-export validate or bench",
+            where="--set",
+        )
+    with open_folder(run, recipe, request.argv) as folder:
+        context = RunContext(folder, results.format, notify)
+        rejudged = results.judged(applicable(recipe, results.format))
+        settings = recipe.model_dump(mode="json", by_alias=True)
+        folder.manifest.check_own(run, REPORT_FILES)
+        work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"
+        work.mkdir(parents=True, exist_ok=True)
+        write_reports(rejudged.model_copy(update={"recipe": settings}), context, work)
+        # with no key the stage is stale: the next run judges by its own gates again
+        folder.install(work, "report", StageRecord(status="done", key=""), REPORT_FILES, set())
+    return run_outcome(run)
+
+
+def run_format(run: Path) -> Format:
+    """Return the form in which the run in `run` is measured: the one closest to deployment that lies there."""
+    return "onnx" if (run / "onnx").is_dir() else "dense" if (run / "dense").is_dir() else "hf"
+
+
+def advance(
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    trained: tuple[Path, Recipe] | None = None,
+) -> None:
+    """Hold the run folder (and that of the run it was trained in) and bring `stages` up to date.
+
+    Of several processes the leading one does this; the others take part where it calls them.
+    """
+    with parallel.group():
+        if parallel.leading():
+            _lead(request, recipe, root, stages, notify, trained)
+            parallel.call("")
+        else:
+            assist(stages, lambda: _helping_context(request, recipe, root, trained))
+
+
+def _lead(
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    trained: tuple[Path, Recipe] | None,
+) -> None:
+    with ExitStack() as held:
+        homes: Mapping[str, RunFolder] = {}
+        if trained:
+            parent = held.enter_context(open_folder(*trained, argv=request.argv))
+            homes = _trained_stages(parent)
+        folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
+        context = RunContext(folder, request.format, notify, homes)
+        Pipeline(folder, stages, context, context.sources(), homes, notify).run()
+
+
+def _helping_context(request: Request, recipe: Recipe, root: Path, trained: tuple[Path, Recipe] | None) -> RunContext:
+    """Read the folders that the leading process holds, without holding them."""
+    homes = _trained_stages(read_folder(*trained)) if trained else {}
+    return RunContext(read_folder(root, recipe), request.format, silent, homes)
+
+
+def _trained_stages(parent: RunFolder) -> dict[str, RunFolder]:
+    return {stage.name: parent for stage in (SPECTRUM, SCORES)}
+
+
+def cost_card(recipe: Recipe, request: Request) -> Outcome:
+    """Answer with what the run would cost; no network, no weights, nothing written."""
+    from soco_export.preflight.checks import check_recipe
+    from soco_export.preflight.cost import estimate, measure
+
+    check_recipe(recipe, request.format)
+    card = estimate(recipe, measure(recipe), request.format)
+    return Outcome(card.document(), "\n".join(card.lines()))

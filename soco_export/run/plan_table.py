@@ -1,0 +1,94 @@
+"""What one set of scores gives at several sizes: the table that `plan` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from soco_export.files.atomic import write_atomic
+from soco_export.recipe.recipe import Recipe
+from soco_export.run.measured_plan import plan_for
+from soco_export.run.request import Outcome, table
+from soco_train.errors import RecipeError
+from soco_train.events import Notify, silent
+from soco_train.plan.ranks import RankPlan
+from soco_train.store.scores import Scores
+
+LAYER_HEADER = ("layer", "shape", "rank", "before", "after", "")
+SIZE_HEADER = ("keep", "model", "selected", "ranks", "left dense")
+
+
+def plan_sizes(
+    scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: Path | None, notify: Notify = silent
+) -> Outcome:
+    """Plan every size from the scores in `scores_file`; with `out`, write plan-SIZE.json there for each.
+
+    Raises RecipeError if there are no scores yet.
+    """
+    if not scores_file.is_file():
+        raise RecipeError(
+            f"{scores_file.parent} has no scores yet",
+            fix=f"soco-export train --model {recipe.name}, or give the folder of a finished training",
+            where=str(scores_file),
+        )
+    if out:
+        _check_free(out, sizes)
+    scores = Scores.load(scores_file)
+    plans = {
+        size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
+        for size in sizes
+    }
+    written = {size: _write(plan, size, out) for size, plan in plans.items()} if out else {}
+    total = int(scores.provenance["parameters"])
+    documents = [_document(size, plan, total, written.get(size)) for size, plan in plans.items()]
+    text = [_sizes(plans, total)] if len(plans) > 1 else [_layers(plan, total) for plan in plans.values()]
+    return Outcome({"plans": documents}, "\n".join([*text, *(f"wrote {path}" for path in written.values())]))
+
+
+def _check_free(out: Path, sizes: Sequence[float]) -> None:
+    for path in [out / _name(size) for size in sizes]:
+        if path.is_symlink() or path.exists():
+            raise RecipeError(f"{path} is there already", fix="give another --out, or move it away", where="--out")
+
+
+def _name(size: float) -> str:
+    return f"plan-{size:g}.json"
+
+
+def _write(plan: RankPlan, size: float, out: Path) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _name(size)
+    write_atomic(path, plan.to_json())
+    return path
+
+
+def _document(size: float, plan: RankPlan, total: int, path: Path | None) -> dict[str, Any]:
+    model = {"model_before": total, "model_after": total - plan.params_before + plan.params_after}
+    written = {"path": str(path)} if path else {}
+    return {**json.loads(plan.to_json()), **model, "ratio": plan.ratio, "left_dense": plan.dense_layers, **written}
+
+
+def _sizes(plans: dict[float, RankPlan], total: int) -> str:
+    rows = []
+    for size, plan in plans.items():
+        ranks = [layer.rank for layer in plan.layers.values() if not layer.dense]
+        rows.append(
+            (
+                f"{size:g}",
+                f"{total - plan.params_before + plan.params_after:,}",
+                f"{plan.params_after:,}",
+                f"{min(ranks)} … {max(ranks)}" if ranks else "-",
+                f"{len(plan.dense_layers)} of {len(plan.layers)}",
+            )
+        )
+    return table(SIZE_HEADER, rows)
+
+
+def _layers(plan: RankPlan, total: int) -> str:
+    rows = []
+    for name, layer in plan.layers.items():
+        (m, n), rank = layer.shape, "dense" if layer.dense else str(layer.rank)
+        rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", layer.reason))
+    return f"{table(LAYER_HEADER, rows)}\n{plan.describe(total)}"

@@ -1,0 +1,1 @@
+"""The stages of a run: training, artefacts, evidence, report."""

@@ -1,0 +1,134 @@
+"""The stages that write what ships, from the scores on, as data, with the functions that do their work.
+
+    (training.py) spectrum → scores → plan → factors → checkpoint → onnx ┐
+                                                               onnx-dense ┴→ (evidence.py) parity, perplexity, latency
+
+Every function reads through the context and writes into the folder it is given; the pipeline decides whether it runs
+and moves what it wrote into place.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from soco_export.run.context import RunContext
+from soco_export.run.names import CARD_FILE, EXPORT_FILE, Format
+from soco_export.run.pipeline import Stage
+from soco_export.run.stages.training import PLAN_KEYS
+from soco_train import parallel
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import SpectrumStore
+
+
+def cut_plan(context: RunContext, out: Path) -> None:
+    """Turn the scores into one rank per layer at the recipe's size."""
+    from soco_export.run.measured_plan import plan_for
+
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    plan = plan_for(context.recipe, scores, context.folder.root, context.notify)
+    (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+
+
+def make_factors(context: RunContext, out: Path) -> None:
+    """Cut the factors of the planned ranks, refine them as the recipe asks, store them in its form."""
+    from soco_train.plan.ranks import RankPlan
+    from soco_train.refine.ladder import RefineTask, refine
+
+    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    calibration = context.blocks("calibration")
+    task = RefineTask(
+        model=context.model(),
+        linears=context.linears(),
+        spectra=SpectrumStore(context.path("spectrum", "spectrum")),
+        tokens=calibration.tokens,
+        settings=context.recipe.refine,
+        workdir=out / "work",
+        notify=context.notify,
+        seed=context.recipe.train.seed,
+        fingerprint=out.name,
+    )
+    provenance = {
+        "keep_params": plan.keep_params,
+        "calibration": calibration.fingerprint,
+        "scores": dict(scores.provenance),
+    }
+    factors = refine(task, scores, plan, provenance)
+    if parallel.leading():
+        factors.save(out / "factors.safetensors")
+
+
+def write_checkpoint(context: RunContext, out: Path) -> None:
+    """Write the model with the factors in it as a Hugging Face folder, a tensor at a time."""
+    import torch
+
+    from soco_export.checkpoint.layers import apply_factors, count_parameters, stored_factors
+    from soco_export.checkpoint.stream import stream_checkpoint
+    from soco_export.run.stages.model_card import model_card, summary_json
+
+    dtype = getattr(torch, context.recipe.model.dtype)
+    model = context.take_stored_model()
+    before = count_parameters(model)
+    layers = stored_factors(context.path("factors", "factors.safetensors"))
+    apply_factors(model, layers, dtype, "meta")
+    summary = summary_json(context.recipe, model, before)
+    card = model_card(context.recipe, summary)
+    stream_checkpoint(model, layers, dtype, context.tokenizer(), out / "hf", card)
+    write_evidence(out / CARD_FILE, summary)
+
+
+def write_dense(context: RunContext, out: Path) -> None:
+    """Write the pruned model with every product formed, for programs that know nothing of low rank."""
+    from soco_export.checkpoint import load_checkpoint, save_dense
+
+    save_dense(load_checkpoint(context.path("checkpoint", "hf")), context.tokenizer(), out / "dense")
+
+
+def write_onnx(context: RunContext, out: Path) -> None:
+    """Export the checkpoint."""
+    from soco_export.export import export_onnx
+
+    summary = export_onnx(context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify)
+    write_evidence(out / EXPORT_FILE, json.dumps(asdict(summary) | {"folder": "onnx"}, indent=2, default=str) + "\n")
+
+
+def write_dense_onnx(context: RunContext, out: Path) -> None:
+    """Export the model as it was before, by the same route: what the pruned graph is measured against."""
+    from soco_export.checkpoint import save_dense
+    from soco_export.export import export_onnx
+    from soco_export.model.source import fetch_folder
+
+    if context.recipe.model.weights == "random":
+        source = out / "model"
+        save_dense(context.take_stored_model(), context.tokenizer(), source)
+    else:
+        source = fetch_folder(context.recipe)
+    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)
+
+
+def write_evidence(path: Path, text: str) -> None:
+    """Write a JSON text under evidence/."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+PLAN = Stage("plan", ("scores",), (*PLAN_KEYS, "optimise_for", "latency", "export"), ("plan.json",), cut_plan)
+FACTORS = Stage(
+    "factors",
+    ("model", "calibration", "spectrum", "scores", "plan"),
+    ("refine", "train.seed"),
+    ("factors.safetensors",),
+    make_factors,
+    shared=True,
+)
+CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf", CARD_FILE), write_checkpoint)
+DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
+ONNX = Stage("onnx", ("checkpoint",), ("export",), ("onnx", EXPORT_FILE), write_onnx)
+DENSE_ONNX = Stage("onnx-dense", ("model",), ("export",), ("onnx-dense",), write_dense_onnx)
+ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
+    "hf": (PLAN, FACTORS, CHECKPOINT),
+    "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),
+    "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX, DENSE_ONNX),
+}

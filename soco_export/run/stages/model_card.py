@@ -1,0 +1,49 @@
+"""The model card of a run's checkpoint: the exact recipe that made it and, once there are any, the measured results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from soco_export.checkpoint.card import CardSummary, PrunedGroup, render_card, summarise
+from soco_export.recipe.load import lock
+from soco_export.recipe.recipe import Recipe
+from soco_export.report.schema import Results
+
+DENSE, LOW_RANK, ONNX = "dense", "low rank", "ONNX"
+
+
+def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
+    """Return what the card says of `model`, pruned by `recipe`, as JSON, so that later stages need no model.
+
+    params_before: of the dense model; what training added to it (biases) is none of that.
+    """
+    summary = summarise(model, recipe.model.id or recipe.name, params_before=params_before)
+    return json.dumps(asdict(summary), indent=2) + "\n"
+
+
+def model_card(recipe: Recipe, summary: str, results: Results | None = None) -> str:
+    """Return README.md; `summary` is what `summary_json` wrote."""
+    found = json.loads(summary)
+    groups = tuple(PrunedGroup(**group) for group in found.pop("groups"))
+    measured = _measured(results) if results else None
+    return render_card(lock(recipe), measured, CardSummary(**found, groups=groups))
+
+
+def _measured(results: Results) -> dict[str, dict[str, float | int | str | None]]:
+    """Return the table of the card: one row per figure, one column per form of the model."""
+    rows: dict[str, dict[str, float | int | str | None]] = {
+        "parameters": {DENSE: results.sizes.params_before, LOW_RANK: results.sizes.params_after}
+    }
+    if results.perplexity:
+        text = f"perplexity ({results.perplexity.text}, windows of {results.perplexity.block})"
+        forms = {DENSE: results.perplexity.dense, LOW_RANK: results.perplexity.low_rank, ONNX: results.perplexity.onnx}
+        rows[text] = {form: figures.value for form, figures in forms.items() if figures}
+    steps = {LOW_RANK: results.parity.compression, ONNX: results.parity.export}
+    rows["mean KL to the form before it"] = {form: step.prefill.mean_kl for form, step in steps.items() if step}
+    for name, task in results.tasks.items():
+        rows[f"{name} (accuracy)"] = {DENSE: task.dense.acc, LOW_RANK: task.compressed.acc}
+    for name, work in (results.latency.workloads if results.latency else {}).items():
+        rows[f"{name}, tokens/s"] = {DENSE: work.dense_tokens_per_s, ONNX: work.compressed_tokens_per_s}
+    return rows

@@ -1,0 +1,175 @@
+"""Everything a run measured, put together as results.json and written in every form people and programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from soco_export.bench.machine import describe_machine
+from soco_export.checkpoint.layers import stored_factors
+from soco_export.evaluate.figures import PerplexityFigures
+from soco_export.evaluate.prove import DENSE, LOW_RANK, SHIPPED
+from soco_export.recipe.recipe import Recipe
+from soco_export.report.gates import GATES, GateSettings
+from soco_export.report.html import render_html
+from soco_export.report.junit import render_junit
+from soco_export.report.markdown import render_markdown
+from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
+from soco_export.run.context import RunContext
+from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE, Format
+from soco_export.run.stages.model_card import model_card
+from soco_train.forms.pivoted import PivotedFactors, largest_coefficient
+from soco_train.plan.ranks import RankPlan
+from soco_train.store.scores import Scores
+
+FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
+# What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
+ONNX_ONLY = ("latency.", "memory.", "sizes.bytes_ratio")
+EXPORT_ONLY = "parity.export."
+
+
+def applicable(recipe: Recipe, format: Format) -> GateSettings:
+    """Return the gates that mean something for `format`, with the thresholds of the precision that it is written in.
+
+    Without ONNX nothing is timed, and hf has no export step.
+    """
+    gates = thresholds(recipe, format)
+    off: tuple[str, ...] = {"onnx": (), "dense": ONNX_ONLY, "hf": (*ONNX_ONLY, EXPORT_ONLY)}[format]
+    keys = [gate.key for gate in GATES if any(figure.startswith(off) for figure in gate.figures)]
+    return gates.model_copy(update={key: None for key in keys})
+
+
+def thresholds(recipe: Recipe, format: Format) -> GateSettings:
+    """Return every gate of the recipe as one number; only ONNX is rounded to `export.weights`."""
+    weights = recipe.export.weights if format == "onnx" else "same"
+    return recipe.gates.at(recipe.export.dtype if format == "onnx" else recipe.model.dtype, weights)
+
+
+def collect(context: RunContext) -> Results:
+    """Return all figures of the run, not yet judged."""
+    recipe = context.recipe
+    proof = _read(context.path("proof", PROOF_FILE))
+    bench = _read(context.path("bench", BENCH_FILE)) if context.format == "onnx" else {}
+    document = {
+        "format": context.format,
+        "model": _model(context),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "sizes": _sizes(context),
+        "parity": proof["parity"],
+        "perplexity": _perplexity(context, proof["perplexity"]),
+        "tasks": proof["tasks"],
+        "latency": bench.get("latency"),
+        "memory": bench.get("memory"),
+        "machine": describe_machine(recipe.validation.threads),
+        "placement": proof["placement"],
+        "notes": tuple(_notes(context)),
+        "provenance": _provenance(context),
+    }
+    results = Results.model_validate(document)
+    return results.model_copy(update={"notes": (*results.notes, *slower(results))})
+
+
+def slower(results: Results) -> Iterator[str]:
+    """Yield a note if the export lost to dense by more than noise, and what there is to do."""
+    workloads = results.latency.workloads if results.latency else {}
+    lost = [f"{name} {work.speedup.value:.2f}×" for name, work in workloads.items() if work.speedup.high < 1]
+    if lost:
+        known = results.recipe["optimise_for"] == "latency"
+        advice = "" if known else "; optimise_for: latency leaves a layer dense where its low-rank form is no faster"
+        yield f"slower than dense: {', '.join(lost)}{advice}"
+
+
+def _model(context: RunContext) -> ModelFigures:
+    model = context.recipe.model
+    source = model.weights if model.weights != "pretrained" else model.id or (model.path or Path()).resolve().name
+    config = _read(context.path("checkpoint", "hf") / "config.json")
+    return ModelFigures(
+        name=context.recipe.name, source=source, architecture=config["architectures"][0], revision=model.revision
+    )
+
+
+def _sizes(context: RunContext) -> SizeFigures:
+    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
+    wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
+    sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
+    return SizeFigures(
+        params_before=total,
+        params_after=total - plan.params_before + plan.params_after,
+        selected_before=plan.params_before,
+        selected_after=plan.params_after,
+        layers=len(plan.layers),
+        layers_dense=len(plan.dense_layers),
+        keep_params=plan.keep_params,
+        storage=plan.storage,
+        largest_coefficient=_largest_coefficient(context.path("factors", "factors.safetensors")),
+        bytes=sizes,
+        bytes_ratio=sizes["onnx"] / sizes["onnx-dense"] if "onnx-dense" in sizes else None,
+    )
+
+
+def _largest_coefficient(factors: Path) -> float | None:
+    """Return that of all pivoted layers of the file, None if it has none; reads a layer at a time."""
+    layers = stored_factors(factors).values()
+    return max((largest_coefficient(layer) for layer in layers if isinstance(layer, PivotedFactors)), default=None)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults:
+    blocks = context.blocks("evaluation")
+    onnx = PerplexityFigures(**forms[SHIPPED]) if context.format == "onnx" else None
+    figures = (PerplexityFigures(**forms[DENSE]), PerplexityFigures(**forms[LOW_RANK]), onnx)
+    return PerplexityResults.of(figures, blocks.source, blocks.fingerprint, blocks.tokens.shape[1])
+
+
+def _notes(context: RunContext) -> Iterator[str]:
+    """Yield every fallback and every measurement that was left out, with its reason."""
+    if context.format == "onnx":
+        export = _read(context.path("onnx", EXPORT_FILE))
+        if export["route"] != "builder":
+            yield f"the graph was made by {export['route']}: its architecture has no description of ours"
+        if context.recipe.storage == "pivoted" and context.recipe.export.weights == "int4":
+            yield "pivoted layers do not bear int4: every row but the pivots is a combination of rounded ones"
+        if not context.recipe.bench.enabled:
+            yield "latency was not measured: bench.enabled is false"
+    rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
+    if context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
+        yield f"the factors were trained to be rounded to {rounding}, and here they are not"
+    if thresholds(context.recipe, context.format) != applicable(context.recipe, context.format):
+        yield f"gates on ONNX are not judged: the format is {context.format}"
+
+
+def _provenance(context: RunContext) -> dict[str, Any]:
+    manifest, calibration = context.folder.manifest, context.blocks("calibration")
+    return {
+        "seed": manifest.seed,
+        "model": context.model_hash(),
+        "calibration": {"text": calibration.source, "fingerprint": calibration.fingerprint},
+        "started": manifest.process.started,
+        "seconds": {name: record.seconds for name, record in manifest.stages.items() if record.status == "done"},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_reports(results: Results, context: RunContext, out: Path) -> None:
+    """Write results.json, report.md, report.html, junit.xml and the model card."""
+    (out / "hf").mkdir(exist_ok=True)
+    summary = context.path("checkpoint", CARD_FILE).read_text(encoding="utf-8")
+    results.save(out / "results.json")
+    for name, text in {
+        "report.md": render_markdown(results),
+        "report.html": render_html(results),
+        "junit.xml": render_junit(results),
+        "hf/README.md": model_card(context.recipe, summary, results),
+    }.items():
+        (out / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,58 @@
+"""What a finished run says on stdout: sizes, quality, speed, verdicts, and where to read on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.report.tables import verdict_sentence
+from soco_export.run.request import Outcome
+from soco_export.run.stages.report import folder_bytes
+from soco_train.errors import ExitCode
+from soco_train.plan.ranks import RankPlan
+
+
+def run_outcome(root: Path) -> Outcome:
+    """Return the outcome of the run in `root` from its results.json; a failed gate is exit code 3."""
+    results = Results.load(root / RESULTS_FILE)
+    document = {"run": str(root), **json.loads(results.model_dump_json())}
+    code = ExitCode.OK if results.passed else ExitCode.GATE
+    return Outcome(document, "\n".join(_lines(results, root)), code)
+
+
+def _lines(results: Results, root: Path) -> Iterator[str]:
+    yield verdict_sentence(results)
+    plan = RankPlan.from_json((root / "plan.json").read_text(encoding="utf-8"))
+    yield plan.describe(results.sizes.params_before)
+    yield from _quality(results)
+    yield from _cost(results)
+    yield from (f"note: {note}" for note in results.notes)
+    for verdict in results.verdicts:
+        yield f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}"
+    if (root / "spectrum").is_dir():
+        spare = folder_bytes(root / "spectrum") / 1e6
+        yield f"other sizes, same scores: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
+    yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
+
+
+def _quality(results: Results) -> Iterator[str]:
+    found = results.perplexity
+    if found:
+        forms = {"dense": found.dense, "low rank": found.low_rank, "ONNX": found.onnx}
+        parts = [f"{form} {figures.value:.4g}" for form, figures in forms.items() if figures]
+        yield f"perplexity: {' · '.join(parts)} ({found.ratio:.3f} × dense, {found.text})"
+    for step, parity in (("dense → low rank", results.parity.compression), ("export", results.parity.export)):
+        if parity:
+            same = min(parity.prefill.token_agreement, parity.decode.token_agreement)
+            worst = max(parity.prefill.mean_kl, parity.decode.mean_kl)
+            yield f"{step}: KL {worst:.3g} nats, {same:.1%} of tokens agree"
+
+
+def _cost(results: Results) -> Iterator[str]:
+    if results.latency:
+        ratios = [f"{name} {work.speedup.value:.2f}×" for name, work in results.latency.workloads.items()]
+        yield f"speed, dense ONNX / this: {' · '.join(ratios)}"
+    sizes = [f"{name} {count / 1e6:,.1f} MB" for name, count in results.sizes.bytes.items()]
+    yield f"on disk: {' · '.join(sizes)}"

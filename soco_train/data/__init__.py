@@ -1,0 +1,1 @@
+"""Calibration and evaluation text → blocks of tokens → batches."""

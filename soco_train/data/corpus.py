@@ -1,0 +1,223 @@
+"""Text → token blocks, with a fingerprint: from files, a Hugging Face data set, or the texts inside the package.
+
+The text is tokenised without special tokens and cut into consecutive blocks; a rest shorter than a block is dropped.
+Nothing is shuffled, so that the same text and tokenizer give the same blocks, and `blocks: 24` means the first 24. The
+blocks of several texts take turns in proportion to their number: whoever uses only the first few (a covariance, a
+saliency) then sees a bit of every text and not the whole of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from soco_train.errors import DataError, RecipeError
+from soco_train.installed import install_command
+from soco_train.settings import SHORTEST_BLOCK, DataSettings
+
+Purpose = Literal["calibration", "evaluation"]
+BUILTIN = Path(__file__).parents[1] / "builtin"
+PARAGRAPH = "\n\n"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks [n, block] int64, where they come from, and the sha256 over their shape and values."""
+
+    tokens: torch.Tensor
+    source: str
+    fingerprint: str
+
+
+def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blocks:
+    """Return the blocks of a data section; `purpose` chooses between the two halves of a built-in text.
+
+    Raises RecipeError (no such file or data set, `datasets` missing) and DataError (not UTF-8, less than one block).
+    """
+    source = describe_source(settings, purpose)
+    texts = [_cut(tokenizer, documents, settings) for documents in _texts(settings, purpose)]
+    tokens = interleave([blocks for blocks, _ in texts])[: settings.blocks]
+    if len(tokens) == 0:
+        count = max(tokens for _, tokens in texts)
+        raise DataError(
+            f"the {purpose} text has {count} tokens, and one block needs {settings.block}",
+            fix="give more text"
+            + (f", or set {_section(purpose)}.block to {count} or less" if count >= SHORTEST_BLOCK else ""),
+            where=source,
+        )
+    return Blocks(tokens, source, fingerprint(tokens))
+
+
+def _cut(tokenizer: Any, documents: Iterator[str], settings: DataSettings) -> tuple[torch.Tensor, int]:
+    """Return the blocks [n, block] of one text, at most as many as are wanted in all, and how many tokens were read."""
+    wanted = None if settings.blocks is None else settings.blocks * settings.block
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if wanted is not None and len(ids) >= wanted:
+            break
+    count = len(ids) // settings.block
+    return torch.tensor(ids[: count * settings.block], dtype=torch.int64).view(count, settings.block), len(ids)
+
+
+def interleave(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the blocks [n, block] of all texts, each text spread evenly over the whole; order within a text stays."""
+    places = torch.cat([(torch.arange(len(blocks), dtype=torch.float64) + 0.5) / len(blocks) for blocks in texts])
+    return torch.cat(list(texts))[places.sort(stable=True).indices]
+
+
+def fingerprint(tokens: torch.Tensor) -> str:
+    """Return the sha256 over shape and little-endian int64 values of token blocks."""
+    digest = hashlib.sha256(json.dumps(list(tokens.shape)).encode())
+    digest.update(tokens.contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def describe_source(settings: DataSettings, purpose: Purpose) -> str:
+    """Return one line naming the text, as reports and errors show it."""
+    if settings.builtin is not None:
+        return " + ".join(f"built-in text {name}.{purpose}" for name in _builtin(settings))
+    if settings.hub is not None:
+        return f"hub data set {settings.hub}"
+    return ", ".join(str(path) for path in _files(settings))
+
+
+def check_source(settings: DataSettings, purpose: Purpose) -> None:
+    """Find missing or unreadable files and a missing `datasets` package before anything expensive starts."""
+    if settings.hub is not None:
+        _hub_address(settings.hub, _section(purpose))
+        _import_datasets(settings.hub)
+        return
+    for path in _paths(settings, purpose):
+        _read_text(path)
+
+
+def _section(purpose: Purpose) -> str:
+    return "data" if purpose == "calibration" else "evaluation"
+
+
+def _files(settings: DataSettings) -> tuple[Path, ...]:
+    if settings.path is None:
+        return ()
+    return settings.path if isinstance(settings.path, tuple) else (settings.path,)
+
+
+def _paths(settings: DataSettings, purpose: Purpose) -> tuple[Path, ...]:
+    if settings.builtin is not None:
+        return tuple(BUILTIN / f"{name}.{purpose}.txt" for name in _builtin(settings))
+    return _files(settings)
+
+
+def _texts(settings: DataSettings, purpose: Purpose) -> Iterator[Iterator[str]]:
+    """Yield each text, as documents to tokenise one after the other; those of a collection end with an empty line."""
+    if settings.hub is not None:
+        yield _hub_documents(settings.hub, _section(purpose))
+        return
+    for path in _paths(settings, purpose):
+        yield _documents(path, settings)
+
+
+def _documents(path: Path, settings: DataSettings) -> Iterator[str]:
+    text = _read_text(path)
+    kind = settings.format if settings.format != "auto" else _kind(path)
+    if kind == "jsonl":
+        yield from _json_documents(text, path)
+    else:
+        yield join_wikitext(text) if kind == "wikitext" else text
+
+
+def _kind(path: Path) -> Literal["text", "jsonl", "wikitext"]:
+    if path.suffix == ".jsonl":
+        return "jsonl"
+    return "wikitext" if path.suffix == ".raw" else "text"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read {path}: {error.strerror}", fix="give a readable text file", where=str(path)
+        ) from None
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            fix="convert it, for example: iconv -f latin1 -t utf-8",
+            where=str(path),
+        ) from None
+
+
+def join_wikitext(text: str) -> str:
+    """Join the rows of a `wiki.*.raw` file by an empty line, as joining the data set's `text` column does.
+
+    A row is a line with its line end; the lines that are a single space are the data set's empty rows. Source: the
+    evaluation of GPTQ and SparseGPT, which published perplexities follow.
+    """
+    lines = text.split("\n")
+    rows = lines[:-1] if lines[-1] == "" else lines
+    return PARAGRAPH.join("" if line == " " else line + "\n" for line in rows)
+
+
+def _json_documents(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"line {number} is no JSON object with a field text ({type(error).__name__}: {error})",
+                fix='write one {"text": "…"} a line',
+                where=f"{path}:{number}",
+            ) from None
+        yield f"{document}{PARAGRAPH}"
+
+
+def _hub_address(address: str, section: str) -> tuple[str, str | None, str]:
+    """Split "owner/name:config:split" (or "owner/name:split")."""
+    parts = address.split(":")
+    if not 2 <= len(parts) <= 3 or not all(parts):
+        raise RecipeError(
+            f"cannot read the data set address {address!r}",
+            fix="write owner/name:config:split, for example Salesforce/wikitext:wikitext-2-raw-v1:train",
+            where=f"{section}.hub",
+        )
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
+def _import_datasets(address: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise RecipeError(
+            f"the hub data set {address} needs the package datasets",
+            fix=f"{install_command('data')}, or give a local file: --set data.path=calibration.txt",
+            where="data.hub",
+        ) from None
+    return datasets
+
+
+def _hub_documents(address: str, section: str) -> Iterator[str]:
+    name, config, split = _hub_address(address, section)
+    datasets = _import_datasets(address)
+    try:
+        rows = datasets.load_dataset(name, config, split=split)["text"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"cannot load the data set {address}: {error}",
+            fix=f"check the address and the connection, or give a local file: --set {section}.path=…",
+            where=f"{section}.hub",
+        ) from error
+    yield PARAGRAPH.join(rows)
+
+
+def _builtin(settings: DataSettings) -> tuple[str, ...]:
+    return (settings.builtin,) if isinstance(settings.builtin, str) else settings.builtin or ()

@@ -1,0 +1,69 @@
+"""Stacked storage: a rank-r matrix as the product of two factors, r(m + n) numbers.
+
+    LowRankLinear   x ──weight [r,n]── z ──up [m,r]──(+ bias)── y
+
+A rank of m n / (m + n) or more saves nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from soco_train.forms.base import FactoredLinear, parameter
+
+
+@dataclass(frozen=True)
+class StackedFactors:
+    """y = up (down x) + bias with up: [m, r], down: [r, n], bias: [m] or None."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class LowRankLinear(FactoredLinear):
+    """y = up(weight x): two MatMuls, r(m + n) numbers. The bias, if there is one, belongs to `up`."""
+
+    kind = "stacked"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, device, dtype)
+        self.up = nn.Linear(rank, out_features, bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls, factors: StackedFactors, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> LowRankLinear:
+        """Build from up [m, r], down [r, n] and the complete bias [m] or None."""
+        (rank, n), m = factors.down.shape, factors.up.shape[0]
+        module = cls(n, m, rank, factors.bias is not None, device="meta")
+        module.weight = parameter(factors.down, dtype, device)
+        module.up.weight = parameter(factors.up, dtype, device)
+        if factors.bias is not None:
+            module.up.bias = parameter(factors.bias, dtype, device)
+        return module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return self.up(F.linear(x, self.weight))
+
+    def dense_weight(self) -> torch.Tensor:
+        """Return up @ weight."""
+        exact = self._product_dtype()
+        return self.up.weight.detach().to(exact) @ self.weight.detach().to(exact)
+
+    def dense_bias(self) -> torch.Tensor | None:
+        """Return the bias of `up`."""
+        return self.up.bias

@@ -1,0 +1,1 @@
+"""Which layers take part, and what stands in for one while it learns."""

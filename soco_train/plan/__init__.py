@@ -1,0 +1,1 @@
+"""Scores and a parameter budget → one rank per layer."""

@@ -1,0 +1,167 @@
+"""How a budget of parameters becomes one rank per layer (rules: allocation.py). Pure: no modules, no files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from soco_train.errors import DataError
+from soco_train.plan.allocation import (
+    Ladder,
+    Limit,
+    Reals,
+    global_ranks,
+    lagrangian_ranks,
+    make_ladder,
+    refuse_impossible,
+    uniform_ranks,
+)
+from soco_train.settings import Allocation, PlanSettings, Storage
+from soco_train.store.scores import LayerScores, Scores
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The size of one layer: rank (min(m, n) when dense), its parameters, and why it stays dense (else empty)."""
+
+    shape: tuple[int, int]
+    rank: int
+    dense: bool
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank per participating layer, in model order, and the settings it answers."""
+
+    layers: Mapping[str, LayerPlan]
+    keep_params: float
+    storage: Storage
+    allocation: Allocation
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the participating layers when dense."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the participating layers as planned, deviations included."""
+        return sum(layer.params for layer in self.layers.values())
+
+    @property
+    def ratio(self) -> float:
+        """params_after / params_before: at most keep_params."""
+        return self.params_after / self.params_before
+
+    @property
+    def dense_layers(self) -> dict[str, str]:
+        """Layers left dense, with the reason."""
+        return {name: layer.reason for name, layer in self.layers.items() if layer.dense}
+
+    def describe(self, total: int) -> str:
+        """Return the plan in one line; `total` is the parameter count of the whole dense model."""
+        before, after = self.params_before, self.params_after
+        return (
+            f"{_millions(total)} → {_millions(total - before + after)} "
+            f"(selected {_millions(before)} → {_millions(after)}) · "
+            f"{len(self.dense_layers)} of {len(self.layers)} layers left dense · stored {self.storage}"
+        )
+
+    def to_json(self) -> str:
+        """Return the plan as the text of plan.json."""
+        totals = {"params_before": self.params_before, "params_after": self.params_after}
+        return json.dumps(asdict(self) | totals, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> RankPlan:
+        """Read what `to_json` wrote; DataError if it is something else."""
+        try:
+            found = json.loads(text)
+            layers = {
+                name: LayerPlan(**(entry | {"shape": (entry["shape"][0], entry["shape"][1])}))
+                for name, entry in found["layers"].items()
+            }
+            return RankPlan(layers, found["keep_params"], found["storage"], found["allocation"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"this is no rank plan: {error}", fix="write it again with the verb plan") from error
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
+
+
+def plan_ranks(
+    scores: Scores,
+    settings: PlanSettings,
+    extra_cost: Mapping[str, int] | None = None,
+    limits: Mapping[str, Limit] | None = None,
+) -> RankPlan:
+    """Choose every layer's rank so that the parameters sum to at most keep_params · Σ m·n.
+
+    `extra_cost` is what a layer pays on top once it is pruned; by default m for a layer with a deviation (pass 0 where
+    the deviation merges into an existing bias). `limits` keep layers dense from a rank on, whatever they would save.
+    Ties go by (importance descending, layer order, index). Raises DataError for importances that are not finite or not
+    one per component, RecipeError if rank 1 everywhere (or `multiple`) is already too much.
+    """
+    extra = _deviation_cost(scores) if extra_cost is None else extra_cost
+    importances = [_checked(name, layer) for name, layer in scores.layers.items()]
+    ends = limits or {}
+    ladders = [
+        make_ladder(layer.shape, settings, extra.get(name, 0), ends.get(name)) for name, layer in scores.layers.items()
+    ]
+    keep = Fraction(str(settings.keep_params))  # the decimal the user wrote, so that no parameter is lost to rounding
+    if settings.allocation == "uniform":
+        survivors = uniform_ranks(ladders, keep)
+    else:
+        budget = int(keep * sum(m * n for m, n in (ladder.shape for ladder in ladders)))
+        refuse_impossible(ladders, keep)
+        allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
+        survivors = allocate(ladders, importances, budget)
+    layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))
+    return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation)
+
+
+def kept(importance: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the sorted indices [rank] of the surviving components; among equals the lower index survives."""
+    order = torch.sort(importance, descending=True, stable=True).indices
+    return order[:rank].sort().values
+
+
+def _deviation_cost(scores: Scores) -> dict[str, int]:
+    return {name: layer.shape[0] for name, layer in scores.layers.items() if layer.deviation is not None}
+
+
+def _checked(name: str, layer: LayerScores) -> Reals:
+    importance = layer.importance.detach().cpu().double()
+    if importance.shape != (min(layer.shape),) or not bool(importance.isfinite().all()):
+        raise DataError(
+            f"importance {list(importance.shape)} of a {layer.shape} layer must be {min(layer.shape)} finite numbers",
+            fix="train the scores again",
+            where=name,
+        )
+    return np.asarray(importance.numpy(), dtype=np.float64)
+
+
+def _layer_plan(ladder: Ladder, survivors: int) -> LayerPlan:
+    rung = int(ladder.rung_of[survivors])
+    dense = rung == len(ladder.ranks) - 1
+    reason = _reason(ladder) if dense else ""
+    return LayerPlan(ladder.shape, int(ladder.ranks[rung]), dense, int(ladder.costs[rung]), reason)
+
+
+def _reason(ladder: Ladder) -> str:
+    """Say why a layer that reached the last rung is dense: from the rank where dense is cheaper, the rest is free."""
+    k, last = ladder.components, len(ladder.ranks) - 1
+    first = int(np.argmax(ladder.rung_of == last))
+    if ladder.limit is not None and first < k:
+        return ladder.limit.reason
+    if last == 0:
+        return "no allowed rank is cheaper than dense"
+    return f"all {k} components survive" if first == k else f"cheaper dense than rank {first} of {k}"

@@ -1,0 +1,1 @@
+"""From scores and a plan to factors: compensate, cut, refit, distil, store."""

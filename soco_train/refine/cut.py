@@ -1,0 +1,77 @@
+"""The cut: factors from the surviving components, and the form they are stored in.
+
+    W' = P_K diag(s_K) B_K = up · down,   up = P_K diag(√s · β),   down = diag(√s / β) B_K
+
+β splits each component's norm evenly between the two factors, so that both have a similar range (quantisation and half
+precision want that). The deviation and the layer's bias become the bias of `up`. Pivoted storage is another way to
+write the same rank-r matrices, so it is chosen last, when nothing is trained any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from soco_train.forms.pivoted import PivotedFactors, pivot_factors
+from soco_train.forms.registry import LayerFactors, LazyLayers, forms_of
+from soco_train.forms.stacked import StackedFactors
+from soco_train.plan.ranks import RankPlan, kept
+from soco_train.settings import Storage
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import Spectrum
+
+
+def make_factors(
+    spectra: Mapping[str, Spectrum], scores: Scores, plan: RankPlan, linears: Mapping[str, nn.Linear]
+) -> LazyLayers[StackedFactors]:
+    """Cut every pruned layer of `plan`: stacked factors, up: [m, r], down: [r, n], bias: [m] or None.
+
+    A layer is cut when it is asked for, so that neither all spectra nor all factors have to be in memory.
+    """
+    biases = {name: None if linears[name].bias is None else linears[name].bias.detach().cpu() for name in plan.layers}
+
+    def make(name: str) -> StackedFactors:
+        return _cut(spectra[name], scores, name, plan.layers[name].rank, biases[name])
+
+    forms = {}
+    for name, layer in plan.layers.items():
+        if not layer.dense:
+            (m, n), r = scores.layers[name].shape, layer.rank
+            biased = biases[name] is not None or scores.layers[name].deviation is not None
+            forms[name] = StackedFactors(_form(m, r), _form(r, n), _form(m) if biased else None)
+    return LazyLayers(forms, make)
+
+
+def _form(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
+    layer = scores.layers[name]
+    survivors = kept(layer.importance, rank)
+    up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
+    if layer.correction is not None:
+        left, right = layer.correction
+        down = down + left[survivors].double() @ right.double()
+    root = layer.scale[survivors].double().clamp(min=0).sqrt()
+    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
+    up, down = up * (root * balance), down * (root / balance)[:, None]
+    if layer.deviation is not None:
+        bias = layer.deviation if bias is None else layer.deviation + bias
+    return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
+
+
+def store_as(factors: Mapping[str, StackedFactors], storage: Storage) -> Mapping[str, LayerFactors]:
+    """Return stacked factors in the form the plan counted on; lossless. Pivots are chosen when a layer is asked for."""
+    if storage == "stacked":
+        return factors
+    forms = {name: _pivoted_form(form) for name, form in forms_of(factors).items()}
+    return LazyLayers(forms, lambda name: pivot_factors(factors[name]))
+
+
+def _pivoted_form(form: StackedFactors) -> PivotedFactors:
+    (m, r), n = form.up.shape, form.down.shape[1]
+    bias = None if form.bias is None else _form(m)
+    return PivotedFactors(_form(r, n), _form(m - r, r), _form(m, dtype=torch.int64), bias)

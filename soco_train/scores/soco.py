@@ -1,0 +1,71 @@
+"""SoCo's scorer: scores learnt in three phases (arXiv 2502.15092), from s ≡ 1 or a closed-form warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from soco_train.plan.ranks import plan_ranks
+from soco_train.scores.closed_form import energy, saliency, untrained
+from soco_train.scores.registry import scorer
+from soco_train.scores.task import ScoringTask, sized, training
+from soco_train.scores.trainer import train_spectrum
+from soco_train.settings import TrainSettings
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import Spectrum
+
+SHARPNESS = 2.0
+
+
+@scorer("soco")
+def soco(task: ScoringTask) -> Scores:
+    """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
+    task = sized(task)
+    start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
+    return attributed(train_spectrum(training(task, start)), task.spectra, task.train)
+
+
+def attributed(scores: Scores, spectra: Mapping[str, Spectrum], train: TrainSettings) -> Scores:
+    """Take from learnt scores what `train.rescale` and `train.select` switch off; the ranks they lead to stay.
+
+    Scores rescale, select and reallocate: with uniform ranks, and one of these two, each of the three can be had alone.
+    """
+    layers = {}
+    for name, layer in scores.layers.items():
+        importance, scale = layer.importance, layer.scale
+        if not train.select:  # the same importances, given out in the order of σ
+            order = spectra[name].sigma.to(importance).sort(descending=True, stable=True).indices
+            importance = torch.empty_like(importance)
+            importance[order] = layer.importance.sort(descending=True).values
+        if not train.rescale:
+            scale = torch.ones_like(scale)
+        layers[name] = replace(layer, importance=importance, scale=scale)
+    return Scores(layers, scores.provenance)
+
+
+START_SALIENCIES = {"fisher": saliency, "spectrum": energy}
+
+
+def wiener_start(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return s₀ = f² / (f² + c²) by layer: f the saliency, c the saliency at which the budget would cut that layer.
+
+    Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½), far above near 1, far below near 0,
+    in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
+    """
+    settings = task.plan
+    if settings.allocation != "uniform":  # equal shares are not the saliency's to give out
+        settings = settings.model_copy(update={"allocation": "lagrangian"})
+    plan = plan_ranks(untrained(task, importance), settings)
+    start = {}
+    for name, values in importance.items():
+        layer = plan.layers[name]
+        if layer.dense:
+            start[name] = torch.ones_like(values)
+            continue
+        ordered = values.sort(descending=True).values
+        around = ordered[max(0, layer.rank - 1) : layer.rank + 1].clamp(min=1e-38)
+        cut = around.log().mean().exp()
+        start[name] = 1 / (1 + (cut / values.clamp(min=1e-38)) ** SHARPNESS)
+    return start

@@ -1,0 +1,1 @@
+"""What training leaves on disk: spectra, scores, factors. Safetensors with a JSON header; no pickle."""

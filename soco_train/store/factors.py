@@ -1,0 +1,58 @@
+"""The factors of one size on disk: one safetensors file, read and written a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from soco_train.forms.pivoted import PivotedFactors
+from soco_train.forms.registry import LayerFactors, forms_of
+from soco_train.forms.stacked import StackedFactors
+from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The pruned layers of one size. A participating layer that is not here stays dense."""
+
+    layers: Mapping[str, LayerFactors]
+    provenance: Provenance = field(default_factory=dict)
+
+    def made(self) -> Factors:
+        """Return the same factors with every layer in memory."""
+        return Factors(dict(self.layers), self.provenance)
+
+    def save(self, path: Path) -> None:
+        """Write `factors.safetensors`; what is lazy is made a layer at a time."""
+        forms = forms_of(self.layers)
+
+        @lru_cache(maxsize=1)  # the parts of a layer are written one after the other
+        def parts_of(name: str) -> Mapping[str, torch.Tensor]:
+            return vars(self.layers[name])
+
+        tensors = {
+            f"{name}:{part}": Pending(meta, lambda name=name, part=part: parts_of(name)[part])  # type: ignore[misc]
+            for name, form in forms.items()
+            for part, meta in vars(form).items()
+            if meta is not None
+        }
+        kinds = {name: type(form).__name__ for name, form in forms.items()}
+        write_tensors(path, tensors, {"kind": "factors", "layers": kinds, "provenance": dict(self.provenance)})
+
+    @staticmethod
+    def load(path: Path) -> Factors:
+        """Read `factors.safetensors`; DataError if it is truncated or of another kind."""
+        tensors, header = read_tensors(path, "factors")
+        layers = {name: _layer_factors(kind, name, tensors) for name, kind in header["layers"].items()}
+        return Factors(layers, header["provenance"])
+
+
+def _layer_factors(kind: str, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:
+    bias = tensors.get(f"{name}:bias")
+    if kind == "StackedFactors":
+        return StackedFactors(tensors[f"{name}:up"], tensors[f"{name}:down"], bias)
+    return PivotedFactors(tensors[f"{name}:pivot"], tensors[f"{name}:mix"], tensors[f"{name}:order"], bias)

@@ -1,0 +1,69 @@
+"""Scores of singular components, of all layers in one file, for every size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What training learnt about one layer's components.
+
+    importance: [k] fp32, larger lives longer; scale: [k] fp32, multiplies the component; deviation: [m] or None,
+    added to the layer's output; shape: (m, n) of the dense weight; correction: (C [k, r], A [r, n]) or None, where C A
+    is added to the component's B, of whatever size the cut is.
+    """
+
+    importance: torch.Tensor
+    scale: torch.Tensor
+    deviation: torch.Tensor | None
+    shape: tuple[int, int]
+    correction: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all participating layers; one file serves every size."""
+
+    layers: Mapping[str, LayerScores]
+    provenance: Provenance = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write `scores.safetensors`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}:importance"] = layer.importance
+            tensors[f"{name}:scale"] = layer.scale
+            if layer.deviation is not None:
+                tensors[f"{name}:deviation"] = layer.deviation
+            if layer.correction is not None:
+                tensors[f"{name}:correction.C"], tensors[f"{name}:correction.A"] = layer.correction
+        shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
+        write_tensors(path, tensors, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
+
+    @staticmethod
+    def load(path: Path) -> Scores:
+        """Read `scores.safetensors`; DataError if it is truncated or of another kind."""
+        tensors, header = read_tensors(path, "scores")
+        layers = {
+            name: LayerScores(
+                importance=tensors[f"{name}:importance"],
+                scale=tensors[f"{name}:scale"],
+                deviation=tensors.get(f"{name}:deviation"),
+                shape=(shape[0], shape[1]),
+                correction=_correction(name, tensors),
+            )
+            for name, shape in header["shapes"].items()
+        }
+        return Scores(layers, header["provenance"])
+
+
+def _correction(name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    left = tensors.get(f"{name}:correction.C")
+    return None if left is None else (left, tensors[f"{name}:correction.A"])

@@ -1,0 +1,53 @@
+"""The spectra of a model's layers on disk, a safetensors file per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from soco_train.store.tensorfile import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One weight as a sum of components: W = P @ B.
+
+    P: [m, k] with the singular value multiplied in, B: [k, n], sigma: [k] descending, k = min(m, n).
+    """
+
+    P: torch.Tensor
+    B: torch.Tensor
+    sigma: torch.Tensor
+
+
+class SpectrumStore(Mapping[str, Spectrum]):
+    """A folder with one safetensors file per layer, read lazily: the whole spectrum never has to fit in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def put(self, name: str, spectrum: Spectrum) -> None:
+        """Write one layer's spectrum."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._file(name), dict(vars(spectrum)), {"kind": "spectrum"})
+
+    def __getitem__(self, name: str) -> Spectrum:
+        if not self._file(name).exists():
+            raise KeyError(name)
+        tensors, _ = read_tensors(self._file(name), "spectrum")
+        return Spectrum(**tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._file(name).exists()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,104 @@
+"""A safetensors file written a tensor at a time, from values that need not exist before they are asked for.
+
+The file is the length of its header, the header as JSON, and the numbers, so it can be written from shapes alone and
+values that come one after the other. Larger numbers lie before smaller ones, as the library safetensors has them; it
+reads what is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from soco_train.errors import DataError
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is not in memory: how it looks, as a tensor on the meta device, and how to get it."""
+
+    meta: torch.Tensor
+    read: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Pending:
+        """Return a tensor that is there already, on whatever device."""
+        return Pending(tensor.detach().to("meta"), tensor.detach)
+
+
+def write_file(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file; tensors are asked for in the mapping's order, wherever in the file they lie.
+
+    Raises DataError if a tensor is not what was announced.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].meta.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        meta, start = tensors[name].meta, end
+        end += meta.nbytes
+        header[name] = {"dtype": DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start_of_numbers = file.tell()
+        for name, pending in tensors.items():
+            file.seek(start_of_numbers + header[name]["data_offsets"][0])
+            file.write(_bytes(name, pending))
+
+
+def _bytes(name: str, pending: Pending) -> memoryview:
+    tensor = pending.read()
+    if (tensor.shape, tensor.dtype) != (pending.meta.shape, pending.meta.dtype):
+        raise DataError(f"{name} is not what was announced", fix="leave the run's files as they are", where=name)
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+Provenance = Mapping[str, Any]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], header: Mapping[str, Any]) -> None:
+    """Write safetensors atomically, a tensor at a time, with `header` as JSON in the file's metadata.
+
+    Processes may write the same file at the same time: each has its own partial one, and the last to finish stays.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    pending = {name: tensor if isinstance(tensor, Pending) else Pending.of(tensor) for name, tensor in tensors.items()}
+    write_file(partial, pending, {"header": json.dumps(header, sort_keys=True)})
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return (tensors, header) of a file written by `write_tensors`; DataError unless it is whole and of `kind`."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"cannot read {path.name}: {error}", fix="delete it and run again", where=str(path)) from error
+    if header.get("kind") != kind:
+        raise DataError(
+            f"{path.name} holds {header.get('kind', 'something else')}, not {kind}",
+            fix=f"give the {kind} file of a run folder",
+            where=str(path),
+        )
+    return tensors, header
