@@ -9,12 +9,12 @@ from pathlib import Path
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
+from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import read_config
-from soco_export.onnx.families.registry import describe
 from soco_export.onnx.inspect import GraphSummary, summarise
-from soco_export.onnx.read import CheckpointWeights, check_tensors
+from soco_export.onnx.read import check_tensors, open_weights
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.trace import check_fallback, export_traced
+from soco_export.onnx.trace import export_traced
 from soco_export.runtimes.registry import Layout, check_layouts, write_layouts
 from soco_train.events import Notify, silent
 
@@ -45,11 +45,9 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
     check_replaceable(out)
     check_layouts(settings)
     config = read_config(folder)
-    architecture = describe(config)
-    source = CheckpointWeights(folder)
-    if architecture is None:
-        check_fallback(config, settings)
-    else:
+    architecture = check_architecture(config, settings)
+    source = open_weights(folder, architecture)
+    if architecture is not None:
         check_tensors(architecture, source)
     with replacing_folder(out) as partial:
         if architecture is None:

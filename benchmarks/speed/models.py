@@ -125,7 +125,7 @@ def forms_of(plan: RankPlan) -> dict[str, Form]:
 
 def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Return the Linears that take part: all but the head."""
-    return {name: shape for name, shape in architecture.linears().items() if name != architecture.names.head}
+    return {name: shape for name, shape in architecture.linears().items() if name != architecture.tensors.head}
 
 
 def _scores(architecture: Architecture) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from soco_export.onnx.write.matrix import CHUNK, Array, Stored
 from soco_train.errors import DataError, RecipeError
 
 # Older checkpoints store buffers that are computed from the config.
-DERIVED = (".rotary_emb.inv_freq",)
+DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -45,19 +46,28 @@ class WeightSource(Protocol):
 
 
 class CheckpointWeights:
-    """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`."""
+    """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`.
 
-    def __init__(self, folder: Path) -> None:
+    `transposed`: dense layers that are stored [inputs, outputs]; they are given out as all others, [outputs, inputs].
+    `renamed`: (beginning of a name in the file, what it is called here).
+    """
+
+    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Sequence[tuple[str, str]] = ()) -> None:
         self.folder = folder
+        self._transposed = frozenset(f"{name}.weight" for name in transposed)
         config = read_config(folder)
         _refuse_quantised(config.get("quantization_config") or {}, folder)
         layers = pruned_layers(config)
+        self._transposed -= {f"{name}.weight" for name in layers}
         self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
         self._stored = open_shards(shard_files(folder))
         check_layer_tensors(self._stored, layers)
-        self.shapes: Shapes = {
-            name: stored.shape for name, stored in self._stored.items() if not name.endswith(DERIVED)
-        }
+        self._files = {_renamed(name, renamed): (name, stored.file) for name, stored in self._stored.items()}
+        self.shapes: Shapes = {name: self._shape(name) for name in self._files if not name.endswith(DERIVED)}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self._stored[self._files[name][0]].shape
+        return shape[::-1] if name in self._transposed else shape
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -68,9 +78,9 @@ class CheckpointWeights:
 
     def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
-        file = self._stored[name].file
+        stored, file = self._files[name]
         try:
-            values = _read_tensor(str(file), name)
+            values = _read_tensor(str(file), stored, name in self._transposed)
             finite = _is_finite(values)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
@@ -85,8 +95,9 @@ class FileMatrix:
     The file is mapped anew for each look, so that no more of it counts as this process's memory than what is looked at.
     """
 
-    def __init__(self, file: str, name: str, shape: tuple[int, ...]) -> None:
-        self._file, self._name, self.shape = file, name, shape
+    def __init__(self, file: str, name: str, shape: tuple[int, ...], transposed: bool = False) -> None:
+        self._file, self._name, self._transposed = file, name, transposed
+        self.shape = shape[::-1] if transposed else shape
 
     @property
     def nbytes(self) -> int:
@@ -100,15 +111,23 @@ class FileMatrix:
     def __getitem__(self, index: Any) -> Array:
         """Return rows, or columns with [:, columns]."""
         with safe_open(self._file, framework="pt") as shard:
-            found: Array = shard.get_tensor(self._name)[index].float().numpy()
+            stored = shard.get_tensor(self._name)
+            found: Array = (stored.T if self._transposed else stored)[index].float().numpy()
         return found
 
 
-def _read_tensor(file: str, name: str) -> Stored:
+def _renamed(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+    for start, instead in renamed:
+        if name.startswith(start):
+            return instead + name.removeprefix(start)
+    return name
+
+
+def _read_tensor(file: str, name: str, transposed: bool) -> Stored:
     with safe_open(file, framework="pt") as shard:
         stored = shard.get_slice(name)
         if stored.get_dtype() in ("F32", "BF16", "F16", "F64") and len(stored.get_shape()) == 2:
-            return FileMatrix(file, name, tuple(stored.get_shape()))
+            return FileMatrix(file, name, tuple(stored.get_shape()), transposed)
         tensor = shard.get_tensor(name)
     return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
@@ -131,6 +150,13 @@ def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
         )
 
 
+def open_weights(folder: Path, architecture: Architecture | None) -> CheckpointWeights:
+    """Return the tensors of `folder` under the names and in the shapes of its description."""
+    if architecture is None:
+        return CheckpointWeights(folder)
+    return CheckpointWeights(folder, architecture.transposed(), architecture.tensors.stored)
+
+
 def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:
     """Raise DataError unless the checkpoint holds exactly the tensors that the description uses, in their shapes.
 
@@ -148,7 +174,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
     if unknown := sorted(source.shapes.keys() - expected.keys()):
         raise DataError(
             f"the description of {architecture.family} has no place for {unknown[0]} ({len(unknown)} tensors in all)",
-            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families/",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
             where=where,
         )
     for name, shape in source.shapes.items():
@@ -162,18 +188,11 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
 
 def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[Shapes, Shapes]:
     """Return (needed, allowed besides): biases are used wherever they are stored."""
-    names = architecture.names
+    names = architecture.tensors
     table = (architecture.vocab, architecture.hidden)
-    needed: Shapes = {f"{names.embed}.weight": table}
+    needed: Shapes = {f"{names.embed}.weight": table, **architecture.norms()}
     if names.positions:
-        needed[f"{names.positions}.weight"] = (
-            architecture.context + architecture.position_offset,
-            architecture.hidden,
-        )
-    for name, size in architecture.norms().items():
-        needed[f"{name}.weight"] = (size,)
-        if architecture.norm.kind == "layer":
-            needed[f"{name}.bias"] = (size,)
+        needed[f"{names.positions}.weight"] = (architecture.context + names.position_offset, architecture.hidden)
     allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}
     for name, (m, n) in architecture.linears().items():
         if architecture.tied and name == names.head:

@@ -8,6 +8,7 @@ releases.
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from soco_train.errors import MachineError, RecipeError
 from soco_train.events import Event, Notify
 
 OPSET = 20
+# Keys of state space models, linear attention and short convolutions.
+RECURRENT = re.compile(r"^(mamba|ssm_|state_size|lru_width|linear_conv|linear_num|conv_L_cache|time_step|conv_kernel)")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,18 +65,24 @@ def _cache(past: list[Pair]) -> Any:
 
 def check_fallback(config: Config, settings: ExportSettings) -> None:
     """Raise unless a traced graph can be what the settings ask for, and the tracer is installed."""
+    if keys := sorted(key for key in config.values if RECURRENT.search(key) and config.get(key)):
+        raise RecipeError(
+            f"{config['model_type']} keeps a state beside keys and values ({keys[0]}): no graph can be made of it",
+            fix="export --format hf or dense instead",
+            where=f"{config.where}: {keys[0]}",
+        )
     for key, value in (("flavour", "standard"), ("weights", "same"), ("pack", False)):
         if getattr(settings, key) != value:
             raise RecipeError(
                 f"export.{key} is {getattr(settings, key)!r}, but {config['model_type']} has no description for the "
                 "graph builder and is traced",
-                fix=f"set export.{key} to {value!r}, or describe it in soco_export/onnx/families/",
+                fix=f"set export.{key} to {value!r}, or describe it in soco_export/onnx/families",
                 where=f"export.{key}",
             )
     if find_spec("onnxscript") is None:
         raise MachineError(
             f"{config['model_type']} has no description for the graph builder, and tracing it needs onnxscript",
-            fix="pip install onnxscript, or describe it in soco_export/onnx/families/",
+            fix="pip install onnxscript, or describe it in soco_export/onnx/families",
             where=config.where,
         )
 
@@ -83,6 +92,7 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
     notify(Event("export", 0, 1))
     model = load_checkpoint(folder, dtype=getattr(torch, settings.dtype)).eval()
     model.config._attn_implementation = "eager"
+    model.config._experts_implementation = "batched_mm"  # the default, grouped_mm, cannot be traced
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     past = _example_cache(model)
@@ -101,10 +111,10 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
             input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)],
             output_names=["logits", *(f"present.{part}" for part in parts)],
         )
-    except torch.onnx.OnnxExporterError as error:
+    except Exception as error:  # whatever a model's own code raises under the tracer
         raise RecipeError(
-            f"torch cannot trace {model.config.model_type}: {str(error).splitlines()[0]}",
-            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families/",
+            f"torch cannot trace {model.config.model_type}: {_cause(error)}",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
             where=str(folder),
         ) from error
     if program is None:
@@ -112,6 +122,13 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
     _forget_origin(program.model)
     ir.save(program.model, out / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     notify(Event("export", 1, 1))
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of what went wrong first: torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _example_cache(model: Any) -> list[Pair]:

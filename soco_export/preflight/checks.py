@@ -60,6 +60,7 @@ def check_recipe(recipe: Recipe, format: str) -> None:
     if format == "onnx":
         check_quantisation(recipe)
         check_precision(recipe)
+        check_graph(recipe)
     if format == "dense":
         check_biases(recipe)
 
@@ -102,6 +103,17 @@ def check_precision(recipe: Recipe) -> None:
             fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
             where="recipe: export.dtype",
         )
+
+
+def check_graph(recipe: Recipe) -> None:
+    """Raise RecipeError for an architecture, flavour, type or layout that the export would refuse after training."""
+    from soco_export.model.load import dense_config
+    from soco_export.onnx.check import check_architecture
+    from soco_export.onnx.describe.config import as_config
+    from soco_export.runtimes.registry import check_layouts
+
+    check_layouts(recipe.export)
+    check_architecture(as_config(dense_config(recipe), where=f"model {recipe.name}"), recipe.export)
 
 
 def check_biases(recipe: Recipe) -> None:

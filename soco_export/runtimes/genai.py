@@ -42,7 +42,7 @@ def genai(to: Layout) -> None:
         },
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [{"cuda": {}}] if cuda else []},
     }
-    family, context = to.config["model_type"], to.config["max_position_embeddings"]
+    family, context = to.config["model_type"], to.config.context
     model = {
         **special_tokens(to),
         "context_length": context,

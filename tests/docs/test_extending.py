@@ -6,12 +6,15 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.families import FAMILIES, describe, exaone
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.runtimes import registry as layouts
@@ -24,7 +27,8 @@ from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
-REGISTRIES = (bases._BASES, SCORERS, layouts.LAYOUTS)
+ONNX_PAGE = PAGE.with_name("onnx.md")
+REGISTRIES = (bases._BASES, SCORERS, layouts.LAYOUTS, FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +95,21 @@ def test_every_room_that_is_named_exists() -> None:
         for name in re.findall(r"`((?:soco_train|soco_export|tools|recipes|tests)/[\w./-]+)`", page.read_text("utf-8")):
             if "my-model" not in name:
                 assert (PAGE.parents[1] / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_family_is_described_from_its_parts(tmp_path: Path) -> None:
+    define("@family", exaone)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    config = read_config(tmp_path)
+    found = describe(replace(config, values={**config.values, "model_type": "milli", "depth_factor": 0.25}))
+    assert found is not None
+    assert found.residual.scale == 0.25
+    assert "model.layers.1.post_feedforward_layernorm.weight" in found.norms()
+
+
+def test_the_table_of_families_is_the_registry() -> None:
+    rows = re.findall(
+        r"^\| \[(\w+)\.py\]\(\.\./soco_export/onnx/families/\1\.py\) \| (.*) \|$", ONNX_PAGE.read_text(), re.M
+    )
+    written = {(room, model_type) for room, types in rows for model_type in re.findall(r"`(\w+)`", types)}
+    assert written == {(found.__module__.rpartition(".")[2], name) for name, (found, _) in FAMILIES.items()}

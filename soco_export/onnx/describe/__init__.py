@@ -1,1 +1,1 @@
-"""What a decoder is made of, as data, read from its config.json."""
+"""What a decoder is made of, as data: parts, the config they are read from, and the tensors they need."""

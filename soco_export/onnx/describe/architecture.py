@@ -1,93 +1,230 @@
-"""What a decoder is made of, as data.
+"""What a decoder is made of, as data: attention, MLP, norms, rotation, residual stream, scales and tensor names.
 
-A family is one decorated function from a config to an `Architecture` (families/). Everything else reads the
-description.
+A family (soco_export/onnx/families/) fills these parts in from a config; everything else reads them. What can be folded
+into weights, tables or the order of rows has no part of its own: partial and interleaved rotation, fused projections.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
-Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "relu", "relu2", "gelu", "gelu_tanh"]
+Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation over the last axis; `layer` subtracts the mean and has a bias, `rms` does neither."""
+    """A normalisation over the last axis: `rms` divides by the root mean square, `layer` subtracts the mean before.
+
+    The factor is `offset` plus the stored `weight`, 1 where none is stored; `layer` may have a stored `bias`.
+    """
 
     kind: Literal["rms", "layer"]
     epsilon: float
+    offset: float = 0.0
+    weight: bool = True
+    bias: bool = False
+
+    def parts(self) -> tuple[str, ...]:
+        """Return which tensors it stores."""
+        return ("weight",) * self.weight + ("bias",) * self.bias
 
 
 @dataclass(frozen=True)
-class Names:
-    """Tensor names without `.weight`; those of a layer start with `layer`, where `{}` is the layer's number."""
+class Rope:
+    """Rotary positions: pair i of a head turns by position · frequencies[i]; the other numbers of the head stay.
+
+    Pair i are the numbers (i, i + pairs), or (2i, 2i + 1) where `interleaved`. `magnitude` multiplies cosines and
+    sines. Sequences longer than `switch` tokens turn by the frequencies `beyond`. `growth` = (factor, context, width):
+    with n > context tokens every frequency is raised as dynamic NTK scaling of `width` rotating numbers says.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+    magnitude: float = 1.0
+    switch: int | None = None
+    beyond: tuple[float, ...] = ()
+    growth: tuple[float, int, int] | None = None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is, so that no table can hold the angles."""
+        return self.switch is not None or self.growth is not None
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Normalisation of queries and keys, before or after they are rotated.
+
+    `span`: over each head with one factor [head_dim], over each head with a factor per head [heads, head_dim] (`each`;
+    a `{}` in the names stands for the head where these are stored apart), or over all heads at once (`whole`).
+    """
+
+    query: str
+    key: str
+    norm: Norm
+    span: Literal["head", "each", "whole"] = "head"
+    rotated: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention.
+
+    `inputs`: names of the query, key and value projections, or of one that holds all three in `groups` blocks of
+    [queries, keys, values]. `scale` of the scores, 1/√head_dim where None; `cap`: scores become cap · tanh(score/cap);
+    `clip`: bound on the projections' outputs; `alibi`: slopes [heads] of a bias by distance.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inputs: tuple[str, ...]
+    output: str
+    groups: int = 1
+    norm: HeadNorm | None = None
+    scale: float | None = None
+    cap: float | None = None
+    clip: float | None = None
+    alibi: tuple[float, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Outputs of query, key and value projection."""
+        kept = self.kv_heads * self.head_dim
+        return self.heads * self.head_dim, kept, kept
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """out(activation(in x)), or where `gated` out(activation(gate x) · up x).
+
+    `inputs`: (in,), (gate, up), or one name that holds gate above up.
+    """
+
+    inner: int
+    inputs: tuple[str, ...]
+    output: str
+    activation: Activation
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Names of the norms in a layer, where they stand; None: there is none.
+
+    `parallel`: attention and MLP both read the stream as it entered the layer, the MLP through attention's norm where
+    it has none of its own. `scale` multiplies what either adds.
+    """
+
+    before_attention: str | None = None
+    after_attention: str | None = None
+    before_mlp: str | None = None
+    after_mlp: str | None = None
+    parallel: bool = False
+    scale: float = 1.0
+
+    def norms(self) -> tuple[str, ...]:
+        """Return the names that are there."""
+        places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in places if name)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of embeddings and logits, and `cap`: logits become cap · tanh(logit/cap)."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Names without `.weight` of what is not inside a layer; `layer`: prefix of those that are, `{}` its number.
+
+    `positions`: learned position embedding, read at position + `position_offset`; `embedding_norm` follows it.
+    `transposed`: dense projections inside layers are stored [inputs, outputs]. `stored`: (beginning of a name in the
+    file, what it is called here) where files of another age differ.
+    """
 
     embed: str
     final_norm: str
     layer: str
-    attention_norm: str
-    mlp_norm: str
-    query: str
-    key: str
-    value: str
-    output: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-    query_norm: str | None = None
-    key_norm: str | None = None
-    positions: str | None = None
     head: str = "lm_head"
+    positions: str | None = None
+    position_offset: int = 0
+    embedding_norm: str | None = None
+    transposed: bool = False
+    stored: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from one layer to the next. `window`: how many keys a query sees, itself included; None: all."""
+
+    window: int | None = None
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pre-norm decoder with a key/value cache.
-
-    `rope`: inverse frequencies [head_dim / 2] or None; `position_offset`: added to positions before the learned
-    embedding; `windows`: per layer, how many keys a query sees (itself included) or None for all;
-    two entries in `names.mlp_in` mean a gated MLP (gate first).
-    """
+    """A decoder with a key/value cache; `context` is the number of positions that it can tell apart."""
 
     family: str
     hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
     context: int
-    norm: Norm
-    activation: Activation
-    windows: tuple[int | None, ...]
     tied: bool
-    names: Names
-    rope: tuple[float, ...] | None = None
-    position_offset: int = 0
+    norm: Norm
+    attention: Attention
+    mlp: Mlp
+    residual: Residual
+    tensors: Tensors
+    each: tuple[Layer, ...]
+    scales: Scales = field(default_factory=Scales)
 
     @property
-    def gated(self) -> bool:
-        """Whether the MLP multiplies an activated gate into the up-projection."""
-        return len(self.names.mlp_in) == 2
+    def layers(self) -> int:
+        """How many layers there are."""
+        return len(self.each)
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Return name → (outputs, inputs) of all Linears, layer by layer, the head last."""
-        names, hidden = self.names, self.hidden
-        attended, kept = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        inside = {names.query: (attended, hidden), names.key: (kept, hidden), names.value: (kept, hidden)}
-        inside |= {names.output: (hidden, attended)}
-        inside |= {name: (self.intermediate, hidden) for name in names.mlp_in}
-        inside |= {names.mlp_out: (hidden, self.intermediate)}
-        each = range(self.layers)
-        shapes = {f"{names.layer.format(i)}.{name}": shape for i in each for name, shape in inside.items()}
-        return shapes | {names.head: (self.vocab, hidden)}
+        """Return name → (outputs, inputs) of all projections, layer by layer, the head last."""
+        attention, mlp, hidden = self.attention, self.mlp, self.hidden
+        sizes = attention.sizes if len(attention.inputs) > 1 else (sum(attention.sizes),)
+        inside = {name: (size, hidden) for name, size in zip(attention.inputs, sizes, strict=True)}
+        inside |= {attention.output: (hidden, attention.sizes[0])}
+        both = mlp.inner * 2 if mlp.gated and len(mlp.inputs) == 1 else mlp.inner
+        inside |= {name: (both, hidden) for name in mlp.inputs}
+        inside |= {mlp.output: (hidden, mlp.inner)}
+        return self._everywhere(inside) | {self.tensors.head: (self.vocab, hidden)}
 
-    def norms(self) -> dict[str, int]:
-        """Return name → size of all normalisations."""
-        names = self.names
-        inside = {names.attention_norm: self.hidden, names.mlp_norm: self.hidden}
-        inside |= {name: self.head_dim for name in (names.query_norm, names.key_norm) if name}
-        sizes = {f"{names.layer.format(i)}.{name}": size for i in range(self.layers) for name, size in inside.items()}
-        return sizes | {names.final_norm: self.hidden}
+    def transposed(self) -> list[str]:
+        """Return the projections that are stored [inputs, outputs]."""
+        return [name for name in self.linears() if self.tensors.transposed and name != self.tensors.head]
+
+    def norms(self) -> dict[str, Shape]:
+        """Return name → shape of all stored tensors of normalisations."""
+        inside = {f"{name}.{part}": (self.hidden,) for name in self.residual.norms() for part in self.norm.parts()}
+        outside = [self.tensors.final_norm, *([self.tensors.embedding_norm] if self.tensors.embedding_norm else [])]
+        found: dict[str, Shape] = dict(self._everywhere(inside | self._head_norms()))
+        return found | {f"{name}.{part}": (self.hidden,) for name in outside for part in self.norm.parts()}
+
+    def _head_norms(self) -> dict[str, Shape]:
+        norm, shape = self.attention.norm, self.attention
+        if norm is None:
+            return {}
+        found: dict[str, Shape] = {}
+        for name, heads in ((norm.query, shape.heads), (norm.key, shape.kv_heads)):
+            size = {"head": (shape.head_dim,), "each": (heads, shape.head_dim), "whole": (heads * shape.head_dim,)}
+            stored = {name.format(head): (shape.head_dim,) for head in range(heads)}
+            each = stored if "{}" in name else {name: size[norm.span]}
+            found |= {f"{one}.{part}": each[one] for one in each for part in norm.norm.parts()}
+        return found
+
+    def _everywhere(self, inside: dict[str, T]) -> dict[str, T]:
+        prefixes = [self.tensors.layer.format(index) for index in range(self.layers)]
+        return {f"{prefix}.{name}": value for prefix in prefixes for name, value in inside.items()}

@@ -1,14 +1,13 @@
-"""config.json with its class's defaults filled in, and what families read from it alike."""
+"""config.json as a description reads it: every key, what its class would have said, and refusals by the key's name."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soco_export.onnx.describe.architecture import Activation
 from soco_train.errors import DataError, RecipeError
 
 
@@ -16,27 +15,43 @@ from soco_train.errors import DataError, RecipeError
 class Config:
     """config.json with its class's defaults filled in.
 
-    `defaults`: what the class declares; `shared`: keys of every config, which no forward pass of a decoder reads.
+    `defaults`: what the class declares; `shared`: keys of every config, which no forward pass of a decoder reads;
+    `aliases`: the usual name of a key → its name here (hidden_size → n_embd).
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any]
     shared: frozenset[str]
     where: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[key]
+        if key in self.values:
+            return self.values[key]
+        if self.aliases.get(key) in self.values:
+            return self.values[self.aliases[key]]
+        raise DataError(
+            f"config.json of a {self.values.get('model_type')} has no {key}",
+            fix="give the config.json that belongs to the model",
+            where=self.where,
+        )
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of `key`, or `default` where it is absent or null."""
-        value = self.values.get(key)
+        value = self.values.get(key, self.values.get(self.aliases.get(key, key)))
         return default if value is None else value
+
+    @property
+    def context(self) -> int:
+        """How many positions the model was made for; 2048 where alibi needs no number and none is written."""
+        keys = ("max_position_embeddings", "max_seq_len", "seq_length")
+        return int(next((value for key in keys if (value := self.get(key)) is not None), 2048))
 
     def refuse(self, key: str, reason: str) -> RecipeError:
         """Return the error for a key that the graph builder cannot honour."""
         return RecipeError(
-            f"config.json sets {key} to {self.values.get(key)!r}: {reason}",
-            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families/",
+            f"config.json sets {key} to {self.get(key)!r}: {reason}",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
             where=f"{self.where}: {key}",
         )
 
@@ -48,7 +63,7 @@ class Config:
 
 def read_config(folder: Path) -> Config:
     """Read `folder`/config.json; DataError if it is missing or no configuration."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
     path = folder / "config.json"
     try:
@@ -58,22 +73,13 @@ def read_config(folder: Path) -> Config:
         raise DataError(f"cannot read {path.name}: {error}", fix="give an HF model folder", where=str(path)) from error
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
+    return as_config(resolved, str(path), rope)
+
+
+def as_config(resolved: Any, where: str, written: Mapping[str, Any] | None = None) -> Config:
+    """Return a transformers config as a `Config`; `written`: keys as the file has them, which win."""
+    from transformers import PretrainedConfig
+
     shared = frozenset(PretrainedConfig().to_dict())
-    return Config({**resolved.to_dict(), **rope}, type(resolved)().to_dict(), shared, str(path))
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-
-def activation(config: Config, key: str) -> Activation:
-    """Return the activation that the config names under `key`; RecipeError for one that is not described."""
-    if config[key] not in ACTIVATIONS:
-        raise config.refuse(key, f"not one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[config[key]]
+    aliases = dict(getattr(resolved, "attribute_map", {}))
+    return Config({**resolved.to_dict(), **(written or {})}, type(resolved)().to_dict(), shared, where, aliases)

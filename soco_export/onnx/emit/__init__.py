@@ -1,1 +1,1 @@
-"""Nodes of the graph, part by part: decoder, attention, embedding, linear layers."""
+"""From a description to nodes: one emitter for each part of a decoder."""

@@ -9,13 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.describe.architecture import Architecture, Layer, Norm, Rope
+from soco_export.onnx.describe.order import padded
+from soco_export.onnx.emit.norm import Norms, Parameters
+from soco_export.onnx.emit.rotation import Rotation
 from soco_export.onnx.write.graph import CONTRIB, Graph
 
+Tables = tuple[ir.Value | None, ir.Value | None]
 FLOAT, INT64, INT32, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL
 
 
@@ -48,11 +53,14 @@ class Update:
 
 
 class Flavour(ABC):
-    """Emits attention and normalisation; `prepare` is called once, before the first layer."""
+    """Emits attention and additions with their norm; `prepare` is called once, before the first layer."""
 
-    def __init__(self, graph: Graph, architecture: Architecture) -> None:
+    def __init__(self, graph: Graph, architecture: Architecture, norms: Norms) -> None:
         self.graph = graph
         self.architecture = architecture
+        self.norms = norms
+        self.rotation = Rotation(graph, architecture)
+        self.outside = [rope for rope in ropes_of(architecture) if not self.turns_inside(rope)]
 
     @property
     @abstractmethod
@@ -60,25 +68,72 @@ class Flavour(ABC):
         """Whether position_ids is an input of the graph."""
 
     @abstractmethod
+    def turns_inside(self, rope: Rope) -> bool:
+        """Whether `attend` rotates by itself; else queries and keys are turned before."""
+
+    @abstractmethod
     def prepare(self, inputs: Inputs) -> None:
         """Emit what all layers share: masks, rotary tables."""
 
     @abstractmethod
-    def attend(self, heads: Heads, window: int | None) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Return (output [batch, sequence, heads · head_dim], present key, present value)."""
 
     @abstractmethod
     def add_norm(
-        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, parameters: Parameters, norm: Norm
     ) -> tuple[ir.Value, ir.Value]:
         """Return (norm(x + update), x + update)."""
 
-    def norm(self, x: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """Normalise the last axis, in float32 inside."""
-        epsilon = self.architecture.norm.epsilon
-        if bias is None:
-            return self.graph.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon, stash_type=1)
-        return self.graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon, stash_type=1)
+    def turn(self, query: ir.Value, key: ir.Value, rope: Rope | None) -> tuple[ir.Value, ir.Value]:
+        """Rotate queries and keys, unless `attend` does."""
+        if rope not in self.outside:
+            return query, key
+        shape = self.architecture.attention
+        return self.rotation.turn(query, shape.heads, rope), self.rotation.turn(key, shape.kv_heads, rope)
+
+    def add(self, x: ir.Value, update: Update | None) -> ir.Value:
+        """Return x + update."""
+        return x if update is None else self.graph.op("Add", x, self.complete(update))
+
+    def complete(self, update: Update) -> ir.Value:
+        """Return an update with its bias in it."""
+        return update.value if update.bias is None else self.graph.op("Add", update.value, update.bias)
+
+    def scoring(self) -> dict[str, Any]:
+        """Return the attributes of how scores are made, where they are not the operator's own."""
+        shape = self.architecture.attention
+        return ({} if shape.scale is None else {"scale": shape.scale}) | (
+            {} if shape.cap is None else {"softcap": shape.cap}
+        )
+
+    # slots [1,t] ── Sub slots of queries [s,1] ── Cast ── Mul slopes [heads,1,1] ── [heads,s,t]
+    def distance_bias(self, keys: ir.Value, queries: ir.Value, slopes: tuple[float, ...]) -> ir.Value:
+        """Return alibi's bias: slope · (key - query), in the graph's type."""
+        graph = self.graph
+        distance = graph.op("Cast", graph.op("Sub", keys, queries), to=FLOAT)
+        column = graph.stored("alibi.slopes", np.array(slopes, np.float32).reshape(-1, 1, 1))
+        bias = graph.op("Mul", distance, column)
+        return bias if graph.dtype == FLOAT else graph.op("Cast", bias, to=graph.dtype)
+
+    # attention_mask [b,t] ── Shape ── t ─── Range ── keys    [1,t]
+    # input_ids      [b,s] ── Shape ── s ─── Range ── queries [s,1]     (slots t-s … t-1)
+    def slots(self, inputs: Inputs) -> tuple[ir.Value, ir.Value]:
+        """Return the slots of the cache that hold keys [1, t], and those of the queries [s, 1]."""
+        graph, zero, one = self.graph, self.graph.constant(0), self.graph.constant(1)
+        with graph.scope("mask"):
+            total = graph.op("Squeeze", graph.op("Shape", inputs.mask, start=1, end=2))
+            new = graph.op("Squeeze", graph.op("Shape", inputs.tokens, start=1, end=2))
+            slots = graph.op("Range", zero, total, one)
+            past = graph.op("Sub", total, new)
+            queries = graph.op("Range", past, total, one)
+            keys = graph.op("Unsqueeze", slots, graph.constant([0]))
+            return keys, graph.op("Unsqueeze", queries, graph.constant([1]))
+
+
+def ropes_of(architecture: Architecture) -> list[Rope]:
+    """Return the different rotations of the layers, in order."""
+    return list(dict.fromkeys(layer.rope for layer in architecture.each if layer.rope))
 
 
 FLAVOURS: dict[str, type[Flavour]] = {}
@@ -100,26 +155,18 @@ class Standard(Flavour):
 
     needs_positions = True
 
+    def turns_inside(self, rope: Rope) -> bool:
+        """Never: Attention knows no positions."""
+        return False
+
     def prepare(self, inputs: Inputs) -> None:
         """Emit one mask per window size, and cosines and sines of the positions at hand."""
-        self._slots(inputs)
-        self.masks = {window: self._mask(inputs, window) for window in dict.fromkeys(self.architecture.windows)}
-        if self.architecture.rope:
-            with self.graph.scope("rope"):
-                self.cos, self.sin = self._rotation(inputs.positions, self.architecture.rope)
-
-    # attention_mask [b,t] ── Shape ── t ─── Range ── keys    [1,t]
-    # input_ids      [b,s] ── Shape ── s ─── Range ── queries [s,1]     (slots t-s … t-1)
-    def _slots(self, inputs: Inputs) -> None:
-        graph, zero, one = self.graph, self.graph.constant(0), self.graph.constant(1)
-        with graph.scope("mask"):
-            total = graph.op("Squeeze", graph.op("Shape", inputs.mask, start=1, end=2))
-            new = graph.op("Squeeze", graph.op("Shape", inputs.tokens, start=1, end=2))
-            slots = graph.op("Range", zero, total, one)
-            past = graph.op("Sub", total, new)
-            queries = graph.op("Range", past, total, one)
-            self.keys = graph.op("Unsqueeze", slots, graph.constant([0]))
-            self.queries = graph.op("Unsqueeze", queries, graph.constant([1]))
+        self.keys, self.queries = self.slots(inputs)
+        windows = dict.fromkeys(layer.window for layer in self.architecture.each)
+        self.masks = {window: self._mask(inputs, window) for window in windows}
+        if self.outside:
+            assert inputs.positions is not None
+            self.rotation.prepare(self.outside, inputs.positions)
 
     # keys ≤ queries ──┬─ And ── And ── Or ── [b,1,s,t]
     # keys > queries-w ┘          │      │
@@ -134,67 +181,62 @@ class Standard(Flavour):
                 seen = graph.op("And", seen, graph.op("Greater", self.keys, oldest))
             real = graph.op("Unsqueeze", graph.op("Cast", inputs.mask, to=BOOL), graph.constant([1, 2]))
             itself = graph.op("Equal", self.keys, self.queries)
-            return graph.op("Or", graph.op("And", seen, real), itself)
+            return self._biased(graph.op("Or", graph.op("And", seen, real), itself))
 
-    # position_ids [b,s] ── Cast ── Unsqueeze ── Mul frequencies ─┬─ Cos ── [b,s,head_dim/2]
-    #                                                             └─ Sin ── [b,s,head_dim/2]
-    def _rotation(self, positions: ir.Value | None, frequencies: tuple[float, ...]) -> tuple[ir.Value, ir.Value]:
-        graph = self.graph
-        column = graph.op("Unsqueeze", graph.op("Cast", positions, to=FLOAT), graph.constant([2]))
-        angles = graph.op("Mul", column, graph.stored("rope.frequencies", np.array(frequencies, np.float32)))
-        cos, sin = graph.op("Cos", angles), graph.op("Sin", angles)
-        if graph.dtype == FLOAT:
-            return cos, sin
-        return graph.op("Cast", cos, to=graph.dtype), graph.op("Cast", sin, to=graph.dtype)
+    # alibi: mask ── Where bias, -∞ ── [b,heads,s,t]
+    def _biased(self, mask: ir.Value) -> ir.Value:
+        slopes = self.architecture.attention.alibi
+        if slopes is None:
+            return mask
+        bias = self.distance_bias(self.keys, self.queries, slopes)
+        return self.graph.op("Where", mask, bias, self.graph.constant(float("-inf"), self.graph.dtype))
 
-    # query ── RotaryEmbedding ─┐
-    # key ──── RotaryEmbedding ─┤
-    # value ────────────────────┼─ Attention ── output, present key, present value
-    # mask, past key, past value┘
-    def attend(self, heads: Heads, window: int | None) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Attend under the mask of `window`."""
-        shape, reduced = self.architecture, self.graph.dtype != FLOAT
+    # query, key, value ────┐
+    # mask ─────────────────┼─ Attention ── output, present key, present value
+    # past key, past value ─┘
+    def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Attend under the mask of the layer's window."""
+        shape, reduced = self.architecture.attention, self.graph.dtype != FLOAT
         output, key, value = self.graph.ops(
             "Attention",
-            self._rotated(heads.query, shape.heads),
-            self._rotated(heads.key, shape.kv_heads),
+            heads.query,
+            heads.key,
             heads.value,
-            self.masks[window],
+            self.masks[layer.window],
             heads.past_key,
             heads.past_value,
             outputs=3,
             q_num_heads=shape.heads,
             kv_num_heads=shape.kv_heads,
+            **self.scoring(),
             **({"softmax_precision": int(FLOAT)} if reduced else {}),
         )
         return output, key, value
 
-    def _rotated(self, x: ir.Value, heads: int) -> ir.Value:
-        if not self.architecture.rope:
-            return x
-        return self.graph.op("RotaryEmbedding", x, self.cos, self.sin, num_heads=heads, interleaved=0)
-
     # x ──┬─ Add ─┬─ norm ── h
     # up ─┘       └───────── x
     def add_norm(
-        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, parameters: Parameters, norm: Norm
     ) -> tuple[ir.Value, ir.Value]:
         """Add, then normalise."""
-        total = x
-        if update is not None:
-            value = update.value if update.bias is None else self.graph.op("Add", update.value, update.bias)
-            total = self.graph.op("Add", x, value)
-        return self.norm(total, scale, bias), total
+        total = self.add(x, update)
+        return self.norms.apply(total, parameters, norm), total
 
 
 @flavour("contrib")
 class Contrib(Flavour):
-    """ONNX Runtime's own: GroupQueryAttention with rotation inside, Skip(Simplified)LayerNormalization."""
+    """ONNX Runtime's own: GroupQueryAttention, mostly with rotation inside, Skip(Simplified)LayerNormalization."""
 
     @property
     def needs_positions(self) -> bool:
-        """Only learned positions need them: GroupQueryAttention counts by itself."""
-        return self.architecture.names.positions is not None
+        """GroupQueryAttention counts by itself: only learned positions and rotation outside need them."""
+        return self.architecture.tensors.positions is not None or bool(self.outside)
+
+    def turns_inside(self, rope: Rope) -> bool:
+        """Its tables are for heads of a multiple of 16 numbers, and for angles that a position alone decides."""
+        shape = self.architecture.attention
+        late = shape.norm is not None and shape.norm.rotated
+        return shape.head_dim % 16 == 0 and not rope.by_length and not late
 
     # attention_mask [b,t] ─┬─ ReduceSum ── Sub 1 ── Cast ── seqlens_k [b]
     #                       └─ Shape ── Cast ─────────────── total_sequence_length
@@ -206,21 +248,37 @@ class Contrib(Flavour):
             self.lengths = graph.op("Cast", graph.op("Sub", lengths, graph.constant(1)), to=INT32)
             total = graph.op("Squeeze", graph.op("Shape", inputs.mask, start=1, end=2))
             self.total = graph.op("Cast", total, to=INT32)
-        self.tables = self._tables()
+        inside = [rope for rope in ropes_of(self.architecture) if rope not in self.outside]
+        self.tables: dict[Rope | None, Tables] = {rope: self._tables(index, rope) for index, rope in enumerate(inside)}
+        if self.outside:
+            assert inputs.positions is not None
+            self.rotation.prepare(self.outside, inputs.positions)
+        self.bias = self._bias(inputs)
 
-    def _tables(self) -> tuple[ir.Value | None, ir.Value | None]:
-        if not self.architecture.rope:
-            return None, None
-        frequencies = np.array(self.architecture.rope, np.float32)
+    def _tables(self, index: int, rope: Rope) -> Tables:
+        name, size = f"rope.{index}" if index else "rope", self.architecture.attention.head_dim
+        frequencies = padded(rope.frequencies, size)
         angles = np.arange(self.architecture.context, dtype=np.float32)[:, None] * frequencies
-        return self.graph.weight("rope.cos", np.cos(angles)), self.graph.weight("rope.sin", np.sin(angles))
+        magnitudes = padded((rope.magnitude,) * len(rope.frequencies), size, 1.0)
+        cos, sin = np.cos(angles) * magnitudes, np.sin(angles) * magnitudes
+        return self.graph.weight(f"{name}.cos", cos), self.graph.weight(f"{name}.sin", sin)
+
+    # alibi: bias [heads,s,t] ── Unsqueeze ── [1,heads,s,t]
+    def _bias(self, inputs: Inputs) -> ir.Value | None:
+        slopes = self.architecture.attention.alibi
+        if slopes is None:
+            return None
+        bias = self.distance_bias(*self.slots(inputs), slopes)
+        return self.graph.op("Unsqueeze", bias, self.graph.constant([0]))
 
     # query, key, value ────────────────┐
     # past key, past value ─────────────┼─ GroupQueryAttention ── output, present key, present value
-    # seqlens_k, total, (cos, sin) ─────┘
-    def attend(self, heads: Heads, window: int | None) -> tuple[ir.Value, ir.Value, ir.Value]:
+    # seqlens_k, total, (cos, sin) ─────┤
+    # (bias of alibi) ──────────────────┘
+    def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Attend to the slots before seqlens_k, the last `window` of them."""
-        shape = self.architecture
+        shape = self.architecture.attention
+        tables = self.tables.get(layer.rope, (None, None))
         output, key, value = self.graph.ops(
             f"{CONTRIB}::GroupQueryAttention",
             heads.query,
@@ -230,12 +288,14 @@ class Contrib(Flavour):
             heads.past_value,
             self.lengths,
             self.total,
-            *self.tables,
+            *tables,
+            *([] if self.bias is None else [None, self.bias]),
             outputs=3,
             num_heads=shape.heads,
             kv_num_heads=shape.kv_heads,
-            do_rotary=int(shape.rope is not None),
-            local_window_size=-1 if window is None else window,
+            do_rotary=int(layer.rope in self.tables),
+            local_window_size=-1 if layer.window is None else layer.window,
+            **self.scoring(),
         )
         return output, key, value
 
@@ -243,14 +303,15 @@ class Contrib(Flavour):
     # update ─┤                                      └─ x
     # its bias┘
     def add_norm(
-        self, x: ir.Value, update: Update | None, scale: ir.Value, bias: ir.Value | None
+        self, x: ir.Value, update: Update | None, parameters: Parameters, norm: Norm
     ) -> tuple[ir.Value, ir.Value]:
-        """Add and normalise in one node, the bias of the sublayer's last Linear with it."""
+        """Add and normalise in one node, the bias of the sublayer's last projection with it."""
         if update is None:
-            return self.norm(x, scale, bias), x
-        op = "SkipSimplifiedLayerNormalization" if bias is None else "SkipLayerNormalization"
-        parameters = [scale] if bias is None else [scale, bias]
+            return self.norms.apply(x, parameters, norm), x
+        op = "SkipSimplifiedLayerNormalization" if norm.kind == "rms" else "SkipLayerNormalization"
+        factor, bias = parameters
         late = [] if update.bias is None else [update.bias]
-        inputs, epsilon = [x, update.value, *parameters, *late], self.architecture.norm.epsilon
-        normed, _, _, total = self.graph.ops(f"{CONTRIB}::{op}", *inputs, outputs=4, epsilon=epsilon)
+        shift = [] if norm.kind == "rms" else [bias] if bias is not None or late else []
+        inputs: list[ir.Value | None] = [x, update.value, factor, *shift, *late]
+        normed, _, _, total = self.graph.ops(f"{CONTRIB}::{op}", *inputs, outputs=4, epsilon=norm.epsilon)
         return normed, total

@@ -1,22 +1,23 @@
 """Puts a decoder together from its description; knows neither families nor flavours.
 
-tokens ── embed ──(+ positions)── x ── [ norm ── attention ── + ── norm ── MLP ── + ] × layers ── norm ── head ── logits
+tokens ── embed ── x ── [ (norm) ── attention ── (norm) ── + ── (norm) ── MLP ── (norm) ── + ] × layers ── norm ── head
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from soco_export.onnx.describe.architecture import Architecture
+from soco_export.onnx.describe.architecture import Architecture, Layer
+from soco_export.onnx.describe.order import head_order, projection_orders
 from soco_export.onnx.emit.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs, Update
 from soco_export.onnx.emit.embedding import TokenTable
 from soco_export.onnx.emit.linear import Linears
+from soco_export.onnx.emit.mlp import emit_mlp
+from soco_export.onnx.emit.norm import Norms
 from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import Graph
 from soco_train.events import Event, Notify
-
-ACTIVATIONS = {"relu": ("Relu", {}), "gelu": ("Gelu", {}), "gelu_tanh": ("Gelu", {"approximate": "tanh"})}
 
 
 class DecoderBuilder:
@@ -26,13 +27,14 @@ class DecoderBuilder:
         self, architecture: Architecture, source: WeightSource, settings: ExportSettings, graph: Graph
     ) -> None:
         self.architecture = architecture
-        self.names = architecture.names
+        self.tensors = architecture.tensors
         self.source = source
         self.settings = settings
         self.graph = graph
         self.linears = Linears(graph, source, settings)
+        self.norms = Norms(graph, architecture, source)
         self.table = TokenTable(graph, architecture, self.linears)
-        self.flavour = FLAVOURS[settings.flavour](graph, architecture)
+        self.flavour = FLAVOURS[settings.flavour](graph, architecture, self.norms)
 
     def build(self, notify: Notify) -> ir.Model:
         """Emit everything, reporting each layer."""
@@ -41,11 +43,11 @@ class DecoderBuilder:
         self.flavour.prepare(inputs)
         x, update = self._embedded(inputs), None
         presents = []
-        for index, (past_key, past_value) in enumerate(caches):
-            x, update, *present = self._layer(index, x, update, past_key, past_value)
+        for index, cache in enumerate(caches):
+            x, update, *present = self._layer(index, x, update, cache)
             presents.append(present)
             notify(Event("export", index + 1, self.architecture.layers + 1))
-        hidden, _ = self._add_norm(x, update, self.names.final_norm)
+        hidden, _ = self._entered(x, update, self.tensors.final_norm)
         self._logits(hidden)
         for index, present in enumerate(presents):
             for value, part in zip(present, ("key", "value"), strict=True):
@@ -69,80 +71,118 @@ class DecoderBuilder:
         return key, self.graph.input(f"{name}.value", self.graph.dtype, shape)
 
     def _cache_shape(self, time: str) -> list[int | str]:
-        return ["batch", self.architecture.kv_heads, time, self.architecture.head_dim]
+        return ["batch", self.architecture.attention.kv_heads, time, self.architecture.attention.head_dim]
 
-    # input_ids ── rows of the table ──(Add ── Gather learned positions ── Add offset ── position_ids)── x
+    # input_ids ── rows of the table (── Mul scale)(── Add ── Gather learned positions ── Add offset)(── norm) ── x
     def _embedded(self, inputs: Inputs) -> ir.Value:
-        graph = self.graph
+        graph, tensors = self.graph, self.tensors
         with graph.scope("embed"):
-            x = self.table.rows(inputs.tokens)
-            if self.names.positions is None:
-                return x
-            rows = graph.op("Add", inputs.positions, graph.constant(self.architecture.position_offset))
-            return graph.op("Add", x, graph.op("Gather", self._stored(f"{self.names.positions}.weight"), rows))
+            x = self._scaled(self.table.rows(inputs.tokens), self.architecture.scales.embedding)
+            if tensors.positions is not None:
+                rows = graph.op("Add", inputs.positions, graph.constant(tensors.position_offset))
+                stored = graph.weight(f"{tensors.positions}.weight", self.source.read(f"{tensors.positions}.weight"))
+                x = graph.op("Add", x, graph.op("Gather", stored, rows))
+            return x if tensors.embedding_norm is None else self._normed(x, tensors.embedding_norm)
 
+    # in turn:   x ── + update ── (norm) ── attention ── (norm) ── + ── (norm) ── MLP ── (norm) ── update of the next
+    # parallel:  x ── + update ─┬─ norm ── attention ─┬─ + ── update of the next
+    #                           └─(norm)── MLP ───────┘
     def _layer(
-        self, index: int, x: ir.Value, update: Update | None, past_key: ir.Value, past_value: ir.Value
+        self, index: int, x: ir.Value, update: Update | None, cache: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, Update, ir.Value, ir.Value]:
         """Return (x, its pending update, present key, present value)."""
-        prefix = self.names.layer.format(index)
+        prefix, residual = self.tensors.layer.format(index), self.architecture.residual
         with self.graph.scope(prefix):
-            hidden, x = self._add_norm(x, update, f"{prefix}.{self.names.attention_norm}")
-            names = [f"{prefix}.{name}" for name in (self.names.query, self.names.key, self.names.value)]
-            query, key, value = self.linears.many(hidden, names)
-            query = self._head_norm(query, self.architecture.heads, prefix, self.names.query_norm)
-            key = self._head_norm(key, self.architecture.kv_heads, prefix, self.names.key_norm)
-            heads = Heads(query, key, value, past_key, past_value)
-            output, *present = self.flavour.attend(heads, self.architecture.windows[index])
-            update = Update(*self.linears.apart(output, f"{prefix}.{self.names.output}"))
-            hidden, x = self._add_norm(x, update, f"{prefix}.{self.names.mlp_norm}")
-            return x, self._mlp(hidden, prefix), present[0], present[1]
+            hidden, x = self._entered(x, update, residual.before_attention, prefix)
+            output, key, value = self._attention(hidden, prefix, self.architecture.each[index], cache)
+            attended = self._left(
+                Update(*self.linears.apart(output, f"{prefix}.{self.architecture.attention.output}")),
+                residual.after_attention,
+                prefix,
+            )
+            if not residual.parallel:
+                hidden, x = self._entered(x, attended, residual.before_mlp, prefix)
+            elif residual.before_mlp is not None:
+                hidden = self._normed(x, f"{prefix}.{residual.before_mlp}")
+            update = Update(*emit_mlp(self.linears, self.architecture.mlp, hidden, prefix))
+            update = self._left(update, residual.after_mlp, prefix)
+            if residual.parallel:
+                both = self.graph.op("Add", self.flavour.complete(attended), update.value)
+                update = Update(both, update.bias)
+            return x, update, key, value
 
-    # gated:  h ─┬─ gate ── activation ─┬─ Mul ── down        plain:  h ── in ── activation ── out
-    #            └─ up ─────────────────┘
-    # Between in and out everything is elementwise: a pivoted layer's order is undone in the columns of `out`.
-    def _mlp(self, hidden: ir.Value, prefix: str) -> Update:
-        names = [f"{prefix}.{name}" for name in self.names.mlp_in]
-        order = self.linears.native_order(names)
-        first, *gated = self.linears.many(hidden, names, rows=order)
-        inner = self._activated(first)
-        if gated:
-            inner = self.graph.op("Mul", inner, gated[0])
-        return Update(*self.linears.apart(inner, f"{prefix}.{self.names.mlp_out}", columns=order))
+    # hidden ── projections (── Clip)(── norm) ── rotation (── norm) ── attention
+    def _attention(
+        self, hidden: ir.Value, prefix: str, layer: Layer, cache: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        query, key, value = self._projected(hidden, prefix, layer)
+        norm = self.architecture.attention.norm
+        if norm is not None and not norm.rotated:
+            query, key = self._head_norms(query, key, prefix, layer)
+        query, key = self.flavour.turn(query, key, layer.rope)
+        if norm is not None and norm.rotated:
+            query, key = self._head_norms(query, key, prefix, layer)
+        return self.flavour.attend(Heads(query, key, value, *cache), layer)
 
-    # silu: x ─┬─ Sigmoid ─┬─ Mul
-    #          └───────────┘
-    def _activated(self, x: ir.Value) -> ir.Value:
-        if self.architecture.activation == "silu":
-            return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
-        op, attributes = ACTIVATIONS[self.architecture.activation]
-        return self.graph.op(op, x, **attributes)
+    # fused:  hidden ── one projection ── Split ── query, key, value
+    def _projected(self, hidden: ir.Value, prefix: str, layer: Layer) -> list[ir.Value]:
+        graph, shape = self.graph, self.architecture.attention
+        names = [f"{prefix}.{name}" for name in shape.inputs]
+        parts = self.linears.many(hidden, names, projection_orders(shape, layer.rope))
+        if len(names) == 1:
+            parts = list(graph.ops("Split", parts[0], graph.constant(list(shape.sizes)), outputs=3, axis=-1))
+        if shape.clip is None:
+            return parts
+        ends = [graph.constant(end, graph.dtype) for end in (-shape.clip, shape.clip)]
+        return [graph.op("Clip", part, *ends) for part in parts]
 
-    # [b,s,heads·d] ── Reshape [b,s,heads,d] ── norm ── Reshape [b,s,heads·d]
-    def _head_norm(self, x: ir.Value, heads: int, prefix: str, name: str | None) -> ir.Value:
+    def _head_norms(self, query: ir.Value, key: ir.Value, prefix: str, layer: Layer) -> tuple[ir.Value, ir.Value]:
+        shape, order = self.architecture.attention, head_order(layer.rope, self.architecture.attention.head_dim)
+        assert shape.norm is not None
+        query = self.norms.heads(query, shape.heads, prefix, shape.norm.query, order)
+        return query, self.norms.heads(key, shape.kv_heads, prefix, shape.norm.key, order)
+
+    def _entered(
+        self, x: ir.Value, update: Update | None, name: str | None, prefix: str | None = None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return (what the sublayer reads, x + update): normalised where there is a norm of that `name`."""
         if name is None:
-            return x
-        graph, head_dim = self.graph, self.architecture.head_dim
-        with graph.scope(name):
-            split = graph.op("Reshape", x, graph.constant([0, 0, heads, head_dim]))
-            normed = self.flavour.norm(split, self._stored(f"{prefix}.{name}.weight"), None)
-            return graph.op("Reshape", normed, graph.constant([0, 0, heads * head_dim]))
+            total = self.flavour.add(x, update)
+            return total, total
+        parameters = self._parameters(name if prefix is None else f"{prefix}.{name}")
+        return self.flavour.add_norm(x, update, parameters, self.architecture.norm)
 
-    def _add_norm(self, x: ir.Value, update: Update | None, name: str) -> tuple[ir.Value, ir.Value]:
-        bias = self._stored(f"{name}.bias") if self.architecture.norm.kind == "layer" else None
-        return self.flavour.add_norm(x, update, self._stored(f"{name}.weight"), bias)
+    def _left(self, update: Update, name: str | None, prefix: str) -> Update:
+        """Return what a sublayer adds: normalised, scaled."""
+        scale = self.architecture.residual.scale
+        if name is None and scale == 1:
+            return update
+        value = self.flavour.complete(update)
+        if name is not None:
+            value = self._normed(value, f"{prefix}.{name}")
+        return Update(self._scaled(value, scale), None)
 
-    # hidden ──(Gather last)── head ──(Cast)── logits
+    def _normed(self, x: ir.Value, name: str) -> ir.Value:
+        return self.norms.apply(x, self._parameters(name), self.architecture.norm)
+
+    def _parameters(self, name: str) -> tuple[ir.Value, ir.Value | None]:
+        return self.norms.parameters(name, self.architecture.norm, self.architecture.hidden)
+
+    def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1 else self.graph.op("Mul", x, self.graph.constant(factor, self.graph.dtype))
+
+    # hidden ──(Gather last)(── Mul scale)── head ──(Cast)(── Div cap ── Tanh ── Mul cap)── logits
     def _logits(self, hidden: ir.Value) -> None:
-        graph = self.graph
+        graph, tensors, scales = self.graph, self.tensors, self.architecture.scales
         with graph.scope("head"):
             if self.settings.last_token_logits:
                 hidden = graph.op("Gather", hidden, graph.constant([-1]), axis=1)
-            logits = self.table.product(hidden) if self.architecture.tied else self.linears(hidden, self.names.head)
+            hidden = self._scaled(hidden, scales.logits)
+            logits = self.table.product(hidden) if self.architecture.tied else self.linears(hidden, tensors.head)
             if graph.dtype != FLOAT:
                 logits = graph.op("Cast", logits, to=FLOAT)
+            if scales.cap is not None:
+                cap = graph.constant(scales.cap, FLOAT)
+                logits = graph.op("Mul", graph.op("Tanh", graph.op("Div", logits, cap)), cap)
         time = 1 if self.settings.last_token_logits else "sequence"
         graph.output(logits, "logits", FLOAT, ["batch", time, self.architecture.vocab])
-
-    def _stored(self, name: str) -> ir.Value:
-        return self.graph.weight(name, self.source.read(name))

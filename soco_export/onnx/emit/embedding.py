@@ -24,7 +24,7 @@ class TokenTable:
         self.graph = graph
         self.architecture = architecture
         self.linears = linears
-        self.name = f"{architecture.names.embed}.weight"
+        self.name = f"{architecture.tensors.embed}.weight"
         self._floats: ir.Value | None = None
         self._blocks: StoredBlocks | None = None
 
@@ -33,7 +33,7 @@ class TokenTable:
     def rows(self, tokens: ir.Value) -> ir.Value:
         """Return the rows of `tokens` [batch, sequence], [batch, sequence, hidden]."""
         settings = self.linears.settings
-        kept = any(fnmatchcase(self.architecture.names.embed, glob) for glob in settings.quantize.keep)
+        kept = any(fnmatchcase(self.architecture.tensors.embed, glob) for glob in settings.quantize.keep)
         if settings.weights == "same" or settings.quantize.embedding == "same" or kept:
             self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
             return self.graph.op("Gather", self._floats, tokens)
@@ -59,7 +59,7 @@ class TokenTable:
     # neither: hidden ── the head's own MatMul
     def product(self, hidden: ir.Value) -> ir.Value:
         """Return hidden · tableᵀ: the logits of a tied head."""
-        head = self.architecture.names.head
+        head = self.architecture.tensors.head
         quantized = self.linears.quantizes([head])
         whole_blocks = self.architecture.hidden % self.linears.settings.quantize.block == 0
         if quantized and whole_blocks and self._blocks is not None:

@@ -62,22 +62,24 @@ class Linears:
 
     def __call__(self, x: ir.Value, name: str, columns: Order = None) -> ir.Value:
         """Return the output of the Linear `name` for the input `x`."""
-        return self.many(x, [name], columns=columns)[0]
+        first = self._product(x, [name], [None], columns)
+        return self._biased(self._finished(first, name, None), name, None)
 
     def apart(self, x: ir.Value, name: str, columns: Order = None) -> tuple[ir.Value, ir.Value | None]:
         """Return the output of `name` without its bias, and the bias [m], for whoever adds it on the way."""
-        return self._finished(self._product(x, [name], None, columns), name, None), self.bias(name, None)
+        return self._finished(self._product(x, [name], [None], columns), name, None), self.bias(name, None)
 
-    def many(self, x: ir.Value, names: Sequence[str], rows: Order = None, columns: Order = None) -> list[ir.Value]:
-        """Return the outputs of several Linears that all read `x`."""
+    def many(self, x: ir.Value, names: Sequence[str], rows: Sequence[Order] = ()) -> list[ir.Value]:
+        """Return the outputs of several Linears that all read `x`; `rows`: an order for each."""
+        rows = rows or [None] * len(names)
         alike = len({self.quantizes([name]) for name in names}) == 1  # one of `quantize.keep` must not spare the others
         if self.settings.pack and len(names) > 1 and alike:
-            firsts = self._packed(x, names, rows, columns)
+            firsts = self._packed(x, names, rows)
         else:
-            firsts = [self._product(x, [name], rows, columns) for name in names]
+            firsts = [self._product(x, [name], [order], None) for name, order in zip(names, rows, strict=True)]
         return [
-            self._biased(self._finished(first, name, rows), name, rows)
-            for first, name in zip(firsts, names, strict=True)
+            self._biased(self._finished(first, name, order), name, order)
+            for first, name, order in zip(firsts, names, rows, strict=True)
         ]
 
     def native_order(self, names: Sequence[str]) -> Order:
@@ -90,16 +92,17 @@ class Linears:
     #   ├─ MatMul W0        │
     #   ├─ MatMul W1      MatMul [W0 W1 W2]
     #   └─ MatMul W2        └─ Split
-    def _packed(self, x: ir.Value, names: Sequence[str], rows: Order, columns: Order) -> list[ir.Value]:
+    def _packed(self, x: ir.Value, names: Sequence[str], rows: Sequence[Order]) -> list[ir.Value]:
         sizes = [self.source.shapes[f"{name}.weight"][0] for name in names]
-        packed = self._product(x, names, rows, columns)
+        packed = self._product(x, names, rows, None)
         return list(self.graph.ops("Split", packed, self.graph.constant(sizes), outputs=len(names), axis=-1))
 
-    def _product(self, x: ir.Value, names: Sequence[str], rows: Order, columns: Order) -> ir.Value:
+    def _product(self, x: ir.Value, names: Sequence[str], rows: Sequence[Order], columns: Order) -> ir.Value:
         """Return x times the first matrices of all `names`."""
         label = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
         # The first matrix of a dense layer is all of it: its rows are the outputs.
-        orders = [rows if self.source.form(name).kind == "dense" else None for name in names]
+        kinds = [self.source.form(name).kind for name in names]
+        orders = [order if kind == "dense" else None for order, kind in zip(rows, kinds, strict=True)]
         parts = [Part(self.source.read(f"{name}.weight"), order) for name, order in zip(names, orders, strict=True)]
         with self.graph.scope(label):
             return self.matmul(x, f"{label}.weight", Matrix(parts, columns), names)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from soco_export.onnx.describe.architecture import Architecture, Names, Norm
-from soco_export.onnx.describe.config import Config, activation
+from soco_export.onnx.describe.architecture import Architecture, Attention, Layer, Mlp, Norm, Residual, Tensors
+from soco_export.onnx.describe.config import Config
+from soco_export.onnx.families.parts import activation
 from soco_export.onnx.families.registry import family
 
 
@@ -13,39 +14,29 @@ from soco_export.onnx.families.registry import family
     do_layer_norm_before _remove_final_layer_norm activation_function enable_bias layer_norm_elementwise_affine""",
 )
 def opt(config: Config) -> Architecture:
-    """LayerNorm, learned positions, plain MLP, biases everywhere."""
+    """Pre-norm OPT; the 350M model's norm after the addition and its narrow embedding are refused."""
     config.require("do_layer_norm_before", (True,))
     config.require("_remove_final_layer_norm", (False,))
     config.require("layer_norm_elementwise_affine", (True,))
     config.require("word_embed_proj_dim", (config["hidden_size"],))
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    inputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return Architecture(
         family="opt",
         hidden=config["hidden_size"],
-        intermediate=config["ffn_dim"],
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=config["hidden_size"] // heads,
         vocab=config["vocab_size"],
         context=config["max_position_embeddings"],
-        norm=Norm("layer", 1e-5),
-        activation=activation(config, "activation_function"),
-        windows=(None,) * layers,
         tied=bool(config.get("tie_word_embeddings", True)),
-        names=Names(
+        norm=Norm("layer", 1e-5, bias=True),
+        attention=Attention(heads, heads, config["hidden_size"] // heads, inputs, "self_attn.out_proj"),
+        mlp=Mlp(config["ffn_dim"], ("fc1",), "fc2", activation(config, "activation_function")),
+        residual=Residual(before_attention="self_attn_layer_norm", before_mlp="final_layer_norm"),
+        tensors=Tensors(
             embed="model.decoder.embed_tokens",
-            positions="model.decoder.embed_positions",
             final_norm="model.decoder.final_layer_norm",
             layer="model.decoder.layers.{}",
-            attention_norm="self_attn_layer_norm",
-            mlp_norm="final_layer_norm",
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            value="self_attn.v_proj",
-            output="self_attn.out_proj",
-            mlp_in=("fc1",),
-            mlp_out="fc2",
+            positions="model.decoder.embed_positions",
+            position_offset=2,
         ),
-        position_offset=2,
+        each=(Layer(),) * config["num_hidden_layers"],
     )

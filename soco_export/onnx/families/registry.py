@@ -1,7 +1,4 @@
-"""The families by `model_type`: a config → its `Architecture`, or a refusal.
-
-A config key that would change the mathematics and is not part of the description is refused by name.
-"""
+"""The described families: which function reads which model type, and which config keys it understands."""
 
 from __future__ import annotations
 
@@ -15,6 +12,18 @@ from soco_export.onnx.describe.config import Config
 Describe = Callable[[Config], Architecture]
 FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
 
+# Keys that never change what the forward pass computes at inference.
+HARMLESS = """architectures attention_dropout attn_pdrop
+    auto_map bos_token_id classifier_dropout dropout dtype embd_pdrop
+    embed_dropout embedding_dropout emb_pdrop eos_token_id hidden_dropout init_device init_std initializer_range
+    layerdrop pad_token_id pretraining_tp quantization_config resid_dropout resid_pdrop residual_dropout sep_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings
+    torch_dtype use_cache vocab_size _attn_implementation_autoset attn_implementation _attn_implementation"""
+# Keys that no config class declares matter only if their names speak of mathematics; the rest is somebody's note.
+SUSPICIOUS = re.compile(
+    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
+)
+
 
 def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
     """Register a description for `model_types`; `keys` are the config keys that it understands, separated by spaces."""
@@ -25,16 +34,6 @@ def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
         return describe
 
     return register
-
-
-# Keys that never change what the forward pass computes at inference.
-HARMLESS = """architectures attention_dropout auto_map bos_token_id dropout dtype eos_token_id init_std
-    initializer_range layerdrop pad_token_id pretraining_tp quantization_config tie_word_embeddings torch_dtype
-    use_cache vocab_size"""
-# Keys that no config class declares are only looked at if they smell of mathematics; the rest is somebody's note.
-SUSPICIOUS = re.compile(
-    r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
-)
 
 
 def describe(config: Config) -> Architecture | None:
