@@ -16,7 +16,7 @@ Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
 OptimiserName = Literal["adamw", "muon"]
-BITS = {"int8": 8, "int4": 4}  # of a number that block quantisation leaves
+BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
 BuiltinText = Literal["speeches", "time-machine"]
 
 
@@ -131,7 +131,7 @@ class RefitSettings(Section):
 class RoundingSettings(Section):
     """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`."""
 
-    weights: Literal["same", "int8", "int4"] = "same"
+    weights: Literal["same", "int8", "int4", "int2"] = "same"
     block: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
     keep: tuple[str, ...] = ()

@@ -10,11 +10,12 @@ from soco_train.settings import Section
 
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
-WeightType = Literal["same", "int8", "int4"]
+WeightType = Literal["same", "int8", "int4", "int2"]
+TableType = Literal["same", "int8", "int4"]
 
 
 class QuantizeSettings(Section):
-    """How `export.weights: int8|int4` are made: one scale per `block` weights along a row's input.
+    """How `export.weights: int8|int4|int2` are made: one scale per `block` weights along a row's input.
 
     `embedding` is the type of the token table, always symmetric; a tied head shares it (int8 beside int4 weights: fewer
     bytes and a better model than an int4 copy).
@@ -24,7 +25,7 @@ class QuantizeSettings(Section):
 
     block: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
-    embedding: WeightType = "int8"
+    embedding: TableType = "int8"
     accuracy_level: int = Field(default=4, ge=0, le=4)
     keep: tuple[str, ...] = ()
 
@@ -34,7 +35,7 @@ class ExportSettings(Section):
 
     `flavour`: `standard` uses ONNX's own operators and takes left-padded batches; `contrib` uses ONNX Runtime's
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
-    cache and unquantised weights; logits are always float32. `weights`: int8 or int4 blocks for every MatMul.
+    cache and unquantised weights; logits are always float32. `weights`: int8, int4 or int2 blocks for every MatMul.
     `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
     input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/runtimes/).
     """

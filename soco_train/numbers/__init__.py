@@ -1,1 +1,1 @@
-"""How weights are rounded to few bits."""
+"""Numbers of few bits: the one implementation of block rounding, for training and for every export."""

@@ -45,7 +45,7 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
         table.weight.data.copy_(rounded(table.weight, BITS[how.embedding], symmetric))
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64)])
+@pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64), (2, True, 32)])
 @pytest.mark.parametrize(
     ("name", "embedding"), [("qwen2", "int8"), ("smollm2", "int8"), ("qwen3", "int4"), ("opt", "same")]
 )
@@ -91,7 +91,7 @@ def test_a_tied_head_shares_a_quantised_table(tmp_path: Path) -> None:
     assert sizes["int8"] - sizes["int4"] == pytest.approx(96 * 64 // 2, abs=64)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("n", [1, 31, 32, 97])
 def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.onnx.write.blocks import dequantize, quantize
+from soco_export.onnx.write.blocks import dequantize, pack, quantize, unpack
 from soco_train.errors import RecipeError
+from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.rounding import check_rounding, rounded, rounds
 from soco_train.settings import BITS, RoundingSettings
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
 @pytest.mark.parametrize(("shape", "block"), [((7, 64), 32), ((5, 33), 16), ((3, 9), 32), ((4, 96), 64)])
 def test_what_is_trained_is_what_the_export_stores(
     shape: tuple[int, int], block: int, weights: str, symmetric: bool
@@ -24,6 +25,40 @@ def test_what_is_trained_is_what_the_export_stores(
     settings = RoundingSettings(weights=weights, block=block, symmetric=symmetric)
     stored = dequantize(quantize(weight.numpy(), BITS[weights], block, symmetric))
     assert np.array_equal(rounded(weight, settings).numpy(), stored)
+
+
+def by_numpy(weight: np.ndarray, bits: int, block: int, symmetric: bool) -> tuple[np.ndarray, ...]:
+    """What ONNX Runtime's own quantiser does, number by number in float32: levels, scales, zeros."""
+    m, n = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -n % block))).reshape(m, -1, block)
+    low, high, top, half = padded.min(-1), padded.max(-1), 2**bits - 1, 2 ** (bits - 1)
+    if symmetric:
+        scales, zeros = np.where(-low > high, low, high) / np.float32(-half), np.full_like(low, half)
+    else:
+        scales = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(top)
+        zeros = np.clip(np.rint(-np.minimum(low, 0) / np.where(scales == 0, 1, scales)), 0, top)
+    levels = np.rint(padded / np.where(scales == 0, 1, scales)[..., None]) + zeros[..., None]
+    return np.clip(levels, 0, top), scales, zeros
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_nearest_is_to_the_bit_what_numpy_makes_of_the_formula(bits: int, symmetric: bool) -> None:
+    weight = torch.randn(9, 75) * torch.logspace(-6, 3, 9)[:, None]
+    weight[0] = 0
+    found = nearest(weight, Grid(bits, 16, symmetric))
+    for part, expected in zip(
+        (found.levels, found.scales, found.zeros), by_numpy(weight.numpy(), bits, 16, symmetric), strict=True
+    ):
+        assert np.array_equal(part.numpy(), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packing_comes_undone_and_the_first_level_has_the_lowest_bits(bits: int) -> None:
+    levels = np.random.default_rng().integers(0, 2**bits, (3, 5, 13), dtype=np.uint8)
+    packed = pack(levels, bits)
+    assert np.array_equal(unpack(packed, bits)[..., :13], levels)
+    assert np.array_equal(packed[..., 0] & (2**bits - 1), levels[..., 0])
 
 
 def test_the_gradient_passes_straight_through() -> None:

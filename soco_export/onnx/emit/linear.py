@@ -18,6 +18,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.blocks import quantize_rows
 from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Array, Matrix, Order, Part, Stored
+from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 
 Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
@@ -153,7 +154,7 @@ class Linears:
 
         def levels() -> Iterator[Array]:
             start = 0
-            for piece in quantize_rows(weight, bits, block, symmetric):
+            for piece in quantize_rows(weight, Grid(bits, block, symmetric)):
                 stop = start + len(piece.packed)
                 scales[start:stop] = piece.scales
                 if piece.zeros is not None:

@@ -1,0 +1,84 @@
+"""Block quantisation of a matrix as ONNX Runtime's MatMulNBits has it, rounded to nearest.
+
+    w ≈ (level - zero) · scale        level in 0 … 2^bits - 1, one scale and zero per `block` inputs of each row
+
+The last block of a row is padded with zeros, and so are its levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a rounded weight may take: bits (2, 4 or 8), inputs a block, zero in the middle or not."""
+
+    bits: int
+    block: int
+    symmetric: bool
+
+    @property
+    def top(self) -> int:
+        """The highest level."""
+        return int(2**self.bits) - 1
+
+    @property
+    def half(self) -> int:
+        """The level that a symmetric grid has zero at."""
+        return int(2 ** (self.bits - 1))
+
+    def blocks(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight: [m, n] → [m, ⌈n / block⌉, block], padded with zeros."""
+        m, n = weight.shape
+        return functional.pad(weight, (0, -n % self.block)).reshape(m, -1, self.block)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A rounded matrix of `width` n: levels [m, blocks, block], scales and zeros [m, blocks], all in one float dtype."""
+
+    levels: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    width: int
+
+    def values(self) -> torch.Tensor:
+        """Return the matrix that the runtime multiplies with, [m, n]."""
+        found = (self.levels - self.zeros[..., None]).mul_(self.scales[..., None])
+        return found.flatten(1)[:, : self.width]
+
+
+def nearest(weight: torch.Tensor, grid: Grid) -> Levels:
+    """Round a matrix [m, n] to the nearest levels; each block's largest number is on its grid."""
+    blocks = grid.blocks(weight)
+    scales, zeros = (_symmetric if grid.symmetric else _asymmetric)(blocks, grid)
+    return Levels(to_levels(blocks, scales, zeros, grid), scales, zeros, weight.shape[1])
+
+
+def to_levels(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the nearest levels of blocks [..., block] for given scales and zeros [...]; a half goes to even."""
+    levels = blocks / torch.where(scales == 0, 1, scales)[..., None]
+    return levels.round_().add_(zeros[..., None]).clamp_(0, grid.top)
+
+
+def _symmetric(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, zeros): the number of largest magnitude is at the end that has one level more."""
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    extreme = torch.where(-low > high, low, high)
+    return extreme / -grid.half, torch.full_like(extreme, grid.half)
+
+
+def _asymmetric(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, zeros): the range of the numbers and 0 is the whole range of levels, 0 is one of these."""
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    return with_range(low, high, grid)
+
+
+def with_range(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, zeros) of grids from `low` ≤ 0 to `high` ≥ 0."""
+    scales = (high - low) / grid.top
+    return scales, (-low / torch.where(scales == 0, 1, scales)).round().clamp(0, grid.top)
