@@ -1,0 +1,1 @@
+"""What rounding costs: dense and low-rank models in blocks of few bits, by rule, size and perplexity."""
