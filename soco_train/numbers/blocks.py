@@ -39,7 +39,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Levels:
-    """A rounded matrix of `width` n: levels [m, blocks, block], scales and zeros [m, blocks], all in one float dtype."""
+    """A rounded matrix of `width` n: levels [m, blocks, block], scales and zeros [m, blocks], in one float dtype."""
 
     levels: torch.Tensor
     scales: torch.Tensor
