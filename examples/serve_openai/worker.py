@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 
 import onnxruntime_genai as genai
 
+SEEDS = 2**31  # genai's seeds have 31 bits; larger ones, and negative ones, are folded into them
+CHARACTERS_PER_TOKEN = 64  # no prompt needs more: what is longer is refused before it is tokenised, under Python's lock
+
 
 class Failed(Exception):
     """This request gets no answer, or no more of it."""
@@ -57,6 +60,7 @@ class Worker(threading.Thread):
         self.tokenizer = genai.Tokenizer(self.model)
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         end = config.get("eos_token_id", [])
+        self.vocabulary = int(config["vocab_size"])
         self.context, self.ends = int(config["context_length"]), set(end if isinstance(end, list) else [end])
         tokenizer_config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
         self.chats = (folder / "chat_template.jinja").exists() or "chat_template" in json.loads(tokenizer_config)
@@ -64,12 +68,18 @@ class Worker(threading.Thread):
         self.inbox: queue.Queue[Job | None] = queue.Queue()
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a prompt."""
+        """Return the tokens of a prompt; ValueError if there is no room for them."""
+        if len(text) > CHARACTERS_PER_TOKEN * self.context:
+            raise ValueError(f"{len(text)} characters: there is room for {self.context} tokens")
         return [int(token) for token in self.tokenizer.encode(text)]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, up to where the assistant speaks."""
-        return self.encode(self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+        """Return the tokens of a conversation, up to where the assistant speaks; ValueError if its template refuses."""
+        try:
+            text = self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        except RuntimeError as error:
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from None
+        return self.encode(text)
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
         """Yield the job's answer token by token, or raise Failed; leaving the loop early cancels it."""
@@ -149,6 +159,6 @@ class Worker(threading.Thread):
             # genai's own default is the 50 likeliest tokens; the API that is served here knows no such bound.
             settings.set_search_options(temperature=job.temperature, top_p=job.top_p, top_k=0)
         if job.seed is not None:
-            settings.set_search_options(random_seed=job.seed)
+            settings.set_search_options(random_seed=job.seed % SEEDS)
         job.generator, job.stream = genai.Generator(self.model, settings), self.tokenizer.create_stream()
         job.generator.append_tokens(job.ids)
