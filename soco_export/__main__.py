@@ -1,5 +1,18 @@
-"""python -m soco_export: the command line, in the form that torchrun and accelerate launch start."""
+"""The command as it is started: `soco-export`, or `python -m soco_export` as torchrun and accelerate launch have it."""
 
-from soco_export.cli import main
+from __future__ import annotations
 
-main()
+from soco_export.signals import leave_at_once, raising
+
+
+def main() -> None:
+    """Run the command line; a signal that comes before it has begun ends it without a traceback."""
+    leave_at_once()
+    from soco_export.cli import main as command_line
+
+    with raising():
+        command_line()
+
+
+if __name__ == "__main__":
+    main()

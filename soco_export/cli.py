@@ -3,25 +3,28 @@
     soco-export train-and-export --model tiny        everything, into runs/tiny
     soco-export --help
 
-Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine, 130 interrupted (and can go on).
+Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine; 130 interrupted, 143 terminated
+(both can go on).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from soco_export.console import NORMAL, QUIET, VERBOSE, Console
+from soco_export import signals
+from soco_export.console import NORMAL, QUIET, VERBOSE, Console, say, tolerate_streams
 from soco_train import parallel
-from soco_train.errors import SocoError
+from soco_train.errors import ExitCode, SocoError
 from soco_train.installed import version
 
-INTERRUPTED = 130
 # what several processes under torchrun do together; any other verb is the leading one's alone
 SHARED_VERBS = ("train", "train_and_export", "export")
 
@@ -255,11 +258,33 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
         again = "the same command without --fresh" if common.get("fresh") else "the same command"
-        console.warn(f"interrupted: {again} goes on from the last checkpoint")
-        raise typer.Exit(INTERRUPTED) from None
+        code = signals.code()
+        message = (
+            f"{'terminated' if code == signals.TERMINATED else 'interrupted'}: {again} goes on from the last checkpoint"
+        )
+        console.fault("Interrupted", message, code)
+        console.warn(message)
+        raise typer.Exit(code) from None
     if parallel.leading():
         console.result(outcome.document, outcome.text)
     raise typer.Exit(outcome.code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; with `--json` a usage error or a crash is a document too."""
+    console = Console("--json" in arguments)
+    try:
+        return int(app(list(arguments), prog_name="soco-export", standalone_mode=False) or 0)
+    except typer.Abort:
+        return signals.code()
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line was not understood
+            console.fault("UsageError", error.format_message(), int(ExitCode.USAGE), fix="soco-export --help")
+            error.show(sys.stderr)  # type: ignore[attr-defined]
+            return int(ExitCode.USAGE)
+        console.fault(type(error).__name__, str(error), int(ExitCode.CRASH), fix="report it: this is a fault of ours")
+        say(traceback.format_exc())
+        return int(ExitCode.CRASH)
 
 
 def main() -> None:
@@ -267,7 +292,8 @@ def main() -> None:
     # before transformers is imported: what matters of its messages is said by our own checks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    app(prog_name="soco-export")
+    tolerate_streams()
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The only place that prints: results on stdout, progress on stderr; bars on a terminal, lines elsewhere, or JSON.
 
-With `--json` stdout is exactly one JSON document, whatever a library may print meanwhile (that goes to stderr).
+With `--json` stdout is exactly one JSON document, whatever a library may print meanwhile (that goes to stderr). A
+stream that cannot take what is printed (its encoding, a full disk, a reader that has gone) never costs a command its
+exit code.
 """
 
 from __future__ import annotations
@@ -8,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from soco_export.files.text import visible
 from soco_train.errors import SocoError
 from soco_train.events import Event
 
@@ -50,10 +54,8 @@ class Console:
         """Show one event."""
         if self.verbosity == QUIET:
             return
-        if self._bars:
-            self._bars.show(event)
-        else:
-            self._lines.show(event)
+        with contextlib.suppress(OSError, ValueError):  # progress that nobody can see is no reason to stop
+            (self._bars or self._lines).show(event)
 
     def result(self, document: Mapping[str, Any], text: str) -> None:
         """Print what the command was run for."""
@@ -62,18 +64,58 @@ class Console:
     def error(self, error: SocoError) -> None:
         """Print what happened, how to fix it and where; no traceback (-v shows it)."""
         if self.as_json:
-            details = {"kind": type(error).__name__, "message": error.message, "fix": error.fix, "where": error.where}
-            self._print(json.dumps({"error": details, "exit_code": int(error.code)}, indent=2))
+            self.fault(type(error).__name__, error.message, int(error.code), error.fix, error.where)
         if self.verbosity >= VERBOSE:
-            traceback.print_exception(error, file=sys.stderr)
-        print(render_error(error), file=sys.stderr)
+            say("".join(traceback.format_exception(error)))
+        say(render_error(error))
+
+    def fault(self, kind: str, message: str, code: int, fix: str = "", where: str = "") -> None:
+        """Print, with `--json`, the document of a command that has failed."""
+        if self.as_json:
+            details = {"kind": kind, "message": message, "fix": fix, "where": where}
+            self._print(json.dumps({"error": details, "exit_code": code}, indent=2))
 
     def warn(self, message: str) -> None:
         """Print a line on stderr that even `--quiet` shows."""
-        print(message, file=sys.stderr)
+        say(message)
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stdout, flush=True)
+        problem = _write(self._stdout, text)
+        if problem:
+            say(f"the result could not be printed: {problem}")
+
+
+def say(text: str) -> None:
+    """Print on stderr, if that is possible."""
+    _write(sys.stderr, text)
+
+
+def tolerate_streams() -> None:
+    """Let stdout and stderr show what their encoding does not have as escapes, and be there if they were closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _write(stream: Any, text: str) -> str:
+    """Print `text`; return why it was not possible, "" if it was."""
+    try:
+        print(visible(text), file=stream, flush=True)
+    except (OSError, ValueError) as error:
+        _silence(stream)
+        return str(error)
+    return ""
+
+
+def _silence(stream: Any) -> None:
+    """Let what the stream still holds go nowhere: Python would try again at its end, and fail with code 120."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def render_error(error: SocoError) -> str:
@@ -131,7 +173,7 @@ class _Lines:
         if not (new or finished or due):
             return
         self.last = now
-        print(self._line(event, now), file=sys.stderr, flush=True)
+        print(visible(self._line(event, now)), file=sys.stderr, flush=True)
 
     def _line(self, event: Event, now: float) -> str:
         parts = [f"{event.stage:<11}"]
@@ -167,7 +209,9 @@ class _Bars:
         self.progress.start()
 
     def show(self, event: Event) -> None:
-        figures = render_values(event.values)
+        from rich.markup import escape
+
+        figures = escape(visible(render_values(event.values)))
         if event.stage not in self.tasks:
             self.tasks[event.stage] = self.progress.add_task(event.stage, total=event.total, figures=figures)
         self.progress.update(self.tasks[event.stage], completed=event.step, total=event.total, figures=figures)

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from soco_export.checkpoint.layers import INSTALL, QUANT_METHOD, factored_layers
+from soco_export.files.text import fence, markdown, one_line
 
 TEMPLATE = "card.md.jinja"
 
@@ -86,12 +87,13 @@ def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary)
         autoescape=False,
     )
     environment.filters["cell"] = format_cell
+    environment.filters["code"] = lambda text: one_line(text).replace("`", "'")
     columns = list(dict.fromkeys(column for row in (results or {}).values() for column in row))
     text: str = environment.get_template(TEMPLATE).render(
         summary=summary,
         hub_id=summary.base_model if _is_hub_id(summary.base_model) else "",
         recipe=recipe_yaml.strip("\n"),
-        fence=_fence(recipe_yaml),
+        fence=fence(recipe_yaml),
         results=results or {},
         columns=columns,
         install=INSTALL,
@@ -105,7 +107,7 @@ def format_cell(value: Cell) -> str:
     if value is None:
         return "n/a"
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return markdown(value)
     if isinstance(value, int) or abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -114,8 +116,3 @@ def format_cell(value: Cell) -> str:
 def _is_hub_id(base_model: str) -> bool:
     """Only a hub id may stand in the card's header: a path says nothing to others, and may say too much."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
-
-
-def _fence(text: str) -> str:
-    """Return a code fence longer than any run of backticks in `text`."""
-    return "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])

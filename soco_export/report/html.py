@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from soco_export.files.text import visible
 from soco_export.report.markdown import render_recipe
 from soco_export.report.plots import draw_plots
 from soco_export.report.schema import Results
@@ -20,7 +21,10 @@ def render_html(results: Results) -> str:
     """Return report.html."""
     plots, absence = draw_plots(results)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["pieces"] = _pieces
     text: str = environment.get_template(TEMPLATE).render(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from soco_export.files.text import one_line
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.tables import verdict_sentence
 from soco_export.run.request import Outcome
@@ -28,7 +29,7 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
     yield plan.describe(results.sizes.params_before)
     yield from _quality(results)
     yield from _cost(results)
-    yield from (f"note: {note}" for note in results.notes)
+    yield from (f"note: {one_line(note)}" for note in results.notes)
     for verdict in results.verdicts:
         yield f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}"
     if (root / "spectrum").is_dir():
@@ -42,7 +43,7 @@ def _quality(results: Results) -> Iterator[str]:
     if found:
         forms = {"dense": found.dense, "low rank": found.low_rank, "ONNX": found.onnx}
         parts = [f"{form} {figures.value:.4g}" for form, figures in forms.items() if figures]
-        yield f"perplexity: {' · '.join(parts)} ({found.ratio:.3f} × dense, {found.text})"
+        yield f"perplexity: {' · '.join(parts)} ({found.ratio:.3f} × dense, {one_line(found.text)})"
     for step, parity in (("dense → low rank", results.parity.compression), ("export", results.parity.export)):
         if parity:
             same = min(parity.prefill.token_agreement, parity.decode.token_agreement)

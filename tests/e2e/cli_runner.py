@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soco_export.cli import app
+from soco_export.cli import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,10 +30,7 @@ def soco(*arguments: Any) -> Ran:
     """Run one command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = app([str(argument) for argument in arguments], prog_name="soco-export") or 0
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = run([str(argument) for argument in arguments])
     return Ran(code, out.getvalue(), err.getvalue())
 
 
@@ -41,7 +38,7 @@ def soco_process(*arguments: Any, folder: Path) -> subprocess.Popen[str]:
     """Start one command in a process of its own, working in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "soco_export.cli", *map(str, arguments)],
+        [sys.executable, "-m", "soco_export", *map(str, arguments)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

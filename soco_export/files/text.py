@@ -1,0 +1,35 @@
+"""Text of a model, a recipe or a file system, made harmless for a terminal, for Markdown and for one line."""
+
+from __future__ import annotations
+
+import re
+
+# What moves a cursor, hides or reorders text, or cannot be encoded: C0 and C1 controls, the marks that change the
+# direction of writing (Unicode annex 9), characters without width, line and paragraph separators, half surrogate pairs.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+# An underscore inside a word is no markup (CommonMark 6.2), and names of gates and layers stay legible.
+MARKUP = re.compile(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))")
+SHOWN = 2000  # characters of one value: a name of a million would bury what matters
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with what a terminal would obey instead of showing as \x1b or \u202e; lines and tabs stay."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def one_line(text: str) -> str:
+    r"""Return `text` in one line of bounded length, so that a value cannot look like a line of ours."""
+    shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+def fence(text: str) -> str:
+    """Return a code fence longer than any run of backticks in `text`."""
+    return "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+def markdown(text: str) -> str:
+    """Return `text` as Markdown that shows it word for word."""
+    return MARKUP.sub(r"\\\1", one_line(text))

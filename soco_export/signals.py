@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: at once while nothing is at stake, as an exception while a command works, not at all at its end.
+
+A supervisor ends a job by SIGTERM. It is to a run what Ctrl-C is: the checkpoints are there, and the code is 143.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
+ENDINGS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+
+
+received: list[int] = []
+
+
+def code() -> int:
+    """Return the exit code of a command that a KeyboardInterrupt has ended."""
+    return TERMINATED if signal.SIGTERM in received else INTERRUPTED
+
+
+def leave_at_once() -> None:
+    """End by these signals without a word of Python's: while modules are imported, an exception is a traceback."""
+    _handle(lambda number, frame: os._exit(ENDINGS[signal.Signals(number)]))
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Within this context the signals raise KeyboardInterrupt; after it the exit code is settled.
+
+    SIGTERM has no exception of its own: libraries catch KeyboardInterrupt, tidy up, and raise a new one.
+    """
+    _handle(_raise)
+    try:
+        yield
+    finally:
+        _handle(signal.SIG_IGN)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    received.append(number)
+    raise KeyboardInterrupt
+
+
+def _handle(handler: Any) -> None:
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job, or nohup: it stays deaf
+            signal.signal(number, handler)
