@@ -43,6 +43,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cos
 Tiny = Annotated[bool, typer.Option("--tiny", help="The same architecture with 2 layers and random weights.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what the run folder holds is lost.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
+Strict = Annotated[bool, typer.Option("--strict", help="A gate that noise leaves undecided counts as failed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every step, and tracebacks of errors.")]
@@ -90,6 +91,7 @@ def train_and_export(
     tiny: Tiny = False,
     fresh: Fresh = False,
     seed: Seed = None,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -142,6 +144,7 @@ def export(
     out: Out = None,
     set_: Set = None,
     fresh: Fresh = False,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -156,6 +159,7 @@ def validate(
     against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,
     recipe: RecipeFile = None,
     set_: Set = None,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -170,6 +174,7 @@ def bench(
     against: Annotated[Path | None, typer.Option(help="The ONNX folder to compare with, in turns.")] = None,
     recipe: RecipeFile = None,
     set_: Set = None,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -195,6 +200,7 @@ def report(
     run: RunArgument = None,
     model: Model = None,
     set_: Set = None,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -241,6 +247,7 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
 def _call(verb: str, options: dict[str, Any]) -> None:
     """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
     quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
+    strict = options.pop("strict", False)
     if not parallel.leading():  # this process is there to help another one, which speaks for all
         if verb not in SHARED_VERBS or options.get("dry_run"):
             raise typer.Exit(0)
@@ -267,7 +274,9 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         raise typer.Exit(code) from None
     if parallel.leading():
         console.result(outcome.document, outcome.text)
-    raise typer.Exit(outcome.code)
+        for line in outcome.undecided:
+            console.warn(f"{'failed' if strict else 'warning'}: {line}")
+    raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -31,6 +31,8 @@ SHORT = (
     "validate.parity.greedy_prompts=2",
     "validate.threads=1",
     "bench.rounds=2",
+    "bench.seconds=0",
+    "bench.cold_starts=1",
     "bench.prefill=[32]",
     "bench.past=32",
 )

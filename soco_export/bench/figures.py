@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from soco_export.bench.stats import Ratio, Summary
 
@@ -58,7 +58,12 @@ class Roofline:
 
 @dataclass(frozen=True)
 class WorkloadFigures:
-    """One workload: milliseconds per pass, tokens/s at the median, and how many times faster the compressed is."""
+    """One workload: milliseconds per pass, tokens/s at the median, and how many times faster the compressed is.
+
+    A pass is a prompt's prefill (its time is the time to first token, TTFT) where `past` is 0, else one decode step
+    (time per output token, TPOT). `control`: a second copy of the dense model in the same rounds, truly 1; None where
+    it was not timed.
+    """
 
     tokens: int
     past: int
@@ -67,11 +72,29 @@ class WorkloadFigures:
     dense_tokens_per_s: float
     compressed_tokens_per_s: float
     speedup: Ratio
+    control: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Milliseconds, medians over `openings` sessions: to load the model, and then to the prompt's first token.
+
+    `tokens`: the prompt's length. The files are in the system's cache; with the first token buffers are allocated too.
+    """
+
+    openings: int
+    tokens: int
+    load_ms: float
+    first_token_ms: float
 
 
 @dataclass(frozen=True)
 class LatencyFigures:
-    """All workloads by name, those skipped with the reason, and how the decode steps stand to the ceiling."""
+    """All workloads by name, those skipped with the reason, and how the decode steps stand to the ceiling.
+
+    `rounds`: the fewest that a workload had; `cold_start` and `placement` (provider → operator → nodes) by model,
+    "dense" and "compressed".
+    """
 
     provider: str
     threads: int
@@ -79,3 +102,5 @@ class LatencyFigures:
     workloads: Mapping[str, WorkloadFigures]
     skipped: Mapping[str, str]
     roofline: Mapping[str, Roofline]
+    cold_start: Mapping[str, ColdStart] = field(default_factory=dict)
+    placement: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)

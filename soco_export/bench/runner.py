@@ -1,7 +1,8 @@
 """Latency of the dense ONNX model against the compressed one, in strictly interleaved rounds.
 
-Both sessions live in this process and take turns, first dense, then compressed, and the other way round in the next
-round, so that drift hits both alike. Only ratios inside one such series mean anything.
+All sessions live in this process and take turns, another one first in each round, so that drift hits all alike. Only
+ratios inside one such series mean anything. A second copy of the dense model takes turns too (an A/A test): its ratio
+to the first is truly 1, so what is found for it is the machine's noise, and widens the interval of what matters.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from soco_export.bench.figures import LatencyFigures, MemoryFigures, Roofline, WorkloadFigures
+from soco_export.bench.cold import measure_cold_starts
+from soco_export.bench.figures import ColdStart, LatencyFigures, MemoryFigures, Roofline, WorkloadFigures
 from soco_export.bench.memory import measure_peak_memory
 from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
 from soco_export.bench.settings import BenchSettings
-from soco_export.bench.stats import paired_ratio, summarise
+from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.decoder import IntArray
 from soco_export.evaluate.session import DEVICES, MODEL_FILE, OnnxDecoder
 from soco_train.events import Event, Notify, silent
 
 Run = Callable[[], None]
 Rounds = list[list[float]]
+SLICE = 0.01  # seconds: longer than a scheduler's time slice, so that being interrupted is not what a turn consists of
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Workload:
 
 def plan_workloads(settings: BenchSettings, context: int | None) -> tuple[list[Workload], dict[str, str]]:
     """Return the workloads that fit the model's `context` (None: unlimited) and the reasons for those that do not."""
-    wanted = [*(Workload(tokens, 0) for tokens in settings.prefill), Workload(1, settings.past)]
+    wanted = [*(Workload(tokens, 0) for tokens in settings.prefill), *(Workload(1, past) for past in settings.past)]
     fitting = [w for w in wanted if context is None or w.tokens + w.past <= context]
     skipped = {w.name: f"the model's context ends at {context} tokens" for w in wanted if w not in fitting}
     return fitting, skipped
@@ -60,17 +63,35 @@ def measure_latency(
     """Time two ONNX folders against each other; see OnnxDecoder for what it raises."""
     config = _config(compressed)
     workloads, skipped = plan_workloads(settings, config.get("max_position_embeddings"))
-    decoders = [OnnxDecoder(folder, provider, threads, folder.name) for folder in (dense, compressed)]
+    folders = {"dense": dense, "compressed": compressed} | ({"control": dense} if settings.control else {})
+    prompts = {work: _prompt(work.past + work.tokens, config["vocab_size"]) for work in workloads}
+    cold = _cold_starts({"dense": dense, "compressed": compressed}, prompts, settings.cold_starts, provider, threads)
+    decoders = {name: OnnxDecoder(folder, provider, threads, folder.name) for name, folder in folders.items()}
     figures: dict[str, WorkloadFigures] = {}
-    for index, workload in enumerate(workloads):
-        prompt = _prompt(workload.past + workload.tokens, config["vocab_size"])
-        runs = [prepare(decoder, workload, prompt) for decoder in decoders]
+    for index, (workload, prompt) in enumerate(prompts.items()):
+        runs = [prepare(decoder, workload, prompt) for decoder in decoders.values()]
         samples = settings.decode_samples if workload.past else 1
-        times = interleave((runs[0], runs[1]), settings.rounds, settings.warmup, samples)
-        figures[workload.name] = _figures(workload, times[0], times[1])
+        times = interleave(runs, settings.rounds, settings.warmup, samples, settings.seconds)
+        figures[workload.name] = _figures(workload, *times)
         notify(Event("bench", index + 1, len(workloads), {workload.name: figures[workload.name].speedup.value}))
-    ceiling = _rooflines((dense, compressed), figures, provider, threads) if settings.roofline else {}
-    return LatencyFigures(provider, threads, settings.rounds, figures, skipped, ceiling)
+    return LatencyFigures(
+        provider=provider,
+        threads=threads,
+        rounds=min((work.speedup.rounds for work in figures.values()), default=settings.rounds),
+        workloads=figures,
+        skipped=skipped,
+        roofline=_rooflines((dense, compressed), figures, provider, threads) if settings.roofline else {},
+        cold_start=cold,
+        placement={name: decoders[name].placement.nodes for name in ("dense", "compressed")},
+    )
+
+
+def _cold_starts(
+    folders: Mapping[str, Path], prompts: Mapping[Workload, IntArray], openings: int, provider: str, threads: int
+) -> dict[str, ColdStart]:
+    """Measure cold starts with the first prompt that fits; none without one."""
+    prompt = next((prompt for work, prompt in prompts.items() if not work.past), None)
+    return {} if prompt is None else measure_cold_starts(folders, prompt, openings, provider, threads)
 
 
 def measure_memory(
@@ -110,16 +131,36 @@ def prepare(decoder: OnnxDecoder, workload: Workload, prompt: IntArray) -> Run:
     return run
 
 
-def interleave(runs: Sequence[Run], rounds: int, warmup: int, samples: int) -> tuple[Rounds, ...]:
-    """Time all in turns, `samples` of each per round, another one first in each; milliseconds, [rounds][samples]."""
+def interleave(runs: Sequence[Run], rounds: int, warmup: int, samples: int, seconds: float = 0.0) -> tuple[Rounds, ...]:
+    """Time all in turns, until there are `rounds` and `seconds` are over; milliseconds, [rounds][samples].
+
+    In each round each has a turn of `samples` passes or, where `seconds` are asked for, of SLICE seconds, if that is
+    more; another one is first, and every other cycle goes backwards, so that nobody always follows the same one.
+    """
     times: tuple[Rounds, ...] = tuple([] for _ in runs)
-    for index in range(warmup + rounds):
-        first = index % len(runs)
-        for which in (*range(first, len(runs)), *range(first)):
-            found = [_time(runs[which]) for _ in range(samples)]
-            if index >= warmup:
-                times[which].append(found)
+    least = SLICE if seconds else 0.0
+    for index in range(warmup):
+        for which in _turns(index, len(runs)):
+            _turn(runs[which], samples, least)
+    start = time.perf_counter()
+    while len(times[0]) < rounds or time.perf_counter() - start < seconds:
+        for which in _turns(warmup + len(times[0]), len(runs)):
+            times[which].append(_turn(runs[which], samples, least))
     return times
+
+
+def _turns(index: int, count: int) -> list[int]:
+    first = index % count
+    order = [*range(first, count), *range(first)]
+    return order[::-1] if index // count % 2 else order
+
+
+def _turn(run: Run, samples: int, least: float) -> list[float]:
+    found: list[float] = []
+    end = time.perf_counter() + least
+    while len(found) < samples or time.perf_counter() < end:
+        found.append(_time(run))
+    return found
 
 
 def _time(run: Run) -> float:
@@ -128,17 +169,20 @@ def _time(run: Run) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _figures(workload: Workload, dense: Rounds, compressed: Rounds) -> WorkloadFigures:
-    flat = [[sample for samples in rounds for sample in samples] for rounds in (dense, compressed)]
-    per_second = [1e3 * workload.tokens / float(np.median(samples)) for samples in flat]
+def _figures(workload: Workload, dense: Rounds, compressed: Rounds, again: Rounds | None = None) -> WorkloadFigures:
+    """Summarise a series; `again`: the second copy of the dense model."""
+    control = None if again is None else paired_ratio(dense, again)
+    summaries = summarise_rounds(dense), summarise_rounds(compressed)
+    per_second = [1e3 * workload.tokens / float(np.median(np.concatenate(times))) for times in (dense, compressed)]
     return WorkloadFigures(
         tokens=workload.tokens,
         past=workload.past,
-        dense=summarise(flat[0]),
-        compressed=summarise(flat[1]),
+        dense=summaries[0],
+        compressed=summaries[1],
         dense_tokens_per_s=per_second[0],
         compressed_tokens_per_s=per_second[1],
-        speedup=paired_ratio(dense, compressed),
+        speedup=paired_ratio(dense, compressed, control=control),
+        control=control,
     )
 
 

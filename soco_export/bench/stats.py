@@ -1,39 +1,45 @@
 """Statistics of timings, purely: percentiles that admit their sample, and ratios of paired rounds.
 
 Wall times on shared machines drift two- to threefold, so two models are only ever compared inside one interleaved
-series, and the uncertainty comes from resampling whole rounds.
+series: each round gives one ratio, from samples that were taken side by side. The uncertainty is that of the rounds'
+ratios as a series in time (bootstrap.py) and, where the dense model was also timed against itself, what that came to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+from soco_export.bench.bootstrap import median_interval, quantile_interval
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Percentiles of `n` samples, in the samples' unit; None where n is too small to hold the percentile."""
+    """Percentiles of `n` samples, in the samples' unit; None where n is too small to hold the percentile.
+
+    `*_interval`: low and high end of the percentile's 95 % interval, None where it was not asked for.
+    """
 
     n: int
     p50: float | None
     p95: float | None
     p99: float | None
+    p50_interval: tuple[float, float] | None = None
+    p95_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians with its bootstrap interval (95 %) over `rounds` paired rounds."""
+    """Median of the ratios of `rounds` paired rounds, with its 95 % interval; `block` rounds are resampled as one."""
 
     value: float
     low: float
     high: float
     rounds: int
+    block: int = 1
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
@@ -51,23 +57,36 @@ def summarise(samples: Sequence[float]) -> Summary:
     return Summary(len(samples), percentile(samples, 0.5), percentile(samples, 0.95), percentile(samples, 0.99))
 
 
-def paired_ratio(dense: Sequence[Sequence[float]], compressed: Sequence[Sequence[float]], seed: int = 0) -> Ratio:
-    """Return median(dense) / median(compressed) of interleaved rounds: above 1, the compressed model is faster.
+def summarise_rounds(rounds: Sequence[Sequence[float]]) -> Summary:
+    """Return the percentiles of all samples of a series, with intervals for the median and for p95."""
+    found = summarise([sample for samples in rounds for sample in samples])
+    return replace(
+        found,
+        p50_interval=None if found.p50 is None else quantile_interval(rounds, 0.5),
+        p95_interval=None if found.p95 is None else quantile_interval(rounds, 0.95),
+    )
 
-    dense[i] and compressed[i] are the samples (> 0) of round i, equally many in every round. Rounds are resampled as
-    pairs, so what slows both models in a round cancels. Raises ValueError unless there are 2 rounds or more.
+
+def paired_ratio(
+    dense: Sequence[Sequence[float]],
+    compressed: Sequence[Sequence[float]],
+    seed: int = 0,
+    control: Ratio | None = None,
+) -> Ratio:
+    """Return how many times faster the compressed model is: the median over rounds of dense / compressed.
+
+    dense[i] and compressed[i] are the samples (> 0) of round i; each round counts with the ratio of its medians, so
+    that what slows both models in a round cancels. `control`: the same of the dense model against itself, truly 1: the
+    farthest that its interval lies from 1 is added to this one, as independent errors are (root of the sum of
+    squares of logarithms). Raises ValueError unless there are 2 rounds or more of both.
     """
-    a, b = np.asarray(dense, dtype=np.float64), np.asarray(compressed, dtype=np.float64)
-    if a.ndim != 2 or a.shape != b.shape or len(a) < 2:
-        raise ValueError(f"need two equal series of ≥ 2 rounds, got shapes {a.shape} and {b.shape}")
-    picks = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
-    ratios = _medians(a[picks]) / _medians(b[picks])
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Ratio(float(np.median(a) / np.median(b)), float(low), float(high), len(a))
-
-
-def _medians(resampled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.asarray(np.median(resampled.reshape(len(resampled), -1), axis=1))
+    if len(dense) < 2 or len(dense) != len(compressed) or np.ndim(dense[0]) != 1:
+        raise ValueError(f"need two equal series of ≥ 2 rounds of samples, got {len(dense)} and {len(compressed)}")
+    ratios = np.log([np.median(one) / np.median(two) for one, two in zip(dense, compressed, strict=True)])
+    value, low, high, block = median_interval(ratios, seed)
+    noise = 0.0 if control is None else max(abs(math.log(control.low)), abs(math.log(control.high)))
+    low, high = value - math.hypot(value - low, noise), value + math.hypot(high - value, noise)
+    return Ratio(math.exp(value), math.exp(low), math.exp(high), len(ratios), block)
 
 
 def render_percentile(value: float | None, n: int, unit: str = "ms") -> str:

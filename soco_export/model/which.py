@@ -78,6 +78,8 @@ def shrink(recipe: Recipe) -> Recipe:
             "validate.provider": "CPUExecutionProvider",
             "validate.parity.prompt": BLOCK,
             "bench.rounds": min(recipe.bench.rounds, 3),
+            "bench.seconds": min(recipe.bench.seconds, 0.2),
+            "bench.cold_starts": min(recipe.bench.cold_starts, 1),
             "gates": {key: getattr(recipe.gates, key) for key in EXPORT_GATES},
         },
         where="--tiny",

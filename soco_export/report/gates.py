@@ -1,6 +1,8 @@
-"""Thresholds → verdicts, purely: measured figures in, yes or no out, nothing rounded before it is compared.
+"""Thresholds → verdicts, purely: measured figures in, judgements out, nothing rounded before it is compared.
 
-A gate whose figure is missing or NaN fails, and says so: a check that could not be made has not been passed.
+A gate whose figure is missing or NaN fails, and says so: a check that could not be made has not been passed. A figure
+with an interval (a speed-up) is judged by the interval: all of it on the right side passes, all of it on the wrong side
+fails, and one that contains the threshold is inconclusive: another run of the same might say either.
 A new gate is one field of `GateSettings` and one line of `GATES`.
 """
 
@@ -26,7 +28,7 @@ class GateSettings(Section):
 
     What an export may lose depends on what it rounds to: those thresholds are one number, or one by precision
     (`{float32: 1e-4, int8: 0.01}`; a precision that is not named is not judged). Speed-ups are dense time /
-    compressed time. Off by default: machines shared by CI jobs are too noisy to judge.
+    compressed time, judged by their intervals, so that noise alone neither fails nor passes them.
     """
 
     max_export_kl: Loss | dict[Precision, Loss] | None = Field(
@@ -60,7 +62,10 @@ class GateSettings(Section):
 
 @dataclass(frozen=True)
 class Gate:
-    """`figures` are dotted names in the results (globs where names vary); the worst of them is judged."""
+    """`figures` are dotted names in the results (globs where names vary); the worst of them is judged.
+
+    One that ends in ".value" and has ".low" and ".high" beside it is judged by that interval.
+    """
 
     key: str
     figures: tuple[str, ...]
@@ -92,9 +97,16 @@ GATES = (
 )
 
 
+State = Literal["passed", "inconclusive", "failed"]
+WORSE: tuple[State, ...] = ("passed", "inconclusive", "failed")
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One gate's judgement. `figure`: what was measured (None: nothing was), under the name `source` in the results."""
+    """One gate's judgement. `figure`: what was measured (None: nothing was), under the name `source` in the results.
+
+    `inconclusive`: neither passed nor failed, for `interval`, the figure's, contains the threshold.
+    """
 
     name: str
     source: str
@@ -102,28 +114,64 @@ class Verdict:
     threshold: float
     passed: bool
     message: str
+    interval: tuple[float, float] | None = None
+    inconclusive: bool = False
+
+    @property
+    def state(self) -> State:
+        """Which of the three judgements it is."""
+        return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    name: str
+    value: float
+    ends: tuple[float, float] | None
 
 
 def judge(figures: Mapping[str, float | None], gates: GateSettings) -> tuple[Verdict, ...]:
-    """Judge every gate that has a threshold, by one precision's numbers (`GateSettings.at`).
-
-    figures: dotted name → number, as `Results.figures()` gives them.
-    """
+    """Judge every gate that has a threshold. `figures`: dotted name → number, as `Results.figures()` gives them."""
     thresholds = gates.model_dump()
     return tuple(_judge(gate, thresholds[gate.key], figures) for gate in GATES if thresholds[gate.key] is not None)
 
 
 def _judge(gate: Gate, threshold: float, figures: Mapping[str, float | None]) -> Verdict:
-    found: list[tuple[str, float]] = []
+    found: list[_Reading] = []
     for pattern in gate.figures:
         matches = [(name, value) for name, value in figures.items() if fnmatchcase(name, pattern)]
         missing = next((name for name, value in matches if value is None), None if matches else pattern)
         if missing is not None:
             return Verdict(gate.key, missing, None, threshold, False, f"{missing} was not measured")
-        found += [(name, value) for name, value in matches if value is not None]
-    source, figure = max(found, key=lambda pair: _badness(pair[1], gate.at_most))
-    passed = figure <= threshold if gate.at_most else figure >= threshold  # False for NaN
-    return Verdict(gate.key, source, figure, threshold, passed, _message(gate, source, figure, threshold, passed))
+        found += [_Reading(name, value, _ends(name, figures)) for name, value in matches if value is not None]
+    states = {reading.name: _state(reading, threshold, gate.at_most) for reading in found}
+    worst = max(found, key=lambda one: (WORSE.index(states[one.name]), _badness(one.value, gate.at_most)))
+    state = states[worst.name]
+    return Verdict(
+        name=gate.key,
+        source=worst.name,
+        figure=worst.value,
+        threshold=threshold,
+        passed=state == "passed",
+        message=_message(gate, worst, threshold, state),
+        interval=worst.ends,
+        inconclusive=state == "inconclusive",
+    )
+
+
+def _ends(name: str, figures: Mapping[str, float | None]) -> tuple[float, float] | None:
+    stem = name.removesuffix(".value")
+    low, high = figures.get(f"{stem}.low"), figures.get(f"{stem}.high")
+    return None if stem == name or low is None or high is None else (low, high)
+
+
+def _state(reading: _Reading, threshold: float, at_most: bool) -> State:
+    """Judge one figure: by the better and the worse end of its interval, which are one number if it has none."""
+    better, worse = sorted(_badness(end, at_most) for end in reading.ends or (reading.value, reading.value))
+    limit = _badness(threshold, at_most)
+    if math.isnan(reading.value) or better > limit:
+        return "failed"
+    return "passed" if worse <= limit else "inconclusive"
 
 
 def _badness(figure: float, at_most: bool) -> float:
@@ -132,11 +180,16 @@ def _badness(figure: float, at_most: bool) -> float:
     return figure if at_most else -figure
 
 
-def _message(gate: Gate, source: str, figure: float, threshold: float, passed: bool) -> str:
+def _message(gate: Gate, reading: _Reading, threshold: float, state: State) -> str:
+    figure, source = reading.value, reading.name
     shown, limit = f"{figure:.6g}", f"{threshold:.6g}"
     if shown == limit and figure != threshold:
         shown, limit = repr(figure), repr(threshold)
-    side = ("at most" if gate.at_most else "at least") if passed else ("above" if gate.at_most else "below")
     if math.isnan(figure):
         return f"{source} is NaN, no number to hold against {limit}"
-    return f"{source} is {shown}, {side} {limit}"
+    if reading.ends:
+        shown += f" ({reading.ends[0]:.4g} … {reading.ends[1]:.4g})"
+    wanted = "at most" if gate.at_most else "at least"
+    if state == "inconclusive":
+        return f"{source} is {shown}, too uncertain to say whether it is {wanted} {limit}"
+    return f"{source} is {shown}, {wanted if state == 'passed' else 'above' if gate.at_most else 'below'} {limit}"

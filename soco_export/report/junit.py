@@ -12,12 +12,13 @@ FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def render_junit(results: Results) -> str:
-    """Return junit.xml; a gate that failed names its figure and its threshold."""
-    failures = sum(not verdict.passed for verdict in results.verdicts)
-    counts = {"tests": str(len(results.verdicts)), "failures": str(failures), "errors": "0"}
+    """Return junit.xml; a gate that failed names its figure and its threshold, an inconclusive one is skipped."""
+    states = [verdict.state for verdict in results.verdicts]
+    counts = {"tests": str(len(states)), "failures": str(states.count("failed")), "errors": "0"}
     root = ElementTree.Element("testsuites", counts)
+    skipped = {"skipped": str(states.count("inconclusive"))}
     suite = ElementTree.SubElement(
-        root, "testsuite", {"name": f"soco-export gates: {_clean(results.model.name)}", **counts}
+        root, "testsuite", {"name": f"soco-export gates: {_clean(results.model.name)}", **counts, **skipped}
     )
     for verdict in results.verdicts:
         _add_case(suite, results.model.name, verdict)
@@ -32,6 +33,8 @@ def _add_case(suite: ElementTree.Element, model: str, verdict: Verdict) -> None:
     detail = f"{verdict.source} = {figure}, threshold {verdict.name} = {verdict.threshold!r}"
     if verdict.passed:
         ElementTree.SubElement(case, "system-out").text = _clean(detail)
+    elif verdict.inconclusive:
+        ElementTree.SubElement(case, "skipped", {"message": _clean(verdict.message)})
     else:
         failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": _clean(verdict.message)})
         failure.text = _clean(detail)

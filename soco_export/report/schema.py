@@ -120,8 +120,13 @@ class Results(Part):
 
     @property
     def passed(self) -> bool:
-        """True if no gate failed (also where none was set)."""
-        return all(verdict.passed for verdict in self.verdicts)
+        """True if no gate failed (also where none was set, or where one could not be decided)."""
+        return not any(verdict.state == "failed" for verdict in self.verdicts)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """What is to be said of the gates whose figures are too uncertain, a line each."""
+        return tuple(f"{verdict.name}: {verdict.message}" for verdict in self.verdicts if verdict.inconclusive)
 
     def figures(self) -> dict[str, float | None]:
         """Return every measured number by dotted name: "parity.export.decode.mean_kl" → 3e-10."""

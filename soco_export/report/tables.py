@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from soco_export.bench.figures import LatencyFigures, MemoryFigures
-from soco_export.bench.stats import Summary, render_percentile
+from soco_export.bench.figures import LatencyFigures, MemoryFigures, WorkloadFigures
+from soco_export.bench.stats import Ratio, Summary, render_percentile
 from soco_export.evaluate.figures import ParityFigures, TaskComparison
+from soco_export.report.gates import WORSE
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
 
 Row = tuple[str, ...]
 NOT_MEASURED = "not measured"
+JUDGED = {"passed": "yes", "inconclusive": "unsure", "failed": "**NO**"}
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,16 @@ class Table:
 
 
 def verdict_line(results: Results) -> str:
-    """Return the answer in a line: "PASSED: 6 of 6 gates", "FAILED: 1 of 6 gates (max_export_kl)"."""
+    """Return the answer in a line: "PASSED: 5 of 6 gates, 1 inconclusive (min_decode_speedup)"."""
     verdicts = results.verdicts
     if not verdicts:
         return "NOT JUDGED: the recipe sets no gate"
-    failed = [verdict.name for verdict in verdicts if not verdict.passed]
-    if failed:
-        return f"FAILED: {len(failed)} of {len(verdicts)} gates ({', '.join(failed)})"
-    return f"PASSED: {len(verdicts)} of {len(verdicts)} gates"
+    named = {state: [verdict.name for verdict in verdicts if verdict.state == state] for state in WORSE}
+    unsure = f", {len(named['inconclusive'])} inconclusive ({', '.join(named['inconclusive'])})"
+    tail = unsure if named["inconclusive"] else ""
+    if named["failed"]:
+        return f"FAILED: {len(named['failed'])} of {len(verdicts)} gates ({', '.join(named['failed'])}){tail}"
+    return f"PASSED: {len(named['passed'])} of {len(verdicts)} gates{tail}"
 
 
 def verdict_sentence(results: Results) -> str:
@@ -68,6 +72,7 @@ def all_tables(results: Results) -> list[Table]:
         _parity(results.parity),
         _tasks(results.tasks),
         _latency(results.latency),
+        _cold_start(results.latency),
         _ceiling(results.latency),
         _memory(results.memory),
         _machine(results),
@@ -117,7 +122,7 @@ def percent(share: float) -> str:
 def _gates(results: Results) -> Table:
     rows = [
         (
-            "yes" if verdict.passed else "**NO**",
+            JUDGED[verdict.state],
             verdict.name,
             NOT_MEASURED if verdict.figure is None else number(verdict.figure),
             number(verdict.threshold),
@@ -207,21 +212,66 @@ def _latency(latency: LatencyFigures | None) -> Table | None:
     if latency is None:
         return None
     rows: list[Row] = []
-    for name, work in latency.workloads.items():
-        speed = work.speedup
-        gain = f"**{speed.value:.3g}×** ({speed.low:.3g}–{speed.high:.3g})"
-        rows.append((name, "dense", *_percentiles(work.dense), number(work.dense_tokens_per_s), ""))
-        rows.append((name, "pruned", *_percentiles(work.compressed), number(work.compressed_tokens_per_s), gain))
+    for work in latency.workloads.values():
+        title = workload_title(work)
+        rows.append((title, "dense", *_percentiles(work.dense), number(work.dense_tokens_per_s), ""))
+        speed = (*_percentiles(work.compressed), number(work.compressed_tokens_per_s), speedup(work.speedup))
+        rows.append((title, "pruned", *speed))
+        if work.control:
+            rows.append((title, "dense against itself (A/A)", "", "", "", "", ratio(work.control)))
     skipped = "".join(f" Skipped {name}: {reason}." for name, reason in latency.skipped.items())
     note = (
-        f"ONNX, {latency.provider}, {latency.threads} threads, {latency.rounds} interleaved rounds; "
-        f"the speed-up is a ratio of medians with its 95 % bootstrap interval.{skipped}"
+        f"ONNX, {latency.provider}, {latency.threads} threads, {latency.rounds} interleaved rounds or more. TTFT: time "
+        "to first token; TPOT: time per output token. The speed-up is the median of the rounds' ratios; in brackets "
+        "95 % intervals, from blocks of rounds, widened by what a second copy of the dense model measures against the "
+        f"first, which is noise. **Bold** is a difference beyond it.{skipped}"
     )
     return Table("Latency", ("workload", "model", "p50", "p95", "p99", "tokens/s", "speed-up"), tuple(rows), note)
 
 
+def workload_title(work: WorkloadFigures) -> str:
+    """Return what a workload times, as the field calls it."""
+    if work.past:
+        return f"TPOT: decode step after {number(work.past)} tokens"
+    return f"TTFT: prefill of {number(work.tokens)} tokens"
+
+
+def ratio(found: Ratio) -> str:
+    """Return a ratio of times with its interval: "1.06× (0.98–1.14)"."""
+    return f"{found.value:.3g}× ({found.low:.3g}–{found.high:.3g})"
+
+
+def speedup(found: Ratio) -> str:
+    """Return a speed-up with its interval, in bold only if that does not contain 1."""
+    value, _, interval = ratio(found).partition(" ")
+    return f"{value} {interval}" if found.low <= 1 <= found.high else f"**{value}** {interval}"
+
+
 def _percentiles(summary: Summary) -> Row:
-    return tuple(render_percentile(value, summary.n) for value in (summary.p50, summary.p95, summary.p99))
+    shown = ((summary.p50, summary.p50_interval), (summary.p95, summary.p95_interval), (summary.p99, None))
+    return tuple(
+        render_percentile(value, summary.n) + (f" ({ends[0]:.4g}–{ends[1]:.4g})" if ends else "")
+        for value, ends in shown
+    )
+
+
+def _cold_start(latency: LatencyFigures | None) -> Table | None:
+    if latency is None:
+        return None
+    names = {"dense": "dense", "compressed": "pruned"}
+    rows = [
+        (
+            names[model],
+            f"{cold.load_ms:.4g} ms",
+            f"{cold.first_token_ms:.4g} ms",
+            f"{cold.load_ms + cold.first_token_ms:.4g} ms",
+            f"{cold.tokens} tokens",
+            str(cold.openings),
+        )
+        for model, cold in latency.cold_start.items()
+    ]
+    note = "Medians; the files were in the system's cache."
+    return Table("Cold start", ("model", "load", "first token", "together", "prompt", "openings"), tuple(rows), note)
 
 
 def _ceiling(latency: LatencyFigures | None) -> Table | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from soco_export.bench.figures import LatencyFigures
-from soco_export.bench.stats import render_percentile
+from soco_export.bench.stats import Ratio, render_percentile
 from soco_export.evaluate.open import is_onnx, open_decoder
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
@@ -19,6 +19,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings, Verdict, judge
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request, table
+from soco_export.run.terminal import verdict_text
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
 
@@ -92,13 +93,12 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     }
     measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity}
     gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
-    verdicts = judge(flatten(measured), _measurable(gates, step))
+    verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.")))
     return _proof_outcome(measured, step, verdicts)
 
 
-def _measurable(gates: GateSettings, step: str) -> GateSettings:
-    """Return the gates on one parity step and on perplexity; the others need a run."""
-    wanted = (f"parity.{step}.", "perplexity.")
+def _measurable(gates: GateSettings, wanted: tuple[str, ...]) -> GateSettings:
+    """Return the gates on figures whose names begin as `wanted`; the others need a run."""
     off = [gate.key for gate in GATES if not all(figure.startswith(wanted) for figure in gate.figures)]
     return gates.model_copy(update={key: None for key in off})
 
@@ -118,15 +118,21 @@ def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdi
     lines = [
         table((step, "mean KL", "same token", "max logit difference"), rows),
         f"perplexity: {values} ({perplexity['ratio']:.4f} ×)",
-        *(f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}" for verdict in verdicts),
     ]
-    failed = any(not verdict.passed for verdict in verdicts)
+    return _judged(measured, lines, verdicts)
+
+
+def _judged(measured: Mapping[str, Any], lines: Sequence[str], verdicts: tuple[Verdict, ...]) -> Outcome:
+    """Return what was measured and found, with the judgements and the exit code they give."""
+    failed = any(verdict.state == "failed" for verdict in verdicts)
     document = {**measured, "verdicts": [asdict(verdict) for verdict in verdicts]}
-    return Outcome(document, "\n".join(lines), ExitCode.GATE if failed else ExitCode.OK)
+    text = "\n".join([*lines, *map(verdict_text, verdicts)])
+    undecided = tuple(f"{verdict.name}: {verdict.message}" for verdict in verdicts if verdict.inconclusive)
+    return Outcome(document, text, ExitCode.GATE if failed else ExitCode.OK, undecided)
 
 
 def bench_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
-    """Time two ONNX folders in turns; the speed-up is reference / candidate."""
+    """Time two ONNX folders in turns and judge the gates on speed; the speed-up is reference / candidate."""
     from soco_export.bench.runner import measure_latency
 
     for folder in (reference, candidate):
@@ -134,14 +140,20 @@ def bench_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
             raise RecipeError(f"{folder} holds no model.onnx", fix="export it first", where=str(folder))
     settings = recipe.validation
     figures = measure_latency(reference, candidate, recipe.bench, settings.provider, settings.threads, notify)
-    return Outcome({"latency": asdict(figures)}, _latency_table(figures))
+    measured = {"latency": asdict(figures)}
+    verdicts = judge(flatten(measured), _measurable(recipe.gates, ("latency.",)))
+    return _judged(measured, _latency_lines(figures), verdicts)
 
 
-def _latency_table(figures: LatencyFigures) -> str:
+def _latency_lines(figures: LatencyFigures) -> list[str]:
     rows = []
     for name, work in figures.workloads.items():
         one, two, ratio = work.dense, work.compressed, work.speedup
         times = (render_percentile(value, n) for value, n in ((one.p50, one.n), (two.p50, two.n), (two.p95, two.n)))
-        rows.append((name, *times, f"{ratio.value:.2f}× ({ratio.low:.2f} … {ratio.high:.2f})"))
-    lines = [table(("", "reference p50", "p50", "p95", "speed-up"), rows)]
-    return "\n".join([*lines, *(f"{name} was skipped: {reason}" for name, reason in figures.skipped.items())])
+        rows.append((name, *times, _ratio(ratio), _ratio(work.control) if work.control else "not timed"))
+    lines = [table(("", "reference p50", "p50", "p95", "speed-up", "reference / itself"), rows)]
+    return [*lines, *(f"{name} was skipped: {reason}" for name, reason in figures.skipped.items())]
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f}× ({ratio.low:.2f} … {ratio.high:.2f})"

@@ -52,11 +52,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verb's result: `document` for programs (--json), `text` for people, `code` for the shell."""
+    """A verb's result: `document` for programs (--json), `text` for people, `code` for the shell.
+
+    `undecided`: gates that could neither be passed nor failed, a line each: warnings, or failures with `--strict`.
+    """
 
     document: Mapping[str, Any]
     text: str
     code: ExitCode = ExitCode.OK
+    undecided: tuple[str, ...] = ()
 
 
 def find_run(run: Path | None, request: Request) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soco_export.files.text import one_line
+from soco_export.report.gates import Verdict
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.tables import verdict_sentence
 from soco_export.run.request import Outcome
@@ -14,13 +15,15 @@ from soco_export.run.stages.report import folder_bytes
 from soco_train.errors import ExitCode
 from soco_train.plan.ranks import RankPlan
 
+SHOWN = {"passed": "ok    ", "inconclusive": "unsure", "failed": "FAILED"}
+
 
 def run_outcome(root: Path) -> Outcome:
     """Return the outcome of the run in `root` from its results.json; a failed gate is exit code 3."""
     results = Results.load(root / RESULTS_FILE)
     document = {"run": str(root), **json.loads(results.model_dump_json())}
     code = ExitCode.OK if results.passed else ExitCode.GATE
-    return Outcome(document, "\n".join(_lines(results, root)), code)
+    return Outcome(document, "\n".join(_lines(results, root)), code, results.undecided)
 
 
 def _lines(results: Results, root: Path) -> Iterator[str]:
@@ -31,11 +34,16 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
     yield from _cost(results)
     yield from (f"note: {one_line(note)}" for note in results.notes)
     for verdict in results.verdicts:
-        yield f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.message}"
+        yield verdict_text(verdict)
     if (root / "spectrum").is_dir():
         spare = folder_bytes(root / "spectrum") / 1e6
         yield f"other sizes, same scores: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
     yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Return a judgement as a line for a terminal."""
+    return f"{SHOWN[verdict.state]} {verdict.name}: {verdict.message}"
 
 
 def _quality(results: Results) -> Iterator[str]:
@@ -53,7 +61,10 @@ def _quality(results: Results) -> Iterator[str]:
 
 def _cost(results: Results) -> Iterator[str]:
     if results.latency:
-        ratios = [f"{name} {work.speedup.value:.2f}×" for name, work in results.latency.workloads.items()]
+        ratios = [
+            f"{name} {work.speedup.value:.2f}× ({work.speedup.low:.2f}–{work.speedup.high:.2f})"
+            for name, work in results.latency.workloads.items()
+        ]
         yield f"speed, dense ONNX / this: {' · '.join(ratios)}"
     sizes = [f"{name} {count / 1e6:,.1f} MB" for name, count in results.sizes.bytes.items()]
     yield f"on disk: {' · '.join(sizes)}"

@@ -1,6 +1,8 @@
+import itertools
 import json
 import shutil
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -18,8 +20,10 @@ from soco_export.bench.runner import (
     measure_memory,
     memory_prompt,
     plan_workloads,
+    prepare,
 )
 from soco_export.bench.settings import BenchSettings
+from soco_export.evaluate.session import OnnxDecoder
 from soco_train.errors import MachineError
 
 
@@ -35,7 +39,7 @@ def test_rounds_are_strictly_interleaved_and_swap_who_goes_first():
     dense, compressed = interleave(
         (lambda: calls.append("d"), lambda: calls.append("c")), rounds=3, warmup=1, samples=2
     )
-    assert "".join(calls) == "ddcc" + "ccdd" + "ddcc" + "ccdd"
+    assert "".join(calls) == "ddcc" + "ccdd" + "ccdd" + "ddcc"
     assert [len(samples) for samples in dense] == [len(samples) for samples in compressed] == [2, 2, 2]
 
 
@@ -49,7 +53,7 @@ def test_workloads_beyond_the_context_are_skipped_with_the_reason():
 
 def test_latency_of_two_folders(tmp_path):
     folders = [folder_with_config(tmp_path, name, seed) for seed, name in enumerate(("dense", "low-rank"))]
-    settings = BenchSettings(rounds=5, warmup=1, prefill=(8, 128), past=16, decode_samples=2, roofline=False)
+    settings = BenchSettings(rounds=5, seconds=0, prefill=(8, 128), past=16, decode_samples=2, roofline=False)
     events = []
     figures = measure_latency(*folders, settings, "CPUExecutionProvider", 1, events.append)
     assert set(figures.workloads) == {"prefill_8", "decode_16"}
@@ -62,6 +66,105 @@ def test_latency_of_two_folders(tmp_path):
     assert prefill.compressed_tokens_per_s == pytest.approx(8e3 / prefill.compressed.p50)
     assert prefill.speedup.low <= prefill.speedup.value <= prefill.speedup.high
     assert [event.step for event in events] == [1, 2]
+
+
+@pytest.fixture
+def slowed(monkeypatch):
+    """Make the passes of sessions of one name slower by a counted sleep, as `slowed(name, seconds)`."""
+    repeatable = OnnxDecoder.repeatable
+
+    def slow(name, seconds):
+        def patched(self, ids):
+            run = repeatable(self, ids)
+            return (lambda: (time.sleep(seconds), run())) if self.name == name else run
+
+        monkeypatch.setattr(OnnxDecoder, "repeatable", patched)
+
+    return slow
+
+
+@pytest.mark.parametrize(("name", "side"), [("dense", 1), ("low-rank", -1)])
+def test_a_session_that_is_made_slower_is_found_so_on_its_side(tmp_path, slowed, name, side):
+    folders = [folder_with_config(tmp_path, folder, 0) for folder in ("dense", "low-rank")]
+    slowed(name, 0.02)
+    settings = BenchSettings(
+        rounds=10, seconds=0, prefill=(8,), past=16, decode_samples=2, roofline=True, cold_starts=0
+    )
+    figures = measure_latency(*folders, settings, "CPUExecutionProvider", 1)
+    for work in figures.workloads.values():
+        slow, fast = (work.dense, work.compressed) if side > 0 else (work.compressed, work.dense)
+        assert fast.p50 + 15 < slow.p50
+        assert (work.speedup.low > 1) if side > 0 else (work.speedup.high < 1)
+        assert work.speedup.value == pytest.approx(work.dense.p50 / work.compressed.p50, rel=0.5)
+        assert (work.dense_tokens_per_s < work.compressed_tokens_per_s) == (side > 0)
+        assert work.dense_tokens_per_s == pytest.approx(1e3 * work.tokens / work.dense.p50)
+        assert work.control.low <= 1 <= work.control.high  # the same folder: slow as the first one, or fast as it
+    decode = figures.workloads["decode_16"]
+    assert figures.roofline["dense"].measured_ms == decode.dense.p50
+    assert figures.roofline["compressed"].measured_ms == decode.compressed.p50
+
+
+class Recorder:
+    """A decoder that remembers how many tokens are in its cache, and how many are timed behind them."""
+
+    past = 0
+    timed = None
+
+    def release(self):
+        self.past = 0
+
+    def prefill(self, ids):
+        self.past = ids.shape[1]
+
+    def repeatable(self, ids):
+        self.timed = (self.past, ids.shape[1])
+
+
+@pytest.mark.parametrize("workload", [Workload(8, 0), Workload(1, 16), Workload(3, 5)])
+def test_a_prefill_is_timed_on_an_empty_cache_and_a_step_behind_its_own(workload):
+    decoder = Recorder()
+    decoder.past = 99  # of the workload before
+    prepare(decoder, workload, np.zeros((1, workload.past + workload.tokens), dtype=np.int64))
+    assert decoder.timed == (workload.past, workload.tokens)
+    assert decoder.past == 0
+
+
+def test_a_series_goes_on_for_its_seconds_and_a_turn_for_its_slice():
+    start = time.perf_counter()
+    first, second = interleave((lambda: time.sleep(0.001), lambda: None), rounds=2, warmup=0, samples=1, seconds=0.2)
+    assert 0.2 <= time.perf_counter() - start < 2
+    assert len(first) == len(second) > 2
+    assert np.median([len(turn) for turn in second]) > np.median([len(turn) for turn in first]) > 1
+
+
+def test_nobody_always_follows_the_same_one():
+    order = []
+    runs = [lambda name=name: order.append(name) for name in "abc"]
+    interleave(runs, rounds=12, warmup=0, samples=1)
+    follows = {a: [y for x, y in itertools.pairwise(order) if x == a] for a in "abc"}
+    assert all({b for b in "abc" if b != a} <= set(after) for a, after in follows.items())
+
+
+def test_cold_starts_are_of_each_model_and_optional(tmp_path):
+    folders = [folder_with_config(tmp_path, name, 0) for name in ("dense", "low-rank")]
+    settings = {"rounds": 2, "seconds": 0, "prefill": (8,), "past": 16, "roofline": False, "control": False}
+    figures = measure_latency(*folders, BenchSettings(**settings, cold_starts=2), "CPUExecutionProvider", 1)
+    assert set(figures.cold_start) == {"dense", "compressed"}
+    for cold in figures.cold_start.values():
+        assert (cold.openings, cold.tokens) == (2, 8)
+        assert 0 < cold.first_token_ms < cold.load_ms < 60_000
+    assert figures.workloads["decode_16"].control is None
+    assert figures.placement["dense"] == figures.placement["compressed"]
+    assert set(figures.placement["dense"]) == {"CPUExecutionProvider"}
+    none = measure_latency(*folders, BenchSettings(**settings, cold_starts=0), "CPUExecutionProvider", 1)
+    assert none.cold_start == {}
+
+
+def test_one_length_of_the_cache_or_several():
+    assert BenchSettings(past=16).past == (16,)
+    assert BenchSettings(past=[16, 2048]).past == (16, 2048)
+    with pytest.raises(ValueError, match="past"):
+        BenchSettings(past=[])
 
 
 def test_a_decode_step_reads_weights_and_cache_but_not_lookup_tables(tmp_path):

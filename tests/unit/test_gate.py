@@ -59,6 +59,35 @@ def test_the_worst_of_several_figures_is_judged():
     assert (verdict.figure, verdict.passed) == (0.9, False)
 
 
+SPEED = "latency.workloads.decode_128.speedup"
+
+
+@given(st.tuples(NUMBERS, NUMBERS, NUMBERS).map(sorted), NUMBERS)
+def test_a_speed_is_judged_by_its_interval_and_not_by_its_value(ends, threshold):
+    low, value, high = ends
+    figures = {f"{SPEED}.low": low, f"{SPEED}.value": value, f"{SPEED}.high": high}
+    (verdict,) = judge(figures, GateSettings(min_decode_speedup=threshold))
+    wanted = "passed" if low >= threshold else "failed" if high < threshold else "inconclusive"
+    assert verdict.state == wanted
+    assert (verdict.passed, verdict.inconclusive) == (wanted == "passed", wanted == "inconclusive")
+    assert (verdict.figure, verdict.interval) == (value, (low, high))
+    assert {"passed": "at least", "failed": "below", "inconclusive": "too uncertain"}[wanted] in verdict.message
+
+
+def test_of_several_speeds_a_failure_counts_before_one_that_is_unsure():
+    speeds = {"prefill_128": (0.5, 0.7, 1.2), "prefill_512": (0.8, 0.85, 0.9), "prefill_900": (1.1, 1.2, 1.3)}
+    figures = {
+        f"latency.workloads.{name}.speedup.{end}": number
+        for name, ends in speeds.items()
+        for end, number in zip(("low", "value", "high"), ends, strict=True)
+    }
+    (verdict,) = judge(figures, GateSettings(min_prefill_speedup=1.0))
+    assert (verdict.state, verdict.figure) == ("failed", 0.85)
+    del figures["latency.workloads.prefill_512.speedup.value"]
+    (verdict,) = judge(figures, GateSettings(min_prefill_speedup=1.0))
+    assert (verdict.state, verdict.figure) == ("inconclusive", 0.7)
+
+
 def test_nan_beside_a_good_figure_is_the_worst():
     for values in ((math.nan, 0.0), (0.0, math.nan)):
         (verdict,) = judge(dict(zip(EXPORT_KL, values, strict=True)), GateSettings(max_export_kl=1.0))
