@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from soco_export.model.find import fetch_folder
 
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.runner import measure_latency
 from soco_export.bench.settings import BenchSettings
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
+from soco_export.model.source import fetch_folder
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.report.gates import GateSettings, judge

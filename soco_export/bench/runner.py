@@ -23,7 +23,7 @@ from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth,
 from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.decoder import IntArray
-from soco_export.evaluate.session import DEVICES, MODEL_FILE, OnnxDecoder
+from soco_export.evaluate.session import DEVICES, MODEL_FILE, OnnxDecoder, Placement
 from soco_train.events import Event, Notify, silent
 
 Run = Callable[[], None]
@@ -82,8 +82,12 @@ def measure_latency(
         skipped=skipped,
         roofline=_rooflines((dense, compressed), figures, provider, threads) if settings.roofline else {},
         cold_start=cold,
-        placement={name: decoders[name].placement.nodes for name in ("dense", "compressed")},
+        placement={name: _plain(decoders[name].placement) for name in ("dense", "compressed")},
     )
+
+
+def _plain(placement: Placement) -> dict[str, dict[str, int]]:
+    return {provider: dict(operators) for provider, operators in placement.nodes.items()}
 
 
 def _cold_starts(
