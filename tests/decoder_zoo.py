@@ -27,6 +27,7 @@ TURNS = ["sliding_attention", "full_attention"]
 WINDOW = {"sliding_window": 7, "layer_types": TURNS}
 GPT = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 96}
 BLOOM = {"vocab_size": 96, "hidden_size": 64, "n_layer": 2}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def _of(model_type: str, *parts: dict[str, Any], **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -95,4 +96,12 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-40b": _of("falcon", BASE, new_decoder_architecture=True, num_kv_heads=2),
     "falcon-11b": _of("falcon", BASE, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
     "falcon-in-turn": _of("falcon", BASE, multi_query=False, parallel_attn=False, bias=True),
+    "mixtral": _of("mixtral", BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+    "qwen2_moe": _of("qwen2_moe", BASE, ROUTED, shared_expert_intermediate_size=40, decoder_sparse_step=2),
+    "qwen3_moe": _of("qwen3_moe", BASE, ROUTED, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]),
+    "olmoe": _of("olmoe", BASE, num_experts=5, num_experts_per_tok=3),
+    "granitemoe": _of("granitemoe", BASE, num_local_experts=4, num_experts_per_tok=2, embedding_multiplier=6.0,
+                      logits_scaling=4.0, residual_multiplier=0.3, attention_multiplier=0.1),
+    "glm4_moe": _of("glm4_moe", BASE, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, head_dim=16,
+                    routed_scaling_factor=1.8, first_k_dense_replace=1, use_qk_norm=True),
 }  # fmt: skip

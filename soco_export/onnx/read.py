@@ -20,6 +20,7 @@ from soco_train.errors import DataError, RecipeError
 # Older checkpoints store buffers that are computed from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 Shapes = dict[str, tuple[int, ...]]
+Renamed = Sequence[tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,30 @@ class Form:
 
     kind: str = "dense"
     rank: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of `shape` lies: `index` of the stored tensor `name`."""
+
+    name: str
+    index: Any
+    shape: tuple[int, ...]
+
+
+def places(name: str, shape: tuple[int, ...], renamed: Renamed) -> dict[str, Place]:
+    """Return what a stored tensor is called here, with its place; a stack of experts has many names."""
+    names = [name]
+    for part, instead in renamed:
+        names = [one.replace(part, new, 1) for one in names for new in (instead if part in one else (part,))]
+    if len(names) == 1 and "{}" not in names[0]:
+        return {names[0]: Place(name, ..., shape)}
+    rows, found = shape[1] // len(names), {}
+    for expert in range(shape[0]):
+        for index, one in enumerate(names):
+            taken = slice(index * rows, (index + 1) * rows)
+            found[one.format(expert)] = Place(name, (expert, taken), (rows, *shape[2:]))
+    return found
 
 
 class WeightSource(Protocol):
@@ -49,10 +74,11 @@ class CheckpointWeights:
     """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`.
 
     `transposed`: dense layers that are stored [inputs, outputs]; they are given out as all others, [outputs, inputs].
-    `renamed`: (beginning of a name in the file, what it is called here).
+    `renamed`: (part of a name in the file, what it is called here). Several names are equal parts of a tensor's rows,
+    and a name with `{}` is one for each entry of a first axis more.
     """
 
-    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Renamed = ()) -> None:
         self.folder = folder
         self._transposed = frozenset(f"{name}.weight" for name in transposed)
         config = read_config(folder)
@@ -62,11 +88,13 @@ class CheckpointWeights:
         self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
         self._stored = open_shards(shard_files(folder))
         check_layer_tensors(self._stored, layers)
-        self._files = {_renamed(name, renamed): (name, stored.file) for name, stored in self._stored.items()}
-        self.shapes: Shapes = {name: self._shape(name) for name in self._files if not name.endswith(DERIVED)}
+        self._places: dict[str, Place] = {}
+        for name, stored in self._stored.items():
+            self._places |= places(name, tuple(stored.shape), renamed)
+        self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self._stored[self._files[name][0]].shape
+        shape = self._places[name].shape
         return shape[::-1] if name in self._transposed else shape
 
     def __contains__(self, name: str) -> bool:
@@ -78,9 +106,10 @@ class CheckpointWeights:
 
     def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
-        stored, file = self._files[name]
+        place = self._places[name]
+        file = self._stored[place.name].file
         try:
-            values = _read_tensor(str(file), stored, name in self._transposed)
+            values = _read_tensor(str(file), place, name in self._transposed)
             finite = _is_finite(values)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
@@ -95,9 +124,9 @@ class FileMatrix:
     The file is mapped anew for each look, so that no more of it counts as this process's memory than what is looked at.
     """
 
-    def __init__(self, file: str, name: str, shape: tuple[int, ...], transposed: bool = False) -> None:
-        self._file, self._name, self._transposed = file, name, transposed
-        self.shape = shape[::-1] if transposed else shape
+    def __init__(self, file: str, place: Place, transposed: bool = False) -> None:
+        self._file, self._place, self._transposed = file, place, transposed
+        self.shape = place.shape[::-1] if transposed else place.shape
 
     @property
     def nbytes(self) -> int:
@@ -111,24 +140,16 @@ class FileMatrix:
     def __getitem__(self, index: Any) -> Array:
         """Return rows, or columns with [:, columns]."""
         with safe_open(self._file, framework="pt") as shard:
-            stored = shard.get_tensor(self._name)
+            stored = shard.get_tensor(self._place.name)[self._place.index]
             found: Array = (stored.T if self._transposed else stored)[index].float().numpy()
         return found
 
 
-def _renamed(name: str, renamed: Sequence[tuple[str, str]]) -> str:
-    for start, instead in renamed:
-        if name.startswith(start):
-            return instead + name.removeprefix(start)
-    return name
-
-
-def _read_tensor(file: str, name: str, transposed: bool) -> Stored:
+def _read_tensor(file: str, place: Place, transposed: bool) -> Stored:
     with safe_open(file, framework="pt") as shard:
-        stored = shard.get_slice(name)
-        if stored.get_dtype() in ("F32", "BF16", "F16", "F64") and len(stored.get_shape()) == 2:
-            return FileMatrix(file, name, tuple(stored.get_shape()), transposed)
-        tensor = shard.get_tensor(name)
+        if shard.get_slice(place.name).get_dtype() in ("F32", "BF16", "F16", "F64") and len(place.shape) == 2:
+            return FileMatrix(file, place, transposed)
+        tensor = shard.get_tensor(place.name)[place.index]
     return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
 
@@ -190,7 +211,7 @@ def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[
     """Return (needed, allowed besides): biases are used wherever they are stored."""
     names = architecture.tensors
     table = (architecture.vocab, architecture.hidden)
-    needed: Shapes = {f"{names.embed}.weight": table, **architecture.norms()}
+    needed: Shapes = {f"{names.embed}.weight": table, **architecture.norms(), **architecture.corrections()}
     if names.positions:
         needed[f"{names.positions}.weight"] = (architecture.context + names.position_offset, architecture.hidden)
     allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}

@@ -112,6 +112,29 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture: each token goes through those `chosen` of `count` MLPs that score highest, weighed by their scores.
+
+    `name`: prefix of an expert, `{}` its number; `each`: one of them; `router`: projection [count, hidden]. Scores are
+    a softmax of the router's output or its sigmoid; `correction` [count] is added for the choice alone. The weights are
+    `normalised` to sum 1, then multiplied by `scale`. `shared`: an MLP that every token goes through, multiplied by the
+    sigmoid of the projection `shared_gate` [1, hidden] where there is one.
+    """
+
+    count: int
+    chosen: int
+    name: str
+    each: Mlp
+    router: str
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    correction: str | None = None
+    shared: Mlp | None = None
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True)
 class Residual:
     """Names of the norms in a layer, where they stand; None: there is none.
 
@@ -146,8 +169,8 @@ class Tensors:
     """Names without `.weight` of what is not inside a layer; `layer`: prefix of those that are, `{}` its number.
 
     `positions`: learned position embedding, read at position + `position_offset`; `embedding_norm` follows it.
-    `transposed`: dense projections inside layers are stored [inputs, outputs]. `stored`: (beginning of a name in the
-    file, what it is called here) where files of another age differ.
+    `transposed`: dense projections inside layers are stored [inputs, outputs]. `stored`: (part of a name in the file,
+    what it is called here) where these differ; several names, or one with a `{}`, stand for a stack taken apart.
     """
 
     embed: str
@@ -158,15 +181,19 @@ class Tensors:
     position_offset: int = 0
     embedding_norm: str | None = None
     transposed: bool = False
-    stored: tuple[tuple[str, str], ...] = ()
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ from one layer to the next. `window`: how many keys a query sees, itself included; None: all."""
+    """What may differ from one layer to the next.
+
+    `window`: how many keys a query sees, itself included; None: all. `mixture`: experts stand in the MLP's place.
+    """
 
     window: int | None = None
     rope: Rope | None = None
+    mixture: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +212,7 @@ class Architecture:
     tensors: Tensors
     each: tuple[Layer, ...]
     scales: Scales = field(default_factory=Scales)
+    experts: Experts | None = None
 
     @property
     def layers(self) -> int:
@@ -193,18 +221,45 @@ class Architecture:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return name → (outputs, inputs) of all projections, layer by layer, the head last."""
-        attention, mlp, hidden = self.attention, self.mlp, self.hidden
+        found: dict[str, tuple[int, int]] = {}
+        for index, layer in enumerate(self.each):
+            inside = self._attention_linears() | (
+                self._expert_linears() if layer.mixture else self._mlp_linears(self.mlp)
+            )
+            found |= {f"{self.tensors.layer.format(index)}.{name}": shape for name, shape in inside.items()}
+        return found | {self.tensors.head: (self.vocab, self.hidden)}
+
+    def _attention_linears(self) -> dict[str, tuple[int, int]]:
+        attention, hidden = self.attention, self.hidden
         sizes = attention.sizes if len(attention.inputs) > 1 else (sum(attention.sizes),)
         inside = {name: (size, hidden) for name, size in zip(attention.inputs, sizes, strict=True)}
-        inside |= {attention.output: (hidden, attention.sizes[0])}
+        return inside | {attention.output: (hidden, attention.sizes[0])}
+
+    def _mlp_linears(self, mlp: Mlp, prefix: str = "") -> dict[str, tuple[int, int]]:
         both = mlp.inner * 2 if mlp.gated and len(mlp.inputs) == 1 else mlp.inner
-        inside |= {name: (both, hidden) for name in mlp.inputs}
-        inside |= {mlp.output: (hidden, mlp.inner)}
-        return self._everywhere(inside) | {self.tensors.head: (self.vocab, hidden)}
+        inside = {f"{prefix}{name}": (both, self.hidden) for name in mlp.inputs}
+        return inside | {f"{prefix}{mlp.output}": (self.hidden, mlp.inner)}
+
+    def _expert_linears(self) -> dict[str, tuple[int, int]]:
+        experts = self.experts
+        assert experts is not None
+        found = {experts.router: (experts.count, self.hidden)}
+        for index in range(experts.count):
+            found |= self._mlp_linears(experts.each, f"{experts.name.format(index)}.")
+        found |= self._mlp_linears(experts.shared) if experts.shared else {}
+        return found | ({experts.shared_gate: (1, self.hidden)} if experts.shared_gate else {})
 
     def transposed(self) -> list[str]:
         """Return the projections that are stored [inputs, outputs]."""
         return [name for name in self.linears() if self.tensors.transposed and name != self.tensors.head]
+
+    def corrections(self) -> dict[str, Shape]:
+        """Return name → shape of what corrects the choice of experts."""
+        experts = self.experts
+        if experts is None or experts.correction is None:
+            return {}
+        mixed = [index for index, layer in enumerate(self.each) if layer.mixture]
+        return {f"{self.tensors.layer.format(index)}.{experts.correction}": (experts.count,) for index in mixed}
 
     def norms(self) -> dict[str, Shape]:
         """Return name → shape of all stored tensors of normalisations."""

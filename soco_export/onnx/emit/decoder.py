@@ -11,6 +11,7 @@ from soco_export.onnx.describe.architecture import Architecture, Layer
 from soco_export.onnx.describe.order import head_order, projection_orders
 from soco_export.onnx.emit.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs, Update
 from soco_export.onnx.emit.embedding import TokenTable
+from soco_export.onnx.emit.experts import emit_experts
 from soco_export.onnx.emit.linear import Linears
 from soco_export.onnx.emit.mlp import emit_mlp
 from soco_export.onnx.emit.norm import Norms
@@ -104,12 +105,18 @@ class DecoderBuilder:
                 hidden, x = self._entered(x, attended, residual.before_mlp, prefix)
             elif residual.before_mlp is not None:
                 hidden = self._normed(x, f"{prefix}.{residual.before_mlp}")
-            update = Update(*emit_mlp(self.linears, self.architecture.mlp, hidden, prefix))
-            update = self._left(update, residual.after_mlp, prefix)
+            update = self._left(self._fed(hidden, prefix, self.architecture.each[index]), residual.after_mlp, prefix)
             if residual.parallel:
                 both = self.graph.op("Add", self.flavour.complete(attended), update.value)
                 update = Update(both, update.bias)
             return x, update, key, value
+
+    def _fed(self, hidden: ir.Value, prefix: str, layer: Layer) -> Update:
+        """Return what the MLP, or the experts in its place, make of `hidden`."""
+        if not layer.mixture:
+            return Update(*emit_mlp(self.linears, self.architecture.mlp, hidden, prefix))
+        assert self.architecture.experts is not None
+        return Update(emit_experts(self.linears, self.architecture.experts, hidden, prefix), None)
 
     # hidden ── projections (── Clip)(── norm) ── rotation (── norm) ── attention
     def _attention(

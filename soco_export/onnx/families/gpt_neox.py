@@ -29,6 +29,6 @@ def gpt_neox(config: Config) -> Architecture:
             embed="gpt_neox.embed_in",
             final_norm="gpt_neox.final_layer_norm",
             layer="gpt_neox.layers.{}",
-            stored=(("embed_out.", "lm_head."),),
+            stored=(("embed_out.", ("lm_head.",)),),
         ),
     )
