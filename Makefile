@@ -7,7 +7,7 @@ MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|s
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat check-servers bench-onnx clean setup setup-optimum
+.PHONY: help demo tour test check test-compat check-servers bench-onnx mutate clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ bench-onnx: setup ## measure the tables of benchmarks/speed again (about three q
 	@$(VENV)/bin/python -m benchmarks.speed --fresh --others $(addprefix --optimum-python ,$(wildcard $(VENV_OPTIMUM)/bin/python))
 	@$(VENV)/bin/python -m benchmarks.speed --fresh --model smollm2 --weights fp32 int4 --pack
 	@$(VENV)/bin/python -m benchmarks.speed --fresh --model smollm2 --weights fp32 --bias
+
+mutate: setup ## plant known faults one by one: does a test notice? (some minutes)
+	@$(VENV)/bin/python tools/mutate
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
