@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from soco_train import method
 from soco_train.data.corpus import fingerprint
 from soco_train.events import Notify, silent
-from soco_train.modules.layers import select_linears
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
-from soco_train.refine.ladder import RefineTask
-from soco_train.refine.ladder import refine as run_ladder
-from soco_train.scores.registry import train_scores
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
-from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
@@ -46,22 +41,11 @@ def learn_scores(
     Linear matches or a name is unknown, DataError for weights or losses that are not finite.
     """
     train, plan = train or TrainSettings(), plan or PlanSettings()
-    linears = select_linears(model, layers or LayerSettings())
-    store = _spectra(workdir)
-    decompose_model(model, linears, tokens, train, store, notify)
-    return train_scores(
-        ScoringTask(
-            model=model,
-            linears=linears,
-            spectra=store,
-            tokens=tokens,
-            train=train,
-            plan=plan,
-            workdir=workdir / "scores",
-            notify=notify,
-            data_fingerprint=_digest([fingerprint(tokens), *(store[name].sigma.tolist() for name in linears)]),
-        )
-    )
+    subject = method.open_subject(model, layers or LayerSettings(), tokens, _spectra(workdir))
+    method.make_spectra(subject, train, notify, afresh=True)
+    found = [fingerprint(tokens), *(subject.spectra[name].sigma.tolist() for name in subject.linears)]
+    named = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return method.learn_scores(subject, train, plan, Session(workdir / "scores", notify, named))
 
 
 def cut_factors(
@@ -79,26 +63,13 @@ def cut_factors(
     The seed that trained the scores orders the batches here too. The layers that `plan` leaves dense are not in the
     result. Raises RecipeError for what distillation cannot do, DataError for a loss that is not finite.
     """
-    linears = {name: model.get_submodule(name) for name in plan.layers}
-    dense = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Linear)}
-    task = RefineTask(
-        model=model,
-        linears=dense,
-        spectra=_spectra(workdir),
-        tokens=tokens,
-        settings=refine or RefineSettings(),
-        workdir=workdir / "factors",
-        notify=notify,
-        seed=int(scores.provenance.get("train", {}).get("seed", 0)),
-        fingerprint=fingerprint(tokens),
-    )
-    provenance = {"keep_params": plan.keep_params, "scores": dict(scores.provenance)}
-    return run_ladder(task, scores, plan, provenance).made()
+    layers = {name: model.get_submodule(name) for name in plan.layers}
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    subject = Subject(model, linears, SpectrumStore(_spectra(workdir)), tokens)
+    seed = int(scores.provenance.get("train", {}).get("seed", 0))
+    session = Session(workdir / "factors", notify, fingerprint(tokens), seed)
+    return method.cut_factors(subject, scores, plan, refine or RefineSettings(), session).made()
 
 
-def _spectra(workdir: Path) -> SpectrumStore:
-    return SpectrumStore(workdir / "spectrum")
-
-
-def _digest(parts: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _spectra(workdir: Path) -> Path:
+    return workdir / "spectrum"

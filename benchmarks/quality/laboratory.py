@@ -33,18 +33,15 @@ from soco_export.files.atomic import write_atomic
 from soco_export.model.load import load_model
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
+from soco_train import method
 from soco_train.data.corpus import Blocks, fingerprint, load_blocks
 from soco_train.events import Notify, silent
-from soco_train.modules.layers import replace_module, select_linears
+from soco_train.modules.layers import replace_module
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, plan_ranks
-from soco_train.refine.ladder import RefineTask, refine
-from soco_train.scores.registry import train_scores
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import DataSettings
-from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
-from soco_train.store.spectra import SpectrumStore
 
 T = TypeVar("T")
 
@@ -108,16 +105,16 @@ class Laboratory:
     def measure(self, cell: Cell) -> CellResult:
         """Do the whole cell; raises what the calls below raise."""
         recipe, clock = cell.recipe, _Clock()
-        linears = select_linears(self.model, recipe.layers)
-        tokens = rotated(self.calibration.tokens, recipe.train.seed, recipe.train.fisher_blocks)
         with clock("spectrum"):
-            spectra = self._spectra(recipe, linears)
+            subject = self._subject(recipe)
+        tokens = rotated(self.calibration.tokens, recipe.train.seed, recipe.train.fisher_blocks)
+        subject = replace(subject, tokens=tokens)
         with clock("scores"):
-            scores = self._scores(recipe, linears, spectra, tokens)
+            scores = self._scores(recipe, subject)
         plan = plan_ranks(scores, recipe.plan)
         with clock("factors"):
-            factors = self._factors(recipe, linears, spectra, scores, tokens)
-        with pruned(self.model, linears, factors):
+            factors = self._factors(recipe, subject, scores, plan)
+        with pruned(self.model, subject.linears, factors):
             with clock("evaluation"):
                 size, perplexity = count_parameters(self.model), self._perplexities(cell.title)
                 answers = self._answers(cell.title)
@@ -146,56 +143,32 @@ class Laboratory:
             code=self._code,
         )
 
-    def _spectra(self, recipe: Recipe, linears: Mapping[str, Any]) -> SpectrumStore:
+    def _subject(self, recipe: Recipe) -> Subject:
+        """Return the model's participating layers with their spectra, made from the text in its own order."""
         train = recipe.train
         key = [recipe.layers.model_dump(mode="json"), train.basis, train.ridge, train.statistics_blocks]
-        store = SpectrumStore(self.work / f"spectrum-{train.basis}-{self._key(key)}")
-        missing = {name: linear for name, linear in linears.items() if name not in store}
-        if missing:
-            decompose_model(self.model, missing, self.calibration.tokens, train, store, self.notify)
-        return store
+        folder = self.work / f"spectrum-{train.basis}-{self._key(key)}"
+        subject = method.open_subject(self.model, recipe.layers, self.calibration.tokens, folder)
+        method.make_spectra(subject, train, self.notify)
+        return subject
 
-    def _scores(
-        self, recipe: Recipe, linears: Mapping[str, Any], spectra: SpectrumStore, tokens: torch.Tensor
-    ) -> Scores:
+    def _scores(self, recipe: Recipe, subject: Subject) -> Scores:
         plan = recipe.plan if recipe.train.keep_params is None else recipe.plan.model_copy(update={"keep_params": None})
         key = self._key([recipe.model_dump(mode="json", include={"train", "layers"}), plan.model_dump()])
         path = self.work / f"scores-{key}.safetensors"
         if not path.exists():
             workspace = self.work / f"training-{key}"
-            task = ScoringTask(
-                model=self.model,
-                linears=linears,
-                spectra=spectra,
-                tokens=tokens,
-                train=recipe.train,
-                plan=recipe.plan,
-                workdir=workspace,
-                notify=self.notify,
-                data_fingerprint=f"{fingerprint(tokens)} {self._weights}",
-            )
-            train_scores(task).save(path)
+            session = Session(workspace, self.notify, f"{fingerprint(subject.tokens)} {self._weights}")
+            method.learn_scores(subject, recipe.train, recipe.plan, session).save(path)
             shutil.rmtree(workspace, ignore_errors=True)
         return Scores.load(path)
 
-    def _factors(
-        self, recipe: Recipe, linears: Mapping[str, Any], spectra: SpectrumStore, scores: Scores, tokens: torch.Tensor
-    ) -> Factors:
+    def _factors(self, recipe: Recipe, subject: Subject, scores: Scores, plan: RankPlan) -> Factors:
         key = self._key(recipe.model_dump(mode="json", include={"train", "refine", "layers"}), recipe.plan.model_dump())
-        workspace = self.work / f"distillation-{key}"
-        task = RefineTask(
-            model=self.model,
-            linears=linears,
-            spectra=spectra,
-            tokens=tokens,
-            settings=recipe.refine,
-            workdir=workspace,
-            notify=self.notify,
-            seed=recipe.train.seed,
-            fingerprint=key,
-            remember_in=self.work / f"teacher-{self._weights[:16]}",
-        )
-        factors = refine(task, scores, plan_ranks(scores, recipe.plan), {}).made()  # here, where the clock runs
+        workspace, teacher = self.work / f"distillation-{key}", self.work / f"teacher-{self._weights[:16]}"
+        session = Session(workspace, self.notify, key, recipe.train.seed, teacher)
+        # made here, where the clock runs
+        factors = method.cut_factors(subject, scores, plan, recipe.refine, session).made()
         shutil.rmtree(workspace, ignore_errors=True)
         return factors
 

@@ -26,15 +26,13 @@ from soco_export.model.load import dense_config
 from soco_export.model.weights import map_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.recipe import Recipe
+from soco_train import method
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
-from soco_train.refine.cut import make_factors, store_as
-from soco_train.scores.task import TrainingTask
-from soco_train.scores.trainer import train_spectrum
-from soco_train.settings import PlanSettings
+from soco_train.settings import PlanSettings, RefineSettings
 from soco_train.spectra.decompose import decompose_model
-from soco_train.store.factors import Factors
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum, SpectrumStore
 
@@ -133,6 +131,7 @@ def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
         update={
             "steps": size.steps + 1,
             "batch_tokens": size.sequences * size.block,
+            "scorer": "soco",
             "start": "ones",
             "checkpoint_every": size.steps + 1,
             "factor_dtype": "bfloat16" if GPU else "float32",
@@ -140,8 +139,8 @@ def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
     )
     tokens = torch.randint(model.config.vocab_size, (size.sequences * (size.steps + 1), size.block))
     clock = _Clock()
-    task = TrainingTask(model, linears, Unit(linears), tokens, settings, _plan(size), work / "train", clock, "scale")
-    train_spectrum(task)
+    subject = Subject(model, linears, Unit(linears), tokens)
+    method.learn_scores(subject, settings, _plan(size), Session(work / "train", clock))
     seconds = [spent for _, spent in clock.of("train")][1:]
     return {
         "step_seconds": seconds,
@@ -163,8 +162,9 @@ def cut(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
     with _timed(seconds, "factors"):
         scores = Scores({name: _scores(linear) for name, linear in linears.items()})
         plan = plan_ranks(scores, _plan(size))
-        factors = store_as(make_factors(Unit(linears), scores, plan, linears), plan.storage)
-        Factors(factors).save(work / "factors.safetensors")
+        subject = Subject(model, linears, Unit(linears), torch.empty(0, 1, dtype=torch.int64))
+        factors = method.cut_factors(subject, scores, plan, RefineSettings(), Session(work))
+        factors.save(work / "factors.safetensors")
     with _timed(seconds, "checkpoint"):
         layers = stored_factors(work / "factors.safetensors")
         apply_factors(model, layers, torch.float16, "meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from soco_export.files.records import record_file
 from soco_export.recipe.recipe import Recipe
@@ -13,6 +13,9 @@ from soco_export.run.manifest import stage_key
 from soco_export.run.names import Format
 from soco_train.data.corpus import Blocks, load_blocks
 from soco_train.events import Notify
+
+if TYPE_CHECKING:
+    from soco_train.modules.subject import Subject
 
 
 class RunContext:
@@ -88,11 +91,11 @@ class RunContext:
             self._tokenizer = load_tokenizer(self.recipe)
         return self._tokenizer
 
-    def linears(self) -> dict[str, Any]:
-        """Return the participating Linears of the dense model by name."""
-        from soco_train.modules.layers import select_linears
+    def subject(self, spectra: Path) -> Subject:
+        """Return the dense model's participating layers with the calibration text; their spectra lie in `spectra`."""
+        from soco_train.method import open_subject
 
-        return dict(select_linears(self.model(), self.recipe.layers))
+        return open_subject(self.model(), self.recipe.layers, self.blocks("calibration").tokens, spectra)
 
     def blocks(self, purpose: Literal["calibration", "evaluation"]) -> Blocks:
         """Return the token blocks for one purpose."""

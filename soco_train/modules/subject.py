@@ -1,13 +1,15 @@
-"""What every step of training works on: the dense model, its layers that take part, and the calibration text."""
+"""What every step of training is given beside its settings: what it works on, and where it works."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from soco_train.events import Notify, silent
 from soco_train.store.spectra import Spectrum
 
 
@@ -19,3 +21,22 @@ class Subject:
     linears: Mapping[str, nn.Linear]
     spectra: Mapping[str, Spectrum]
     tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a step keeps its checkpoints, what names its task, whom it tells, and the seed that orders its batches.
+
+    A checkpoint in `workdir` of another `fingerprint` is not continued. `remember_in`: a folder of this dense model
+    whose distillations share what it predicts; None: each keeps its own.
+    """
+
+    workdir: Path
+    notify: Notify = silent
+    fingerprint: str = ""
+    seed: int = 0
+    remember_in: Path | None = None
+
+    def named(self, fingerprint: str) -> Session:
+        """Return the same session for the task `fingerprint`."""
+        return replace(self, fingerprint=fingerprint)

@@ -16,117 +16,105 @@ the support leaves it, so the adapter costs no parameter at any size, where the 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from soco_train import parallel
-from soco_train.data.batches import batch
-from soco_train.errors import DataError
-from soco_train.events import Event
 from soco_train.learn.divergence import divergence
-from soco_train.learn.optimiser import pack, unpack
+from soco_train.learn.loop import Loop
 from soco_train.learn.recompute import recomputing
 from soco_train.modules.layers import substituted
 from soco_train.modules.masked import ADAPTER_SCALE, MaskedLinear
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.scores.registry import scorer
 from soco_train.scores.size import SoftSize
-from soco_train.scores.task import DTYPES, ScoringTask, TrainingTask, sized, training
+from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.store.scores import LayerScores, Scores
-from soco_train.store.tensorfile import read_tensors, write_tensors
 
-CHECKPOINT = "masks.safetensors"
 PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when the masks must stop
 MASKS_STOP = 0.7  # of all steps
 
 
-def masked_model(task: TrainingTask) -> AbstractContextManager[dict[str, MaskedLinear]]:
-    """Put MaskedLinears in the place of the task's Linears for the duration of the context, all else frozen."""
-    seeds = {name: task.train.seed * 1_000_003 + number for number, name in enumerate(task.linears)}
-    dtype = DTYPES[task.train.factor_dtype]
-    return substituted(
-        task.model, task.linears, lambda name, linear: MaskedLinear(linear, task.spectra[name], dtype, seeds[name])
-    )
+@scorer("acip")
+def acip(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
+    """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
+    seeds = {name: train.seed * 1_000_003 + number for number, name in enumerate(subject.linears)}
+    dtype = getattr(torch, train.factor_dtype)
+    subject.model.eval()
+    with (
+        substituted(
+            subject.model,
+            subject.linears,
+            lambda name, linear: MaskedLinear(linear, subject.spectra[name], dtype, seeds[name]),
+        ) as layers,
+        recomputing(subject.model, train.checkpoint_activations),
+    ):
+        masks = _Masks(subject, train, plan, replace(session, seed=train.seed), layers)
+        masks.run()
+        masks.save()
+        return masks.scores()
 
 
-def train_masks(task: TrainingTask) -> Scores:
-    """Learn masks and adapters; goes on from its checkpoint. Raises DataError if the loss is not finite."""
-    task.model.eval()
-    with masked_model(task) as layers, recomputing(task.model, task.train.checkpoint_activations):
-        return _Run(task, layers).finish()
+class _Masks(Loop):
+    """The state of one training of masks and adapters, and its step."""
 
+    kind: ClassVar[str] = "masks"
+    stage: ClassVar[str] = "train"
+    rate: ClassVar[str] = "train.lr"
 
-class _Run:
-    """The state of one training and its step."""
-
-    def __init__(self, task: TrainingTask, layers: Mapping[str, MaskedLinear]) -> None:
-        self.task, self.layers = task, layers
+    def __init__(
+        self,
+        subject: Subject,
+        train: TrainSettings,
+        plan: PlanSettings,
+        session: Session,
+        layers: Mapping[str, MaskedLinear],
+    ) -> None:
+        self.model, self.train, self.plan, self.layers = subject.model, train, plan, layers
         self.shapes = [(layer.dense.out_features, layer.dense.in_features) for layer in layers.values()]
         self.masks: list[torch.Tensor] = [layer.p for layer in layers.values()]
-        self.device = self.masks[0].device
-        ranks = [p.numel() for p in self.masks]
-        self.size = SoftSize(self.shapes, ranks, task.plan, False, self.device)
-        self.parameters = {f"{name}:{part}": p for name, x in layers.items() for part, p in _trained(x).items()}
-        adapters = [p for name, p in self.parameters.items() if not name.endswith(":p")]
+        parameters = {f"{name}:{part}": p for name, x in layers.items() for part, p in _trained(x).items()}
+        adapters = [p for name, p in parameters.items() if not name.endswith(":p")]
         groups: list[dict[str, Any]] = [
-            {"params": self.masks, "lr": task.train.lr},
-            {"params": adapters, "lr": task.train.lr_deviation},
+            {"params": self.masks, "lr": train.lr},
+            {"params": adapters, "lr": train.lr_deviation},
         ]
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        super().__init__(session, train, subject.tokens, parameters, [optimiser])
+        ranks = [p.numel() for p in self.masks]
+        self.size = SoftSize(self.shapes, ranks, plan, False, self.device)
         self.died = torch.full((sum(ranks),), math.inf, device=self.device)
-        self.step, self.frozen, self.unit = 0, False, math.nan
-        self.started, self.tokens_done = time.monotonic(), 0
-        self._resume()
+        self.frozen, self.unit = False, math.nan
+        self.resume()
         parallel.agree(self.parameters.values())
 
-    def finish(self) -> Scores:
-        """Run the remaining steps and return the scores."""
-        while self.step < self.task.train.steps:
-            self._one_step()
-            if self.step % self.task.train.checkpoint_every == 0:
-                self._save()
-        self._save()
-        return self.scores()
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.train.steps
 
-    def _one_step(self) -> None:
-        train, keep = self.task.train, self.task.plan.keep_params
+    def one_step(self) -> None:
+        """Take a step: cross entropy, pressure; note who died."""
         ratio = float(self.size.whole(self.size((torch.cat(self.masks) > 0).float())))
-        if not self.frozen and (ratio <= keep or self.step >= MASKS_STOP * train.steps):
+        if not self.frozen and (ratio <= self.plan.keep_params or self.step >= MASKS_STOP * self.steps):
             self._freeze()
-        loss = self._backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), train.clip)
+        tokens, weight = self.own_part()
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        # against itself the divergence is nothing: what is left is the cross entropy
+        loss, _ = divergence(logits, logits.detach(), tokens, ce_weight=1.0, chunk=self.train.logit_chunk)
+        value = self.backward(loss, loss, weight)
+        self.clip()
         self._press()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.update()
         self.step += 1
         dead = (torch.cat(self.masks) <= 0) & self.died.isinf()
         self.died = torch.where(dead, float(self.step), self.died)
-        speed = self.tokens_done / max(1e-9, time.monotonic() - self.started)
-        values = {"loss": loss, "hard": ratio, "tokens/s": speed}
-        self.task.notify(Event("train", self.step, train.steps, values))
-
-    def _backward(self) -> float:
-        """Leave the gradients of the cross entropy of the whole batch; return it."""
-        sequences = batch(self.task.tokens, self.task.train.batch_tokens, self.step, self.task.train.seed)
-        self.tokens_done += sequences.numel()
-        own, weight = parallel.share(sequences)
-        tokens = own.to(self.device)
-        logits = self.task.model(input_ids=tokens, use_cache=False).logits
-        # against itself the divergence is nothing: what is left is the cross entropy
-        loss, _ = divergence(logits, logits.detach(), tokens, ce_weight=1.0, chunk=self.task.train.logit_chunk)
-        loss.backward()
-        parallel.combine_gradients(self.parameters.values(), weight)
-        value = float(parallel.combine(loss.detach(), weight))
-        if not math.isfinite(value):
-            raise DataError(
-                f"the loss is {value} at step {self.step}", fix="lower train.lr", where=str(self.task.workdir)
-            )
-        return value
+        self.report({"loss": value, "hard": ratio})
 
     def _press(self) -> None:
         """Add λ_t, the gradient of the l1 term, to every mask that is alive."""
@@ -137,7 +125,7 @@ class _Run:
         if math.isnan(self.unit):
             self.unit = float(torch.cat([_gradient(p) for p in self.masks]).abs().median())
         first, last = PRESSURE
-        progress = self.step / max(1.0, MASKS_STOP * self.task.train.steps)
+        progress = self.step / max(1.0, MASKS_STOP * self.train.steps)
         pressure = self.unit * first * (last / first) ** progress
         for p in self.masks:
             p.grad = _gradient(p) + pressure * (p > 0)
@@ -145,7 +133,7 @@ class _Run:
     def _freeze(self) -> None:
         """Fix the masks at the support that the plan will cut; layers it leaves dense answer as such from now on."""
         scores, self.frozen = self.scores(), True
-        for name, planned in plan_ranks(scores, self.task.plan).layers.items():
+        for name, planned in plan_ranks(scores, self.plan).layers.items():
             layer = self.layers[name]
             layer.left_dense = planned.dense
             support = torch.zeros_like(layer.p, dtype=torch.bool)
@@ -156,40 +144,24 @@ class _Run:
     def scores(self) -> Scores:
         """Read the scores off: survivors by p, above all the dead, who rank the higher the later they died."""
         found = {}
-        died = self.died.clamp(max=float(self.task.train.steps)) / max(1, self.task.train.steps)
+        died = self.died.clamp(max=float(self.train.steps)) / max(1, self.train.steps)
         parts = died.split([p.numel() for p in self.masks])
         for (name, layer), order, shape in zip(self.layers.items(), parts, self.shapes, strict=True):
             p = layer.p.detach()
             correction = ((ADAPTER_SCALE * layer.C.detach()).cpu(), layer.A.detach().cpu())
             importance = torch.where(p > 0, p + 1.0, order.to(p)).cpu()
             found[name] = LayerScores(importance, torch.ones_like(importance), None, shape, correction)
-        return Scores(found, {"scorer": "acip", "steps": self.step, "train": self.task.train.model_dump(mode="json")})
+        return Scores(found, {"scorer": "acip", "steps": self.step, "train": self.train.model_dump(mode="json")})
 
-    def _save(self) -> None:
-        if not parallel.leading():
-            return
-        header = {
-            "kind": "masks",
-            "fingerprint": self.task.fingerprint,
-            "step": self.step,
-            "frozen": self.frozen,
-            "unit": self.unit,
-            "left_dense": [name for name, layer in self.layers.items() if layer.left_dense],
-        }
-        self.task.workdir.mkdir(parents=True, exist_ok=True)
-        tensors = pack(self.parameters, self.optimiser) | {"died": self.died}
-        write_tensors(self.task.workdir / CHECKPOINT, tensors, header)
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return deaths, the unit of pressure, and whether the masks are fixed and to what."""
+        left_dense = [name for name, layer in self.layers.items() if layer.left_dense]
+        return {"died": self.died}, {"frozen": self.frozen, "unit": self.unit, "left_dense": left_dense}
 
-    def _resume(self) -> None:
-        path = self.task.workdir / CHECKPOINT
-        if not path.exists():
-            return
-        tensors, header = read_tensors(path, "masks")
-        if header["fingerprint"] != self.task.fingerprint:
-            return
-        unpack(tensors, self.parameters, self.optimiser)
+    def restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
         self.died = tensors["died"].to(self.device)
-        self.step, self.frozen, self.unit = header["step"], header["frozen"], header["unit"]
+        self.frozen, self.unit = header["frozen"], header["unit"]
         for name, layer in self.layers.items():
             layer.left_dense = name in header["left_dense"]
             layer.p.requires_grad_(not self.frozen)
@@ -201,9 +173,3 @@ def _trained(layer: MaskedLinear) -> dict[str, nn.Parameter]:
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-@scorer("acip")
-def acip(task: ScoringTask) -> Scores:
-    """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
-    return train_masks(training(sized(task), None))

@@ -10,57 +10,58 @@ from collections.abc import Mapping
 
 import torch
 
-from soco_train.events import Event
+from soco_train.events import Event, Notify, silent
 from soco_train.learn.divergence import divergence
 from soco_train.modules.scored import ScoreBank, scored_model
+from soco_train.modules.subject import Session, Subject
 from soco_train.scores.registry import scorer
-from soco_train.scores.task import DTYPES, ScoringTask
+from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 
 @scorer("singular-values")
-def singular_values(task: ScoringTask) -> Scores:
+def singular_values(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Score a component by its energy σ² in the chosen basis."""
-    return untrained(task, energy(task))
+    return untrained(subject, train, energy(subject))
 
 
 @scorer("fisher")
-def fisher(task: ScoringTask) -> Scores:
+def fisher(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Score a component by ½ E[g²], g the gradient of a sequence's cross entropy in its score at s ≡ 1."""
-    return untrained(task, saliency(task))
+    return untrained(subject, train, saliency(subject, train, session.notify))
 
 
-def saliency(task: ScoringTask) -> dict[str, torch.Tensor]:
+def saliency(subject: Subject, train: TrainSettings, notify: Notify = silent) -> dict[str, torch.Tensor]:
     """Return ½ E[g²] by layer, [k] fp32 each, over `fisher_blocks` sequences. Ours.
 
     Gradients are those of the summed next-token cross entropy of one sequence, per token of it.
     """
-    tokens = task.tokens[: task.train.fisher_blocks]
-    task.model.eval()
-    with scored_model(task.model, task.linears, task.spectra, DTYPES[task.train.factor_dtype]) as layers:
+    tokens = subject.tokens[: train.fisher_blocks]
+    subject.model.eval()
+    with scored_model(subject.model, subject.linears, subject.spectra, getattr(torch, train.factor_dtype)) as layers:
         bank = ScoreBank(layers, "relu", deviation=False)
         total = torch.zeros_like(bank.theta.detach())
         for number, sequence in enumerate(tokens, start=1):
             sequence = sequence[None].to(total.device)
             bank.install()
-            logits = task.model(input_ids=sequence, use_cache=False).logits
-            loss, _ = divergence(logits, logits.detach(), sequence, ce_weight=1.0, chunk=task.train.logit_chunk)
+            logits = subject.model(input_ids=sequence, use_cache=False).logits
+            loss, _ = divergence(logits, logits.detach(), sequence, ce_weight=1.0, chunk=train.logit_chunk)
             (gradient,) = torch.autograd.grad(loss, bank.theta)
             total += gradient**2
-            task.notify(Event("fisher", number, len(tokens)))
+            notify(Event("fisher", number, len(tokens)))
         return {name: part.cpu() / (2 * len(tokens)) for name, part in bank.per_layer(total).items()}
 
 
-def energy(task: ScoringTask) -> dict[str, torch.Tensor]:
+def energy(subject: Subject) -> dict[str, torch.Tensor]:
     """Return σ² by layer, [k] fp32 each.
 
     In the two-sided basis that is, up to a factor, the second-order cost of removing a component, E[δᵀ p bᵀ x]² with
     inputs and output gradients taken as independent: a saliency without another backward pass.
     """
-    return {name: task.spectra[name].sigma.float() ** 2 for name in task.linears}
+    return {name: subject.spectra[name].sigma.float() ** 2 for name in subject.linears}
 
 
-def untrained(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> Scores:
+def untrained(subject: Subject, train: TrainSettings, importance: Mapping[str, torch.Tensor]) -> Scores:
     """Return scores with these importances, [k] by layer, every scale 1 and no deviation."""
     layers = {
         name: LayerScores(
@@ -69,6 +70,6 @@ def untrained(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> Scor
             None,
             (linear.out_features, linear.in_features),
         )
-        for name, linear in task.linears.items()
+        for name, linear in subject.linears.items()
     }
-    return Scores(layers, {"scorer": task.train.scorer, "train": task.train.model_dump(mode="json")})
+    return Scores(layers, {"scorer": train.scorer, "train": train.model_dump(mode="json")})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
+from soco_train.events import Notify
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
 from soco_train.scores.closed_form import energy, saliency, untrained
 from soco_train.scores.registry import scorer
-from soco_train.scores.task import ScoringTask, sized, training
 from soco_train.scores.trainer import train_spectrum
-from soco_train.settings import TrainSettings
+from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import Spectrum
 
@@ -20,11 +21,11 @@ SHARPNESS = 2.0
 
 
 @scorer("soco")
-def soco(task: ScoringTask) -> Scores:
+def soco(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
-    task = sized(task)
-    start = None if task.train.start == "ones" else wiener_start(task, START_SALIENCIES[task.train.start](task))
-    return attributed(train_spectrum(training(task, start)), task.spectra, task.train)
+    found = STARTS[train.start](subject, train, session.notify)
+    start = None if found is None else wiener_start(subject, train, plan, found)
+    return attributed(train_spectrum(subject, train, plan, session, start), subject.spectra, train)
 
 
 def attributed(scores: Scores, spectra: Mapping[str, Spectrum], train: TrainSettings) -> Scores:
@@ -45,22 +46,28 @@ def attributed(scores: Scores, spectra: Mapping[str, Spectrum], train: TrainSett
     return Scores(layers, scores.provenance)
 
 
-START_SALIENCIES = {"fisher": saliency, "spectrum": energy}
+Start = Callable[[Subject, TrainSettings, Notify], Mapping[str, torch.Tensor] | None]
+STARTS: dict[str, Start] = {
+    "ones": lambda subject, train, notify: None,
+    "fisher": saliency,
+    "spectrum": lambda subject, train, notify: energy(subject),
+}
 
 
-def wiener_start(task: ScoringTask, importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def wiener_start(
+    subject: Subject, train: TrainSettings, plan: PlanSettings, importance: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return s₀ = f² / (f² + c²) by layer: f the saliency, c the saliency at which the budget would cut that layer.
 
     Ours: replaces most of phase 1. At f = c a component starts undecided (s = ½), far above near 1, far below near 0,
     in the order of saliency. A layer that the budget leaves dense starts at s ≡ 1.
     """
-    settings = task.plan
-    if settings.allocation != "uniform":  # equal shares are not the saliency's to give out
-        settings = settings.model_copy(update={"allocation": "lagrangian"})
-    plan = plan_ranks(untrained(task, importance), settings)
+    if plan.allocation != "uniform":  # equal shares are not the saliency's to give out
+        plan = plan.model_copy(update={"allocation": "lagrangian"})
+    ranks = plan_ranks(untrained(subject, train, importance), plan)
     start = {}
     for name, values in importance.items():
-        layer = plan.layers[name]
+        layer = ranks.layers[name]
         if layer.dense:
             start[name] = torch.ones_like(values)
             continue

@@ -18,9 +18,9 @@ from soco_export.onnx.families import FAMILIES, describe, exaone
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.runtimes import registry as layouts
+from soco_train.modules.subject import Session, Subject
 from soco_train.scores import closed_form
 from soco_train.scores.registry import SCORERS, train_scores
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.spectra import bases
 from soco_train.spectra.decompose import decompose
@@ -60,16 +60,10 @@ def test_the_basis_decomposes_exactly() -> None:
 def test_the_scorer_scores(tmp_path: Path) -> None:
     define("@scorer", closed_form)
     linear = nn.Linear(5, 7)
-    task = ScoringTask(
-        model=linear,
-        linears={"layer": linear},
-        spectra={"layer": decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)},
-        tokens=torch.zeros(1, 8, dtype=torch.int64),
-        train=TrainSettings(scorer="energy-per-parameter"),
-        plan=PlanSettings(),
-        workdir=tmp_path,
-    )
-    importance = train_scores(task).layers["layer"].importance
+    spectra = {"layer": decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)}
+    subject = Subject(linear, {"layer": linear}, spectra, torch.zeros(1, 8, dtype=torch.int64))
+    train = TrainSettings(scorer="energy-per-parameter")
+    importance = train_scores(subject, train, PlanSettings(), Session(tmp_path)).layers["layer"].importance
     torch.testing.assert_close(importance, torch.linalg.svdvals(linear.weight.detach()) ** 2 / 12)
 
 

@@ -9,7 +9,8 @@ import torch
 from soco_train.events import Event
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
-from soco_train.refine.distill import DistillTask, distill
+from soco_train.modules.subject import Session, Subject
+from soco_train.refine.distill import distill
 from soco_train.settings import DistillSettings, LayerSettings
 from tests.e2e.tiny_models import make_model, random_layer
 
@@ -48,4 +49,5 @@ def small_distillation(
 
     settings = DistillSettings.model_validate(SETTINGS | changes)
     tokens = torch.randint(model.config.vocab_size, (14, 16))
-    return distill(DistillTask(model, linears, tokens, settings, workdir, tell, fingerprint="task"), factors), steps
+    subject = Subject(model, linears, {}, tokens)
+    return distill(subject, factors, settings, Session(workdir, tell, fingerprint="task")), steps

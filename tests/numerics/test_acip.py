@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
 from soco_train.modules.masked import ADAPTER_SCALE, MaskedLinear
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.cut import make_factors
 from soco_train.scores.acip import MASKS_STOP
 from soco_train.scores.registry import train_scores
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import LayerSettings, PlanSettings, TrainSettings
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import LayerStatistics
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum, SpectrumStore
+from tests.work import Work
 
 STEPS = 20
 TRAIN = TrainSettings(
@@ -64,21 +66,21 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
 
 
-def task(model: LlamaForCausalLM, folder: Path, keep: float = 0.5) -> tuple[ScoringTask, list[Event]]:
+def task(model: LlamaForCausalLM, folder: Path, keep: float = 0.5) -> tuple[Work, list[Event]]:
     linears = select_linears(model, LayerSettings())
     store = SpectrumStore(folder / "spectrum")
     decompose_layers(linears, dict.fromkeys(linears, LayerStatistics()), "plain", 0.0, store)
     tokens = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(9))
     events: list[Event] = []
     plan = PlanSettings(keep_params=keep)
-    return ScoringTask(model, linears, store, tokens, TRAIN, plan, folder / "work", events.append), events
+    return Work(Subject(model, linears, store, tokens), TRAIN, plan, Session(folder / "work", events.append)), events
 
 
 def test_masks_die_under_pressure_until_the_budget_is_met_then_adapters_go_on(model, tmp_path: Path) -> None:
     work, events = task(model, tmp_path)
-    before = model(input_ids=work.tokens[:1]).logits
-    scores = train_scores(work)
-    assert torch.equal(model(input_ids=work.tokens[:1]).logits, before), "the model is left as it was"
+    before = model(input_ids=work.subject.tokens[:1]).logits
+    scores = train_scores(*work)
+    assert torch.equal(model(input_ids=work.subject.tokens[:1]).logits, before), "the model is left as it was"
     sizes = [event.values["hard"] for event in events]
     assert sizes[0] == 1.0
     assert sizes[-1] <= 0.5
@@ -92,17 +94,17 @@ def test_masks_die_under_pressure_until_the_budget_is_met_then_adapters_go_on(mo
 
 def test_the_cut_is_the_support_and_the_adapter_in_it_and_costs_nothing(model, tmp_path: Path) -> None:
     work, _ = task(model, tmp_path)
-    train_scores(work).save(tmp_path / "scores.safetensors")
+    train_scores(*work).save(tmp_path / "scores.safetensors")
     scores = Scores.load(tmp_path / "scores.safetensors")
     plan = plan_ranks(scores, work.plan)
     assert plan.ratio <= 0.5
-    factors = make_factors(work.spectra, scores, plan, work.linears)
+    factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
     assert factors
     for name, layer in plan.layers.items():
         alive = scores.layers[name].importance > 1
         assert int(alive.sum()) == layer.rank, "the masks stopped at what is cut; whoever died ranks below"
     for name, layer in factors.items():
-        parts, own = work.spectra[name], scores.layers[name]
+        parts, own = work.subject.spectra[name], scores.layers[name]
         left, right = own.correction
         inner = parts.B.double() + left.double() @ right.double()
         alive = own.importance.topk(plan.layers[name].rank).indices
@@ -117,8 +119,8 @@ def test_recomputed_activations_learn_the_same_masks(model, tmp_path: Path) -> N
         work, _ = task(model, tmp_path / str(enabled))
         recomputing: list[bool] = []
         train = TRAIN.model_copy(update={"steps": 6, "checkpoint_activations": enabled})
-        changes = {"train": train, "notify": lambda _, seen=recomputing: seen.append(model.is_gradient_checkpointing)}
-        found.append(train_scores(ScoringTask(**{**vars(work), **changes})))
+        session = replace(work.session, notify=lambda _, seen=recomputing: seen.append(model.is_gradient_checkpointing))
+        found.append(train_scores(work.subject, train, work.plan, session))
         assert recomputing == [enabled] * 6
     plain, lean = found
     for name, layer in plain.layers.items():
@@ -137,11 +139,11 @@ def test_a_killed_run_continues_to_the_same_bits(model, tmp_path: Path) -> None:
 
     whole, _ = task(model, tmp_path / "whole")
     broken, _ = task(model, tmp_path / "broken")
-    expected = train_scores(whole)
+    expected = train_scores(*whole)
     with pytest.raises(Killed):
-        train_scores(ScoringTask(**{**vars(broken), "notify": kill}))
+        train_scores(*broken._replace(session=replace(broken.session, notify=kill)))
     resumed, events = task(model, tmp_path / "broken")
-    found = train_scores(resumed)
+    found = train_scores(*resumed)
     assert [event.step for event in events] == list(range(13, STEPS + 1))
     for name, layer in expected.layers.items():
         assert torch.equal(layer.importance, found.layers[name].importance)

@@ -15,15 +15,14 @@ from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.modules.factored import factored
 from soco_train.modules.layers import parked, select_linears
-from soco_train.modules.subject import Subject
+from soco_train.modules.subject import Session, Subject
 from soco_train.numbers.rounding import rounded
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.compensate import SKIPPED, compensate, compensated, score_fisher
 from soco_train.refine.cut import make_factors
-from soco_train.refine.distill import DistillTask, distill
+from soco_train.refine.distill import distill
 from soco_train.refine.refit import Moments, refit, solve
 from soco_train.scores.registry import train_scores
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import (
     CompensateSettings,
     DistillSettings,
@@ -75,8 +74,7 @@ def subject(model, tokens, tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="module")
 def cut(subject: Subject, tmp_path_factory: pytest.TempPathFactory):
     work = tmp_path_factory.mktemp("work")
-    task = ScoringTask(subject.model, subject.linears, subject.spectra, subject.tokens, TRAIN, PLAN, work)
-    scores = train_scores(task)
+    scores = train_scores(subject, TRAIN, PLAN, Session(work))
     plan = plan_ranks(scores, PLAN)
     return scores, plan, make_factors(subject.spectra, scores, plan, subject.linears)
 
@@ -175,8 +173,7 @@ def test_trained_scores_are_not_compensated_again_and_the_reason_is_told(subject
 
 def test_the_scores_of_a_training_are_not_compensated(subject, tmp_path: Path) -> None:
     train = TrainSettings(scorer="soco", steps=4, batch_tokens=64, lr=0.1)
-    task = ScoringTask(subject.model, subject.linears, subject.spectra, subject.tokens, train, PLAN, tmp_path)
-    scores = train_scores(task)
+    scores = train_scores(subject, train, PLAN, Session(tmp_path))
     events: list[Event] = []
     assert compensate(subject, scores, plan_ranks(scores, PLAN), CompensateSettings(blocks=4), events.append) is scores
     assert events
@@ -248,8 +245,7 @@ def test_refit_brings_other_families_closer_to_their_dense_layers(family: str, t
     store = SpectrumStore(tmp_path / "spectrum")
     plain = TRAIN.model_copy(update={"basis": "plain"})
     decompose_model(model, linears, tokens, plain, store, silent)
-    task = ScoringTask(model, linears, store, tokens, plain, PLAN, tmp_path / "work")
-    scores = train_scores(task)
+    scores = train_scores(Subject(model, linears, store, tokens), plain, PLAN, Session(tmp_path / "work"))
     factors = make_factors(store, scores, plan_ranks(scores, PLAN), linears)
 
     def error(factors) -> float:
@@ -261,19 +257,10 @@ def test_refit_brings_other_families_closer_to_their_dense_layers(family: str, t
     assert error(refit(model, linears, factors, tokens, RefitSettings(blocks=16))) < error(factors)
 
 
-def distillation(subject: Subject, folder: Path, **settings) -> tuple[DistillTask, list[Event]]:
+def distillation(subject: Subject, folder: Path, **settings) -> tuple[tuple[DistillSettings, Session], list[Event]]:
     events: list[Event] = []
     defaults = {"steps": 30, "batch_tokens": 64, "lr": 3e-3, "held_out_blocks": 4, "evaluate_every": 5, "patience": 2}
-    task = DistillTask(
-        subject.model,
-        subject.linears,
-        subject.tokens,
-        DistillSettings(**defaults | settings),
-        folder,
-        events.append,
-        fingerprint="task",
-    )
-    return task, events
+    return (DistillSettings(**defaults | settings), Session(folder, events.append, "task")), events
 
 
 def held_out(events: list[Event]) -> list[float]:
@@ -282,7 +269,7 @@ def held_out(events: list[Event]) -> list[float]:
 
 def test_distillation_ends_when_the_held_out_loss_does_and_returns_the_best(subject, cut, tmp_path: Path) -> None:
     task, events = distillation(subject, tmp_path, lr=3.0)  # nothing but harm
-    found = distill(task, cut[2])
+    found = distill(subject, cut[2], *task)
     losses = held_out(events)
     assert len(losses) == 3
     assert min(losses) == losses[0]
@@ -297,7 +284,7 @@ def test_distillation_ends_when_the_held_out_loss_does_and_returns_the_best(subj
 def test_an_interrupted_distillation_remembers_its_best(subject, cut, optimiser: str, tmp_path: Path) -> None:
     settings = {"checkpoint_every": 4, "lr": 2e-2, "patience": 9, "optimiser": optimiser}
     whole, events = distillation(subject, tmp_path / "whole", **settings)
-    expected = distill(whole, cut[2])
+    expected = distill(subject, cut[2], *whole)
     part, _ = distillation(subject, tmp_path / "part", **settings)
 
     def interrupt(event: Event) -> None:
@@ -305,8 +292,8 @@ def test_an_interrupted_distillation_remembers_its_best(subject, cut, optimiser:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(DistillTask(**{**vars(part), "notify": interrupt}), cut[2])
-    found = distill(part, cut[2])
+        distill(subject, cut[2], part[0], replace(part[1], notify=interrupt))
+    found = distill(subject, cut[2], *part)
     losses = held_out(events)
     assert min(losses) < losses[0]
     for name, layer in found.items():
@@ -315,16 +302,16 @@ def test_an_interrupted_distillation_remembers_its_best(subject, cut, optimiser:
 
 def test_holding_everything_out_is_refused(subject, cut, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none is left"):
-        distill(distillation(subject, tmp_path, held_out_blocks=24)[0], cut[2])
+        distill(subject, cut[2], *distillation(subject, tmp_path, held_out_blocks=24)[0])
 
 
 def test_distilling_from_remembered_predictions_is_distilling_from_the_model(subject, cut, tmp_path: Path) -> None:
     settings = {"steps": 4, "evaluate_every": 2, "lr": 1e-3}
-    expected = distill(distillation(subject, tmp_path / "afresh", **settings)[0], cut[2])
+    expected = distill(subject, cut[2], *distillation(subject, tmp_path / "afresh", **settings)[0])
     remembering, events = distillation(subject, tmp_path / "kept", **settings, teacher_top=64)
-    shared = DistillTask(**{**vars(remembering), "remember_in": tmp_path / "shared"})
+    shared = (remembering[0], replace(remembering[1], remember_in=tmp_path / "shared"))
     for task in (remembering, shared, shared):
-        found = distill(task, cut[2])
+        found = distill(subject, cut[2], *task)
         for name, layer in expected.items():
             assert torch.allclose(found[name].up, layer.up, atol=1e-5)
             assert torch.allclose(found[name].down, layer.down, atol=1e-5)
@@ -341,13 +328,13 @@ def test_once_its_predictions_are_remembered_the_dense_model_is_not_asked(
     for linear in subject.linears.values():
         answer = linear.forward
         monkeypatch.setattr(linear, "forward", lambda x, answer=answer: asked.append(len(events)) or answer(x))
-    distill(task, cut[2])
+    distill(subject, cut[2], *task)
     parts = [event for event in events if event.stage == "teacher"]
     assert [event.step for event in parts] == [1, 2, 3, 4, 5], "what is held out, and four batches"
     assert len(asked) > 0
     assert max(asked) < 5, "each answer is older than the last of those events"
     asked.clear()
-    distill(task, cut[2])
+    distill(subject, cut[2], *task)
     assert not asked, "and it is not asked again"
 
 
@@ -355,7 +342,7 @@ def test_factors_are_trained_beside_all_that_will_be_rounded(subject, cut, tmp_p
     rounding = RoundingSettings(weights="int4", block=16, keep=("*.o_proj",))
     settings = {"evaluate_every": 10, "lr": 3e-3, "patience": 9, "rounding": rounding}
     task, events = distillation(subject, tmp_path, **settings)
-    found = distill(task, {name: layer for name, layer in cut[2].items() if not name.endswith(".v_proj")})
+    found = distill(subject, {name: layer for name, layer in cut[2].items() if not name.endswith(".v_proj")}, *task)
 
     stored = copy.deepcopy(subject.model)
     for name, linear in subject.linears.items():

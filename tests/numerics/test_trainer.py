@@ -12,18 +12,19 @@ from soco_train.events import Event
 from soco_train.learn.divergence import divergence
 from soco_train.modules.factored import factored
 from soco_train.modules.layers import select_linears
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.refine.cut import make_factors
-from soco_train.refine.distill import DistillTask, distill
+from soco_train.refine.distill import distill
 from soco_train.scores.closed_form import saliency
 from soco_train.scores.registry import train_scores
 from soco_train.scores.soco import attributed, wiener_start
-from soco_train.scores.task import ScoringTask
 from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import collect_statistics
 from soco_train.store.spectra import SpectrumStore
+from tests.work import Work
 
 STEPS = 30
 TRAIN = TrainSettings(steps=STEPS, batch_tokens=64, lr=0.05, checkpoint_every=7, fisher_blocks=6)
@@ -57,20 +58,20 @@ def task(
     train: TrainSettings = TRAIN,
     keep: float = 0.6,
     allocation: Allocation = "global",
-) -> tuple[ScoringTask, list[Event]]:
+) -> tuple[Work, list[Event]]:
     linears = select_linears(model, LayerSettings())
     store = SpectrumStore(folder / "spectrum")
     statistics = collect_statistics(model, linears, tokens, find_basis(train.basis).needs)
     decompose_layers(linears, statistics, train.basis, train.ridge, store)
     events: list[Event] = []
     plan = PlanSettings(keep_params=keep, storage="pivoted", allocation=allocation)
-    return ScoringTask(model, linears, store, tokens, train, plan, folder / "work", events.append), events
+    return Work(Subject(model, linears, store, tokens), train, plan, Session(folder / "work", events.append)), events
 
 
 @pytest.mark.parametrize("start", ["ones", "fisher"])
 def test_the_size_reaches_the_budget_and_the_last_support_is_exact(model, tokens, tmp_path: Path, start: str) -> None:
     work, events = task(model, tokens, tmp_path, TRAIN.model_copy(update={"start": start}))
-    scores = train_scores(work)
+    scores = train_scores(*work)
     trained = [event for event in events if event.stage == "train"]
     assert [event.step for event in trained] == list(range(1, STEPS + 1))
     assert [event.values["phase"] for event in trained] == sorted(event.values["phase"] for event in trained)
@@ -82,7 +83,7 @@ def test_with_uniform_ranks_every_layer_meets_the_size_by_itself(model, tokens, 
     """Before the cut: the scores above τ are about as many as will be cut, in each layer."""
     train = TRAIN.model_copy(update={"steps": 60, "schedule": PhaseSettings(freeze=0)})
     work, events = task(model, tokens, tmp_path, train, allocation="uniform")
-    scores = train_scores(work)
+    scores = train_scores(*work)
     for name, layer in plan_ranks(scores, work.plan).layers.items():
         alive = int((scores.layers[name].scale > train.threshold).sum())
         assert abs(alive - layer.rank) <= 0.15 * min(layer.shape), name
@@ -91,9 +92,9 @@ def test_with_uniform_ranks_every_layer_meets_the_size_by_itself(model, tokens, 
 
 def test_a_warm_start_with_uniform_ranks_begins_at_the_size_of_every_layer(model, tokens, tmp_path: Path) -> None:
     work, _ = task(model, tokens, tmp_path, allocation="uniform")
-    found = saliency(work)
-    start = wiener_start(work, found)
-    plan = plan_ranks(train_scores(replace(work, train=TRAIN.model_copy(update={"scorer": "fisher"}))), work.plan)
+    found = saliency(work.subject, work.train)
+    start = wiener_start(work.subject, work.train, work.plan, found)
+    plan = plan_ranks(train_scores(*work._replace(train=TRAIN.model_copy(update={"scorer": "fisher"}))), work.plan)
     for name, layer in plan.layers.items():
         assert int((start[name] > 0.5).sum()) == layer.rank, name
 
@@ -101,7 +102,7 @@ def test_a_warm_start_with_uniform_ranks_begins_at_the_size_of_every_layer(model
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path, allocation: Allocation) -> None:
     whole, _ = task(model, tokens, tmp_path / "whole", allocation=allocation)
-    expected = train_scores(whole)
+    expected = train_scores(*whole)
 
     class Killed(Exception):
         pass
@@ -111,11 +112,11 @@ def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path, 
             raise Killed
 
     broken, _ = task(model, tokens, tmp_path / "broken", allocation=allocation)
-    broken = ScoringTask(**{**vars(broken), "notify": kill})
+    broken = broken._replace(session=replace(broken.session, notify=kill))
     with pytest.raises(Killed):
-        train_scores(broken)
+        train_scores(*broken)
     resumed, events = task(model, tokens, tmp_path / "broken", allocation=allocation)
-    found = train_scores(resumed)
+    found = train_scores(*resumed)
     assert [event.step for event in events if event.stage == "train"] == [29, 30]
     for name, layer in expected.layers.items():
         assert torch.equal(layer.importance, found.layers[name].importance)
@@ -126,22 +127,22 @@ def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path, 
 def test_a_size_that_cuts_nothing_trains_to_the_end(model, tokens, tmp_path: Path) -> None:
     train = TRAIN.model_copy(update={"steps": 6, "start": "ones", "deviation": False})
     work, events = task(model, tokens, tmp_path, train, keep=1.0)
-    train_scores(work)
+    train_scores(*work)
     assert events[-1].step == 6
 
 
 def test_another_task_does_not_continue_the_checkpoint(model, tokens, tmp_path: Path) -> None:
     first, _ = task(model, tokens, tmp_path)
-    train_scores(first)
+    train_scores(*first)
     other, events = task(model, tokens, tmp_path, keep=0.5)
-    train_scores(other)
+    train_scores(*other)
     assert len([event for event in events if event.stage == "train"]) == STEPS
 
 
 def test_training_leaves_the_model_as_it_was(model, tokens, tmp_path: Path) -> None:
     before = model(input_ids=tokens[:1]).logits
     work, _ = task(model, tokens, tmp_path)
-    train_scores(work)
+    train_scores(*work)
     assert torch.equal(model(input_ids=tokens[:1]).logits, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -150,8 +151,8 @@ def test_saliency_is_the_mean_square_of_the_score_gradient(model, tokens, tmp_pa
     """Against central differences of the loss in one component's score."""
     work, _ = task(model, tokens, tmp_path)
     name, at, step = "model.layers.1.mlp.down_proj", 2, 1e-2
-    found = saliency(work)[name][at]
-    spectrum, linear = work.spectra[name], work.linears[name]
+    found = saliency(work.subject, work.train)[name][at]
+    spectrum, linear = work.subject.spectra[name], work.subject.linears[name]
     component = torch.outer(spectrum.P[:, at], spectrum.B[at])
     weight = linear.weight.detach().clone()
     slopes = []
@@ -171,7 +172,7 @@ def test_phases_and_early_stopping(model, tokens, tmp_path: Path) -> None:
     work, events = task(
         model, tokens, tmp_path, TRAIN.model_copy(update={"schedule": schedule, "steps": 100, "start": "fisher"})
     )
-    train_scores(work)
+    train_scores(*work)
     trained = [event for event in events if event.stage == "train"]
     assert {event.values["phase"] for event in trained} == {1, 3}
     assert len(trained) < 100, "phase 1 ends after 20 quiet steps"
@@ -185,7 +186,7 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(model, tokens, tmp_path: Pat
         norm[0] = float("nan")
     try:
         with pytest.raises(DataError, match="loss is nan at step 0"):
-            train_scores(work)
+            train_scores(*work)
     finally:
         with torch.no_grad():
             norm[0] = value
@@ -193,12 +194,11 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(model, tokens, tmp_path: Pat
 
 def test_distillation_brings_the_factors_closer_and_resumes(model, tokens, tmp_path: Path) -> None:
     work, _ = task(model, tokens, tmp_path, TRAIN.model_copy(update={"scorer": "fisher"}))
-    scores = train_scores(work)
-    factors = make_factors(work.spectra, scores, plan_ranks(scores, work.plan), work.linears)
+    scores = train_scores(*work)
+    factors = make_factors(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)
     events: list[Event] = []
     settings = DistillSettings(steps=20, batch_tokens=64, lr=3e-3, checkpoint_every=8)
-    first = DistillTask(model, work.linears, tokens, settings, tmp_path / "a", events.append)
-    expected = distill(first, factors)
+    expected = distill(work.subject, factors, settings, Session(tmp_path / "a", events.append))
     assert events[-1].values["kl"] < 0.7 * events[0].values["kl"]
 
     class Killed(Exception):
@@ -209,8 +209,8 @@ def test_distillation_brings_the_factors_closer_and_resumes(model, tokens, tmp_p
             raise Killed
 
     with pytest.raises(Killed):
-        distill(DistillTask(model, work.linears, tokens, settings, tmp_path / "b", kill), factors)
-    found = distill(DistillTask(model, work.linears, tokens, settings, tmp_path / "b", events.append), factors)
+        distill(work.subject, factors, settings, Session(tmp_path / "b", kill))
+    found = distill(work.subject, factors, settings, Session(tmp_path / "b", events.append))
     for name, layer in expected.items():
         assert torch.equal(layer.up, found[name].up)
         assert torch.equal(layer.down, found[name].down)
@@ -221,7 +221,7 @@ def test_recomputed_activations_learn_the_same_scores(model, tokens, tmp_path: P
     lean, _ = task(
         model, tokens, tmp_path / "lean", TRAIN.model_copy(update={"steps": 6, "checkpoint_activations": True})
     )
-    expected, found = train_scores(plain), train_scores(lean)
+    expected, found = train_scores(*plain), train_scores(*lean)
     for name, layer in expected.layers.items():
         assert torch.allclose(layer.scale, found.layers[name].scale, atol=1e-6)
     assert not any(module.training for module in model.modules())
@@ -229,10 +229,10 @@ def test_recomputed_activations_learn_the_same_scores(model, tokens, tmp_path: P
 
 def test_attribution_takes_away_what_it_names_and_keeps_every_rank(model, tokens, tmp_path: Path) -> None:
     work, _ = task(model, tokens, tmp_path)
-    learnt = train_scores(work)
+    learnt = train_scores(*work)
     plan = plan_ranks(learnt, work.plan)
     for switch in ("rescale", "select"):
-        found = attributed(learnt, work.spectra, TRAIN.model_copy(update={switch: False}))
+        found = attributed(learnt, work.subject.spectra, TRAIN.model_copy(update={switch: False}))
         for name, layer in found.layers.items():
             before = learnt.layers[name]
             if switch == "rescale":
@@ -249,14 +249,14 @@ def test_attribution_takes_away_what_it_names_and_keeps_every_rank(model, tokens
 def test_a_larger_size_brings_components_back_as_they_were(model, tokens, tmp_path: Path) -> None:
     small = TRAIN.model_copy(update={"keep_params": 0.4, "start": "fisher"})
     work, _ = task(model, tokens, tmp_path, small, keep=0.9)
-    scores = train_scores(work)
+    scores = train_scores(*work)
     divergences = []
     for keep in (0.4, 0.9):
         plan = plan_ranks(scores, work.plan.model_copy(update={"keep_params": keep}))
-        factors = make_factors(work.spectra, scores, plan, work.linears)
+        factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
         with torch.no_grad():
             dense = model(input_ids=tokens).logits
-            with factored(model, work.linears, factors):
+            with factored(model, work.subject.linears, factors):
                 divergences.append(float(divergence(model(input_ids=tokens).logits, dense, tokens)[1]))
         for name, layer in scores.layers.items():
             survivors = kept(layer.importance, plan.layers[name].rank)

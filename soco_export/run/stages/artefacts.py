@@ -19,7 +19,6 @@ from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
 from soco_train.store.scores import Scores
-from soco_train.store.spectra import SpectrumStore
 
 
 def cut_plan(context: RunContext, out: Path) -> None:
@@ -33,29 +32,16 @@ def cut_plan(context: RunContext, out: Path) -> None:
 
 def make_factors(context: RunContext, out: Path) -> None:
     """Cut the factors of the planned ranks, refine them as the recipe asks, store them in its form."""
+    from soco_train import method
+    from soco_train.modules.subject import Session
     from soco_train.plan.ranks import RankPlan
-    from soco_train.refine.ladder import RefineTask, refine
 
     plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
-    calibration = context.blocks("calibration")
-    task = RefineTask(
-        model=context.model(),
-        linears=context.linears(),
-        spectra=SpectrumStore(context.path("spectrum", "spectrum")),
-        tokens=calibration.tokens,
-        settings=context.recipe.refine,
-        workdir=out / "work",
-        notify=context.notify,
-        seed=context.recipe.train.seed,
-        fingerprint=out.name,
-    )
-    provenance = {
-        "keep_params": plan.keep_params,
-        "calibration": calibration.fingerprint,
-        "scores": dict(scores.provenance),
-    }
-    factors = refine(task, scores, plan, provenance)
+    subject = context.subject(context.path("spectrum", "spectrum"))
+    session = Session(out / "work", context.notify, fingerprint=out.name, seed=context.recipe.train.seed)
+    origin = {"calibration": context.blocks("calibration").fingerprint}
+    factors = method.cut_factors(subject, scores, plan, context.recipe.refine, session, origin)
     if parallel.leading():
         factors.save(out / "factors.safetensors")
 

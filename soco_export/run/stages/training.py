@@ -8,7 +8,6 @@ from soco_export.run.context import RunContext
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
 from soco_train.store.scores import Scores
-from soco_train.store.spectra import SpectrumStore
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
 BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
@@ -16,38 +15,26 @@ BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
 
 def make_spectrum(context: RunContext, out: Path) -> None:
     """Collect calibration statistics and decompose every participating weight; layers already done are kept."""
-    from soco_train.spectra.decompose import decompose_model
+    from soco_train import method
 
-    store = SpectrumStore(out / "spectrum")
-    linears = {name: linear for name, linear in context.linears().items() if name not in store}
-    tokens = context.blocks("calibration").tokens
-    decompose_model(context.model(), linears, tokens, context.recipe.train, store, context.notify)
+    method.make_spectra(context.subject(out / "spectrum"), context.recipe.train, context.notify)
 
 
 def learn_scores(context: RunContext, out: Path) -> None:
     """Give every component its importance with the scorer of the recipe; goes on from its own checkpoint in `out`."""
     from soco_export.checkpoint.layers import count_parameters
-    from soco_train.scores.registry import train_scores
-    from soco_train.scores.task import ScoringTask
+    from soco_train import method
+    from soco_train.modules.subject import Session
 
-    calibration = context.blocks("calibration")
-    task = ScoringTask(
-        model=context.model(),
-        linears=context.linears(),
-        spectra=SpectrumStore(context.path("spectrum", "spectrum")),
-        tokens=calibration.tokens,
-        train=context.recipe.train,
-        plan=context.recipe.plan,
-        workdir=out / "work",
-        notify=context.notify,
-        data_fingerprint=f"{calibration.fingerprint} {context.model_hash()}",
-    )
-    found = train_scores(task)
+    recipe, calibration = context.recipe, context.blocks("calibration")
+    subject = context.subject(context.path("spectrum", "spectrum"))
+    session = Session(out / "work", context.notify, f"{calibration.fingerprint} {context.model_hash()}")
+    found = method.learn_scores(subject, recipe.train, recipe.plan, session)
     if not parallel.leading():
         return
     origin = {
-        "model": context.recipe.name,
-        "parameters": count_parameters(task.model),
+        "model": recipe.name,
+        "parameters": count_parameters(subject.model),
         "calibration": calibration.source,
     }
     Scores(found.layers, {**found.provenance, **origin}).save(out / "scores.safetensors")

@@ -1,0 +1,158 @@
+"""One training loop for scores, masks and factors: batches shared between processes, steps, checkpoints.
+
+A training names its parameters and optimisers and says what one step is. It goes on from the checkpoint of its own
+task, bit for bit, whatever the number of processes that share its batches (parallel.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from soco_train import parallel
+from soco_train.data.batches import batch
+from soco_train.errors import DataError
+from soco_train.events import Event
+from soco_train.learn.optimiser import pack, unpack
+from soco_train.modules.subject import Session
+from soco_train.store.tensorfile import read_tensors, write_tensors
+
+
+class Pace(Protocol):
+    """What the loop reads of its recipe section: tokens a step, largest gradient norm, steps between saves."""
+
+    @property
+    def batch_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def clip(self) -> float: ...  # noqa: D102
+    @property
+    def checkpoint_every(self) -> int: ...  # noqa: D102
+
+
+class Loop(ABC):
+    """The state of one training; `step` steps are done. Subclasses restore theirs with `resume` once they have it.
+
+    tokens: [n, t] int64, in batches ordered by `seed`. Parameter groups keep their peak learning rate in `peak`.
+    """
+
+    kind: ClassVar[str]  # of the checkpoint, in its header and its name
+    stage: ClassVar[str]  # of the events
+    rate: ClassVar[str]  # the recipe key of the learning rate
+
+    def __init__(
+        self,
+        session: Session,
+        pace: Pace,
+        tokens: torch.Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        optimisers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        self.session, self.pace, self.tokens = session, pace, tokens
+        self.parameters, self.optimisers = dict(parameters), list(optimisers)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["peak"] = group["lr"]
+        self.device = next(iter(self.parameters.values())).device
+        self.step = 0
+        self._started, self._tokens_done = time.monotonic(), 0
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Steps in all."""
+
+    @abstractmethod
+    def one_step(self) -> None:
+        """Take a step and count it in `step`."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps beside parameters and moments: tensors, and JSON-able values."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def goes_on(self) -> bool:
+        """Tell whether there are steps left to take."""
+        return self.step < self.steps
+
+    def run(self) -> None:
+        """Take the remaining steps, saving between them."""
+        self._started = time.monotonic()
+        while self.goes_on():
+            self.one_step()
+            if self.step % self.pace.checkpoint_every == 0 and self.goes_on():
+                self.save()
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the whole batch [b, t] of a step."""
+        return batch(self.tokens, self.pace.batch_tokens, step, self.session.seed)
+
+    def own_part(self) -> tuple[torch.Tensor, float]:
+        """Return this process's part of the present step's batch, and what its mean weighs in that of the whole."""
+        sequences = self.batch(self.step)
+        self._tokens_done += sequences.numel()
+        own, weight = parallel.share(sequences)
+        return own.to(self.device), weight
+
+    def backward(self, loss: torch.Tensor, figure: torch.Tensor, weight: float) -> float:
+        """Leave the gradients of the whole batch; return the mean of `figure` over it; DataError if not finite."""
+        parallel.backward(loss, self.parameters.values(), weight)
+        value = float(parallel.combine(figure.detach().clone(), weight))
+        if not math.isfinite(value):
+            raise DataError(
+                f"the loss is {value} at step {self.step} of {self.stage}",
+                fix=f"lower {self.rate}, and check that the dense model's logits are finite; the last checkpoint stays",
+                where=str(self._file),
+            )
+        return value
+
+    def clip(self) -> None:
+        """Scale the gradients down to the norm `clip`."""
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip)
+
+    def update(self, factor: float = 1.0) -> None:
+        """Step every optimiser at `factor` of its peak learning rate, and forget the gradients."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    def report(self, values: Mapping[str, float | int]) -> None:
+        """Tell the figures of the step that is done, and the speed so far."""
+        speed = self._tokens_done / max(1e-9, time.monotonic() - self._started)
+        self.session.notify(Event(self.stage, self.step, self.steps, {**values, "tokens/s": speed}))
+
+    @property
+    def _file(self) -> Path:
+        return self.session.workdir / f"{self.kind}.safetensors"
+
+    def save(self) -> None:
+        """Write the checkpoint. Every process has to call it, process 0 writes."""
+        own, values = self.state()
+        tensors = pack(self.parameters, *self.optimisers) | own
+        if parallel.leading():
+            header = {"kind": self.kind, "fingerprint": self.session.fingerprint, "step": self.step, **values}
+            self.session.workdir.mkdir(parents=True, exist_ok=True)
+            write_tensors(self._file, tensors, header)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one of this task."""
+        if not self._file.exists():
+            return
+        tensors, header = read_tensors(self._file, self.kind)
+        own = torch.tensor(header["fingerprint"] == self.session.fingerprint)
+        parallel.agree([own])  # what was measured on several GPUs may differ in its last bits, and so the fingerprints
+        if own:
+            unpack(tensors, self.parameters, *self.optimisers)
+            self.step = header["step"]
+            self.restore(tensors, header)

@@ -1,0 +1,65 @@
+"""The method from end to end, written once: model and text → spectra → scores → plan → factors.
+
+    subject = open_subject(model, layers, tokens, folder)      what it works on
+    make_spectra(subject, train, notify)                       P, B, σ by layer, into `folder`
+    scores = learn_scores(subject, train, plan, session)       once
+    factors = cut_factors(subject, scores, ranks, refine, session)    for each `ranks = plan_ranks(scores, plan)`
+
+The Python API (api.py), the stages of a run and the benchmarks call these; each decides alone where files lie and what
+is done already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from soco_train.events import Notify, silent
+from soco_train.modules.layers import select_linears
+from soco_train.modules.subject import Session, Subject
+from soco_train.plan.ranks import RankPlan
+from soco_train.refine.ladder import refine
+from soco_train.scores.registry import train_scores
+from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.spectra.decompose import decompose_model
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import SpectrumStore
+
+
+def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, spectra: Path) -> Subject:
+    """Return the layers of `model` that take part, with calibration tokens [n, t] and the folder of their spectra.
+
+    The spectra need not be there yet. Raises RecipeError if no layer matches.
+    """
+    return Subject(model, select_linears(model, layers), SpectrumStore(spectra), tokens)
+
+
+def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> None:
+    """Decompose every layer that has no spectrum in the subject's folder yet, or, `afresh`, all of them."""
+    store = subject.spectra
+    assert isinstance(store, SpectrumStore)
+    missing = {name: linear for name, linear in subject.linears.items() if afresh or name not in store}
+    if missing:
+        decompose_model(subject.model, missing, subject.tokens, train, store, notify)
+
+
+def learn_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
+    """Give every component its importance with `train.scorer`, heading for the size of `plan`; see `train_scores`."""
+    return train_scores(subject, train, plan, session)
+
+
+def cut_factors(
+    subject: Subject,
+    scores: Scores,
+    plan: RankPlan,
+    settings: RefineSettings,
+    session: Session,
+    origin: Mapping[str, object] | None = None,
+) -> Factors:
+    """Cut every pruned layer of `plan` and refine the factors; see `refine`. `origin` joins their provenance."""
+    provenance = {"keep_params": plan.keep_params, **(origin or {}), "scores": dict(scores.provenance)}
+    return refine(subject, scores, plan, settings, session, provenance)
