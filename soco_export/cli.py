@@ -21,6 +21,7 @@ import typer
 
 from soco_export import signals
 from soco_export.console import NORMAL, QUIET, VERBOSE, Console, say, tolerate_streams
+from soco_export.files.machine import machine_limits
 from soco_train import parallel
 from soco_train.errors import ExitCode, SocoError
 from soco_train.installed import version
@@ -255,7 +256,7 @@ def _call(verb: str, options: dict[str, Any]) -> None:
     common: dict[str, Any] = {}
     console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
     try:
-        with console.working():
+        with console.working(), machine_limits():
             verbs = import_module("soco_export.run.verbs")
             known = verbs.Request.__dataclass_fields__
             common = {name: options.pop(name) for name in list(options) if name in known}

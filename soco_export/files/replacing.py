@@ -65,6 +65,10 @@ def check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise RecipeError(f"{out} is a file", fix="give another --out", where=str(out))
+    if os.path.ismount(out):
+        raise RecipeError(
+            f"{out} is a mount point, which cannot be replaced as a whole", fix="give a folder below it", where="--out"
+        )
     if out.resolve() == Path.cwd():
         raise RecipeError(f"{out} is the working directory", fix="give a folder below or beside it", where="--out")
     (Listing.load(out) or Listing()).check(out)

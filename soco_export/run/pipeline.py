@@ -8,7 +8,6 @@ settings and inputs, so a killed stage finds its own checkpoints there and never
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from safetensors import SafetensorError
-
 from soco_export.files.atomic import remove
+from soco_export.files.machine import machine_limits
 from soco_export.run.folder import RunFolder, workspaces
 from soco_export.run.manifest import StageRecord, stage_key, why_stale
 from soco_train import parallel
@@ -113,7 +111,7 @@ class Pipeline(Generic[Context]):
         self.notify(Event(stage.name, 0, 1, {"": reason}))
         workspace = self._workspace(stage, key)
         started = time.monotonic()
-        with machine_limits(stage.name, home.root):
+        with limits(stage.name, home.root):
             if stage.shared:
                 parallel.call(f"{stage.name}\n{workspace}")
             stage.work(self.context, workspace)
@@ -146,15 +144,11 @@ def assist(stages: Sequence[Stage[Context]], open_context: Callable[[], Context]
 
 
 @contextmanager
-def machine_limits(stage: str, root: Path) -> Iterator[None]:
-    """Turn "no space left" and "out of memory", from whichever library, into MachineError; what is done stays done."""
+def limits(stage: str, root: Path) -> Iterator[None]:
+    """Turn what disk or memory refuse, from whichever library, into MachineError; what is done stays done."""
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        fix = "free some, then give the same command again: it goes on where it stopped"
-        raise MachineError(f"the disk is full ({stage})", fix=fix, where=str(root)) from error
+        with machine_limits(stage, root):
+            yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "alloc" not in str(error):
             raise

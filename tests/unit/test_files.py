@@ -171,3 +171,9 @@ def test_a_file_with_the_same_content_is_ours_whenever_it_was_written(tmp_path: 
     assert not_ours(tmp_path, ["a"], known) == []
     (tmp_path / "a").write_text("y")
     assert not_ours(tmp_path, ["a"], known) == ["a (changed since it was written)"]
+
+
+def test_a_mount_point_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(RecipeError, match="mount point"), replacing_folder(tmp_path):
+        pytest.fail("work has begun")
