@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
+from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
 from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import read_config
 from soco_export.onnx.inspect import GraphSummary, summarise
-from soco_export.onnx.read import check_tensors, open_weights
+from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.trace import export_traced
 from soco_export.runtimes.registry import Layout, check_layouts, write_layouts
+from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 
 
@@ -23,7 +28,8 @@ from soco_train.events import Notify, silent
 class ExportSummary:
     """What was written.
 
-    `route`: `builder` or `traced` (the fallback); `forms`: Linears by form (builder only); `bytes`: on disk.
+    `route`: `builder` or `traced` (the fallback); `forms`: Linears by form (builder only); `bytes`: on disk;
+    `rounding`: of calibrated rounding, layer by layer.
     """
 
     folder: Path
@@ -32,11 +38,20 @@ class ExportSummary:
     forms: dict[str, int]
     bytes: int
     graph: GraphSummary
+    rounding: RoundingFigures | None = None
 
 
-def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notify = silent) -> ExportSummary:
+def export_onnx(
+    folder: Path,
+    out: Path,
+    settings: ExportSettings,
+    notify: Notify = silent,
+    calibration: Callable[[], torch.Tensor] | None = None,
+) -> ExportSummary:
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
+    calibration: returns token blocks [b, t] of text like that which the model is for; asked where the rule of
+    rounding is `calibrated`.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
     not what its config says; both before any weight is read.
@@ -47,13 +62,18 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
     config = read_config(folder)
     architecture = check_architecture(config, settings)
     source = open_weights(folder, architecture)
+    _check_calibration(settings, calibration)
     if architecture is not None:
         check_tensors(architecture, source)
+    rounding = None
     with replacing_folder(out) as partial:
         if architecture is None:
             export_traced(folder, partial, settings, notify)
         else:
+            rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
             write_graph(architecture, source, settings, partial, notify)
+            if source.kept:
+                source.kept.remove()
         write_layouts(Layout(folder, partial, config, settings))
     forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     return ExportSummary(
@@ -63,7 +83,33 @@ def export_onnx(folder: Path, out: Path, settings: ExportSettings, notify: Notif
         forms=dict(forms),
         bytes=_bytes_on_disk(out),
         graph=summarise(out),
+        rounding=rounding,
     )
+
+
+def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch.Tensor] | None) -> None:
+    if settings.calibrates and calibration is None:
+        raise RecipeError(
+            f"export.quantize.rule is {settings.quantize.rule}, and there is no calibration text",
+            fix="give export_onnx the token blocks of one, or rule: nearest",
+            where="export.quantize.rule",
+        )
+
+
+def _calibrated(
+    source: CheckpointWeights,
+    work: Path,
+    settings: ExportSettings,
+    calibration: Callable[[], torch.Tensor] | None,
+    notify: Notify,
+) -> RoundingFigures | None:
+    """Let `source` know how its matrices are rounded, if that asks for a text; the levels lie in `work` meanwhile."""
+    if calibration is None or not settings.calibrates:
+        return None
+    blocks = calibration()
+    source.kept = KeptLevels(work)
+    few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
+    return calibrate(source.folder, few, settings, source.kept, notify)
 
 
 def _bytes_on_disk(folder: Path) -> int:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from soco_train.corpus import load_blocks
-from soco_train.layers import select_linears
-from soco_train.optimiser import warmup_cosine
+from soco_train.data.corpus import load_blocks
+from soco_train.learn.optimiser import warmup_cosine
+from soco_train.modules.layers import select_linears
 from soco_train.settings import DataSettings, LayerSettings
 
 BLOCK, LEVELS = 32, 16

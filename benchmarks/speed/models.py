@@ -79,6 +79,9 @@ class RandomModel:
         """Return how a Linear is stored."""
         return self._forms.get(name, DENSE)
 
+    def levels(self, name: str) -> None:
+        """Return nothing: random weights are rounded to nearest."""
+
     def read(self, name: str) -> Array:
         """Return a tensor; no two matrices are equal.
 

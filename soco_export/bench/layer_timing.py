@@ -91,6 +91,9 @@ class CopiedLayer:
         """Return the form that all copies have."""
         return self._form
 
+    def levels(self, name: str) -> None:
+        """Return nothing: random weights are rounded to nearest."""
+
     def read(self, name: str) -> Array:
         """Return a part of a copy."""
         copy, _, part = name.partition(".")

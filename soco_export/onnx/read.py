@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.layers import QUANT_METHOD
 from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.write.matrix import CHUNK, Array, Stored
 from soco_train.errors import DataError, RecipeError
+from soco_train.numbers.blocks import Levels
 
 # Older checkpoints store buffers that are computed from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
@@ -69,6 +71,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32."""
 
+    def levels(self, name: str) -> Levels | None:
+        """Return how a matrix is rounded, if that has been found before."""
+
 
 class CheckpointWeights:
     """The tensors of an HF folder by name; headers are read and checked at once, numbers not before `read`.
@@ -80,6 +85,7 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Renamed = ()) -> None:
         self.folder = folder
+        self.kept: KeptLevels | None = None
         self._transposed = frozenset(f"{name}.weight" for name in transposed)
         config = read_config(folder)
         _refuse_quantised(config.get("quantization_config") or {}, folder)
@@ -103,6 +109,10 @@ class CheckpointWeights:
     def form(self, name: str) -> Form:
         """Return how the Linear `name` is stored."""
         return self.forms.get(name, Form())
+
+    def levels(self, name: str) -> Levels | None:
+        """Return how a matrix is rounded, if that has been found before."""
+        return self.kept.get(name, self.shapes[name][1]) if self.kept else None
 
     def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""

@@ -16,6 +16,7 @@ from soco_export.preflight.doctor import version_of
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import install_command
+from soco_train.settings import BITS
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -71,10 +72,17 @@ def check_quantisation(recipe: Recipe) -> None:
     What it rounds less than that is no worse for it.
     """
     trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
+    calibrates = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
     if "same" in (trained.weights, weights):
         return
+    if calibrates:
+        raise RecipeError(
+            f"the factors are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
+            fix="export.quantize.rule: nearest, or refine.distill.rounding.weights: same",
+            where="recipe: export.quantize.rule",
+        )
     differences = {
-        "weights": weights == "int4" and trained.weights == "int8",
+        "weights": BITS[weights] < BITS[trained.weights],
         "block": weights == trained.weights and how.block != trained.block,
         "symmetric": weights == trained.weights and how.symmetric != trained.symmetric,
         "keep": not set(trained.keep) <= set(how.keep),

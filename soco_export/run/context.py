@@ -15,6 +15,8 @@ from soco_train.data.corpus import Blocks, load_blocks
 from soco_train.events import Notify
 
 if TYPE_CHECKING:
+    import torch
+
     from soco_train.modules.subject import Subject
 
 
@@ -103,6 +105,10 @@ class RunContext:
             settings = self.recipe.data if purpose == "calibration" else self.recipe.evaluation
             self._blocks[purpose] = load_blocks(self.tokenizer(), settings, purpose)
         return self._blocks[purpose]
+
+    def calibration(self) -> torch.Tensor:
+        """Return the tokens of the calibration text."""
+        return self.blocks("calibration").tokens
 
     def sources(self) -> dict[str, Callable[[], str]]:
         """Return the hash of everything that comes from outside, by the name that stages read it under."""

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import Ratio, render_percentile
@@ -22,6 +22,9 @@ from soco_export.run.request import Outcome, Request, table
 from soco_export.run.terminal import verdict_text
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
+
+if TYPE_CHECKING:
+    import torch
 
 
 def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
@@ -41,10 +44,18 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
         return Outcome({"folder": str(out)}, str(out))
     from soco_export.export import export_onnx
 
-    summary = export_onnx(folder, out, recipe.export, notify)
+    summary = export_onnx(folder, out, recipe.export, notify, lambda: _calibration(recipe, folder))
     proof = prove_folders(recipe, folder, out, notify)
     document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, **proof.document}
+    if summary.rounding:
+        document["rounding"] = asdict(summary.rounding)
     return Outcome(document, f"{out}\n{proof.text}", proof.code)
+
+
+def _calibration(recipe: Recipe, folder: Path) -> torch.Tensor:
+    from soco_train.data.corpus import load_blocks
+
+    return load_blocks(_tokenizer(recipe, folder), recipe.data, "calibration").tokens
 
 
 def _check_out(out: Path, folder: Path, fresh: bool) -> None:

@@ -8,6 +8,7 @@ The last block of a row is padded with zeros, and so are its levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -45,6 +46,10 @@ class Levels:
     scales: torch.Tensor
     zeros: torch.Tensor
     width: int
+
+    def rows(self, index: Any) -> Levels:
+        """Return some rows, in another order perhaps."""
+        return Levels(self.levels[index], self.scales[index], self.zeros[index], self.width)
 
     def values(self) -> torch.Tensor:
         """Return the matrix that the runtime multiplies with, [m, n]."""

@@ -5,8 +5,8 @@
 Rows do not meet in this metric, so they are rounded side by side. With C = R Rᵀ, R upper triangular, the error of the
 columns before j is best answered by moving column j by Σ_k e_k R_kj / R_jj before it is rounded (GPTQ, arXiv
 2210.17323; LDLQ, arXiv 2307.13304). Inputs of most energy go first, the grids are fixed before (static groups). Then
-each column is looked at again with all others as they are (QuantEase, arXiv 2309.01885), and the scales are fitted again
-by least squares. No row ends worse than nearest.
+each column is looked at again with all others as they are (QuantEase, arXiv 2309.01885), and the scales are fitted
+again by least squares. No row ends worse than nearest.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _descended(weight: torch.Tensor, found: Levels, grid: Grid, H: torch.Tensor)
 
 def _rescaled(weight: torch.Tensor, found: Levels, grid: Grid, H: torch.Tensor) -> Levels:
     """Return the same levels with the scales of least tr(E H Eᵀ): per row a system of as many unknowns as blocks."""
-    (m, blocks), n = found.scales.shape, weight.shape[1]
+    n = weight.shape[1]
     units = (found.levels - found.zeros[..., None]).flatten(1)[:, :n]
     system = torch.stack(
         [

@@ -15,6 +15,7 @@ and the best pair by the metric is kept (CALDERA, arXiv 2405.18886, alternates s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,10 +26,15 @@ ROUNDS = 3
 _LEAST = 1e-9  # of the largest: a component without energy has any size
 
 
-def pair_error(pair: tuple[torch.Tensor, torch.Tensor], covariance: torch.Tensor, target: torch.Tensor) -> float:
-    """Return E‖(target - up · down) x‖² of a pair (down, up) in float64."""
-    down, up = (part.double() for part in pair)
-    off = target - up @ down
+def product(chain: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return in float64 what the matrices that an input goes through, [down, up] or [weight], do to it together."""
+    first, *rest = (matrix.double() for matrix in chain)
+    return rest[0] @ first if rest else first
+
+
+def chain_error(chain: Sequence[torch.Tensor], covariance: torch.Tensor, target: torch.Tensor) -> float:
+    """Return E‖(target - product of the chain) x‖² in float64; target: [m, n]."""
+    off = target - product(chain)
     return float(((off @ covariance.double()) * off).sum())
 
 
@@ -36,9 +42,9 @@ def calibrated_pair(
     down: torch.Tensor, up: torch.Tensor, grid: Grid, known: Curvature, covariance: torch.Tensor, rounds: int = ROUNDS
 ) -> tuple[Levels, Levels]:
     """Round down [r, n] and up [m, r] of the dtype of `known`; `covariance`: C in float64. Never worse than nearest."""
-    target = up.double() @ down.double()
+    target = product([down, up])
     best = nearest(down, grid), nearest(up, grid)
-    least = pair_error((best[0].values(), best[1].values()), covariance, target)
+    least = chain_error([part.values() for part in best], covariance, target)
     wanted = mixed(*balanced(down, up, known.damped))[0]
     for _ in range(rounds):
         first = calibrated(wanted.to(down.dtype), grid, known)
@@ -47,7 +53,7 @@ def calibrated_pair(
         fitted = _solved(seen, below @ covariance @ target.T).T
         second = calibrated(fitted.to(up.dtype), grid, curvature(seen, up.dtype))
         above = second.values().double()
-        error = pair_error((below, above), covariance, target)
+        error = chain_error([below, above], covariance, target)
         if error < least:
             least, best = error, (first, second)
         wanted = _solved(above.T @ above, above.T @ target)

@@ -10,7 +10,7 @@ import torch
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import calibrated, curvature, row_errors
-from soco_train.numbers.pair import balanced, calibrated_pair, mixed, pair_error
+from soco_train.numbers.pair import balanced, calibrated_pair, chain_error, mixed
 from soco_train.numbers.rules import Inputs, find_rounding, levels
 
 GRIDS = [Grid(4, 32, True), Grid(4, 16, False), Grid(2, 32, False), Grid(2, 16, True), Grid(8, 64, True)]
@@ -118,7 +118,7 @@ def test_a_pair_is_rounded_better_than_its_factors_alone(grid: Grid) -> None:
     seen = curvature(down.double() @ C @ down.double().T)
     alone = calibrated(down, grid, known).values(), calibrated(up, grid, seen).values()
     found = tuple(part.values() for part in calibrated_pair(down, up, grid, known, C))
-    errors = [pair_error(option, C, target) for option in (found, alone, plain)]
+    errors = [chain_error(option, C, target) for option in (found, alone, plain)]
     assert errors[0] < 0.8 * errors[1]
     assert errors[0] < 0.5 * errors[2]
 
@@ -129,7 +129,7 @@ def test_a_pair_that_lies_on_its_grid_stays_there() -> None:
     down, up = nearest(down, grid).values(), nearest(up, grid).values()
     down, up = nearest(down, grid).values(), nearest(up, grid).values()
     found = calibrated_pair(down, up, grid, curvature(C), C)
-    assert pair_error((found[0].values(), found[1].values()), C, up.double() @ down.double()) < 1e-9
+    assert chain_error((found[0].values(), found[1].values()), C, up.double() @ down.double()) < 1e-9
 
 
 def test_a_pair_of_one_component() -> None:

@@ -45,7 +45,9 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
         table.weight.data.copy_(rounded(table.weight, BITS[how.embedding], symmetric))
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64), (2, True, 32)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "block"), [(8, True, 32), (8, False, 16), (4, True, 32), (4, False, 64), (2, True, 32)]
+)
 @pytest.mark.parametrize(
     ("name", "embedding"), [("qwen2", "int8"), ("smollm2", "int8"), ("qwen3", "int4"), ("opt", "same")]
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
@@ -104,13 +103,17 @@ class Linears:
         # The first matrix of a dense layer is all of it: its rows are the outputs.
         kinds = [self.source.form(name).kind for name in names]
         orders = [order if kind == "dense" else None for order, kind in zip(rows, kinds, strict=True)]
-        parts = [Part(self.source.read(f"{name}.weight"), order) for name, order in zip(names, orders, strict=True)]
+        parts = [self.part(f"{name}.weight", order, columns) for name, order in zip(names, orders, strict=True)]
         with self.graph.scope(label):
             return self.matmul(x, f"{label}.weight", Matrix(parts, columns), names)
 
     def _finished(self, first: ir.Value, name: str, rows: Order) -> ir.Value:
         with self.graph.scope(name):
             return FINISH[self.source.form(name).kind](self, first, name, rows)
+
+    def part(self, name: str, rows: Order, columns: Order = None) -> Part:
+        """Return a stored matrix; inputs in another order are other blocks, whose levels are not known."""
+        return Part(self.source.read(name), rows, self.source.levels(name) if columns is None else None)
 
     def read(self, name: str, rows: Order) -> Stored:
         """Return a tensor with its first axis in the order `rows`."""
@@ -129,8 +132,7 @@ class Linears:
 
     def quantizes(self, layers: Sequence[str]) -> bool:
         """Whether a matrix of `layers` is stored in blocks."""
-        globs = self.settings.quantize.keep
-        return self.settings.weights != "same" and not any(fnmatchcase(name, glob) for name in layers for glob in globs)
+        return all(self.settings.quantizes(name) for name in layers)
 
     def matmul(self, x: ir.Value, name: str, weight: Matrix, layers: Sequence[str]) -> ir.Value:
         """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as export.weights says."""
@@ -194,7 +196,7 @@ def _dense(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Valu
 # x ── MatMul down [n,r] ── MatMul up [r,m] ── y
 @finish("stacked")
 def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
-    up = Matrix([Part(linears.source.read(f"{name}.up.weight"), rows)])
+    up = Matrix([linears.part(f"{name}.up.weight", rows)])
     return linears.matmul(first, f"{name}.up.weight", up, [name])
 
 

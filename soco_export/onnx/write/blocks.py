@@ -41,9 +41,13 @@ def quantize(weight: Array, bits: int, block: int, symmetric: bool) -> Quantized
 
 
 def quantize_rows(matrix: Matrix, grid: Grid) -> Iterator[QuantizedWeight]:
-    """Yield `quantize` of some rows after the other: beside the matrix it needs little memory."""
-    for piece in matrix.pieces(CHUNK // 4):  # rounding needs a few copies of its rows
-        yield stored(nearest(torch.from_numpy(np.ascontiguousarray(piece, np.float32)), grid), grid)
+    """Yield `quantize` of some rows after the other, or known levels; it needs little memory beside the matrix."""
+    for part in matrix.parts:
+        if part.levels is not None:
+            yield stored(part.levels if part.rows is None else part.levels.rows(part.rows), grid)
+            continue
+        for piece in Matrix([part], matrix.columns).pieces(CHUNK // 4):  # rounding needs a few copies of its rows
+            yield stored(nearest(torch.from_numpy(np.ascontiguousarray(piece, np.float32)), grid), grid)
 
 
 def stored(found: Levels, grid: Grid) -> QuantizedWeight:

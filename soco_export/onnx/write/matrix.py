@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from soco_train.numbers.blocks import Levels
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Order = Array | None
 # Bytes that are put in order, cast and written at one time.
@@ -34,10 +36,11 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a Matrix: those of `array` [m, n], in the order `rows`."""
+    """Rows of a Matrix: those of `array` [m, n], in the order `rows`; `levels`: as they are rounded, if known."""
 
     array: Stored
     rows: Order = None
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True)

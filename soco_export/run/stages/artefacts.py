@@ -76,7 +76,9 @@ def write_onnx(context: RunContext, out: Path) -> None:
     """Export the checkpoint."""
     from soco_export.export import export_onnx
 
-    summary = export_onnx(context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify)
+    summary = export_onnx(
+        context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify, context.calibration
+    )
     write_evidence(out / EXPORT_FILE, json.dumps(asdict(summary) | {"folder": "onnx"}, indent=2, default=str) + "\n")
 
 
@@ -91,7 +93,7 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
         save_dense(context.take_stored_model(), context.tokenizer(), source)
     else:
         source = fetch_folder(context.recipe)
-    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify)
+    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify, context.calibration)
 
 
 def write_evidence(path: Path, text: str) -> None:
@@ -111,8 +113,8 @@ FACTORS = Stage(
 )
 CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf", CARD_FILE), write_checkpoint)
 DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
-ONNX = Stage("onnx", ("checkpoint",), ("export",), ("onnx", EXPORT_FILE), write_onnx)
-DENSE_ONNX = Stage("onnx-dense", ("model",), ("export",), ("onnx-dense",), write_dense_onnx)
+ONNX = Stage("onnx", ("checkpoint", "calibration"), ("export",), ("onnx", EXPORT_FILE), write_onnx)
+DENSE_ONNX = Stage("onnx-dense", ("model", "calibration"), ("export",), ("onnx-dense",), write_dense_onnx)
 ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
     "hf": (PLAN, FACTORS, CHECKPOINT),
     "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),

@@ -1,0 +1,171 @@
+"""Calibrated rounding of a Hugging Face folder: run it over text, round each layer for its own inputs, keep the levels.
+
+    text ── model ── C of some layers ── rounded, layer by layer ── files of levels ── (linear.py) the graph
+
+What is in memory at one time: the model as it is stored, the covariances of a group of layers, and one layer's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from soco_export.onnx.settings import ExportSettings
+from soco_train.errors import DataError
+from soco_train.events import Event, Notify
+from soco_train.numbers.blocks import Grid, Levels, nearest
+from soco_train.numbers.feedback import Curvature, curvature
+from soco_train.numbers.pair import chain_error, kappa, product
+from soco_train.numbers.rules import Inputs, find_rounding
+from soco_train.settings import BITS
+from soco_train.spectra.statistics import collect_statistics, groups
+
+ENOUGH = 2  # tokens an input, below which a covariance is noise to a good part
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """How one layer was rounded: the mean squared error of its output as a share of its output's energy.
+
+    nearest, error: with each factor to the nearest level, and as it was done; inputs: n; spread: tr(C) / tr(D) of
+    C = LDLᵀ, what feedback can gain; kappa: what a pair's components make of white noise, None for a dense layer.
+    """
+
+    nearest: float
+    error: float
+    inputs: int
+    spread: float
+    kappa: float | None
+
+
+@dataclass(frozen=True)
+class RoundingFigures:
+    """`removed`: share of nearest's error that is gone, the median layer's; `few`: layers with < 2 tokens an input."""
+
+    rule: str
+    tokens: int
+    removed: float
+    few: int
+    layers: Mapping[str, LayerRounding]
+
+
+@dataclass
+class KeptLevels:
+    """Levels by the name of their tensor, each layer's in a file of its own."""
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def put(self, found: Mapping[str, Levels]) -> None:
+        """Keep the levels of one layer's tensors."""
+        self.folder.mkdir(exist_ok=True)
+        for name, part in found.items():
+            path = self.folder / f"{len(self.files)}.safetensors"
+            tensors = {"levels": part.levels.to(torch.uint8), "scales": part.scales, "zeros": part.zeros}
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"width": str(part.width)})
+            self.files[name] = path
+
+    def remove(self) -> None:
+        """Delete the files, and forget the levels."""
+        for path in set(self.files.values()):
+            path.unlink()
+        self.files.clear()
+        self.folder.rmdir()
+
+    def get(self, name: str, width: int) -> Levels | None:
+        """Return the levels of the tensor `name` [m, width]; None if it has none."""
+        return Levels(**load_file(self.files[name]), width=width) if name in self.files else None
+
+
+def calibrate(
+    folder: Path, tokens: torch.Tensor, settings: ExportSettings, kept: KeptLevels, notify: Notify
+) -> RoundingFigures:
+    """Round every layer of `folder` that `settings` quantise, into `kept`; tokens: [b, t] of text that it is meant for.
+
+    Pivoted layers are left out: their other rows are combinations of what would be rounded. Raises DataError for fewer
+    tokens than a layer has inputs.
+    """
+    from soco_export.checkpoint import load_checkpoint
+
+    model = load_checkpoint(folder).requires_grad_(False)
+    layers = _layers(model, settings)
+    grid = Grid(BITS[settings.weights], settings.quantize.block, settings.quantize.symmetric)
+    _check_tokens(layers, tokens.numel())
+    figures: dict[str, LayerRounding] = {}
+    for name, module, inputs in _with_inputs(model, layers, tokens, notify):
+        chain = _chain(name, module)
+        levels = find_rounding(settings.quantize.rule).layer(list(chain.values()), grid, inputs)
+        found = dict(zip(chain, levels, strict=True))
+        kept.put(found)
+        figures[name] = _figures(list(chain.values()), list(found.values()), grid, inputs)
+        notify(Event("rounding", len(figures), len(layers), {"layer": name}))
+    removed = [1 - layer.error / layer.nearest for layer in figures.values() if layer.nearest]
+    few = sum(tokens.numel() < ENOUGH * layer.inputs for layer in figures.values())
+    return RoundingFigures(settings.quantize.rule, tokens.numel(), median(removed or [0.0]), few, figures)
+
+
+def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
+    """Return what is rounded: Linears that share their weight with nothing, and pairs of factors."""
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{pair}.") for pair in found)
+        if not inside and settings.quantizes(name) and _is_known(module) and module.weight is not table:
+            found[name] = module
+    return found
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or getattr(module, "kind", "") == "stacked"
+
+
+def _check_tokens(layers: Mapping[str, nn.Linear], tokens: int) -> None:
+    name, layer = max(layers.items(), key=lambda entry: entry[1].in_features)
+    if tokens < layer.in_features:
+        raise DataError(
+            f"{tokens} tokens of calibration text cannot tell what {layer.in_features} inputs are like",
+            fix=f"give at least {ENOUGH * layer.in_features} tokens, or export.quantize.rule: nearest",
+            where=name,
+        )
+
+
+def _with_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, notify: Notify
+) -> Iterator[tuple[str, nn.Module, Inputs]]:
+    """Yield each layer with what it reads; layers that read the same tensor share one factorisation."""
+    for part in groups(layers, frozenset({"input_covariance"})):
+        statistics = collect_statistics(model, part, tokens, frozenset({"input_covariance"}), notify)
+        latest: tuple[torch.Tensor, Curvature] | None = None
+        for name, module in part.items():
+            covariance = cast(torch.Tensor, statistics[name].input_covariance)
+            if latest is None or latest[0] is not covariance:
+                latest = covariance, curvature(covariance)
+            yield name, module, Inputs(covariance, latest[1], statistics[name].tokens)
+
+
+def _chain(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the matrices that a layer's input goes through, by the names of their tensors, in float32."""
+    up = getattr(module, "up", None)
+    matrices = {f"{name}.weight": module.weight} | ({f"{name}.up.weight": up.weight} if up is not None else {})
+    return {key: cast(torch.Tensor, matrix).detach().float() for key, matrix in matrices.items()}
+
+
+def _figures(chain: list[torch.Tensor], found: list[Levels], grid: Grid, inputs: Inputs) -> LayerRounding:
+    plain = [nearest(matrix, grid).values() for matrix in chain]
+    target = product(chain)
+    energy = chain_error([torch.zeros_like(matrix) for matrix in chain], inputs.covariance, target) or 1.0
+    errors = [chain_error(values, inputs.covariance, target) for values in (plain, [part.values() for part in found])]
+    return LayerRounding(
+        nearest=errors[0] / energy,
+        error=errors[1] / energy,
+        inputs=chain[0].shape[1],
+        spread=inputs.known.spread,
+        kappa=kappa(chain[0], inputs.known) if len(chain) == 2 else None,
+    )
