@@ -69,7 +69,8 @@ class KeptLevels:
         for name, part in found.items():
             path = self.folder / f"{len(self.files)}.safetensors"
             tensors = {"levels": part.levels.to(torch.uint8), "scales": part.scales, "zeros": part.zeros}
-            save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"width": str(part.width)})
+            width = torch.tensor(part.width)
+            save_file({"width": width, **{key: value.contiguous() for key, value in tensors.items()}}, path)
             self.files[name] = path
 
     def remove(self) -> None:
@@ -77,11 +78,15 @@ class KeptLevels:
         for path in set(self.files.values()):
             path.unlink()
         self.files.clear()
-        self.folder.rmdir()
+        if self.folder.exists():
+            self.folder.rmdir()
 
-    def get(self, name: str, width: int) -> Levels | None:
-        """Return the levels of the tensor `name` [m, width]; None if it has none."""
-        return Levels(**load_file(self.files[name]), width=width) if name in self.files else None
+    def get(self, name: str) -> Levels | None:
+        """Return the levels of the tensor `name`; None if it has none."""
+        if name not in self.files:
+            return None
+        tensors = load_file(self.files[name])
+        return Levels(width=int(tensors.pop("width")), **tensors)
 
 
 def calibrate(
@@ -112,14 +117,22 @@ def calibrate(
 
 
 def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
-    """Return what is rounded: Linears that share their weight with nothing, and pairs of factors."""
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    """Return what is rounded: Linears and pairs of factors, but for a head that multiplies with the rounded table."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    shared = embedding.weight if _table_serves(model, embedding, settings) else None
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{pair}.") for pair in found)
-        if not inside and settings.quantizes(name) and _is_known(module) and module.weight is not table:
+        if not inside and settings.quantizes(name) and _is_known(module) and module.weight is not shared:
             found[name] = module
     return found
+
+
+def _table_serves(model: nn.Module, embedding: nn.Module, settings: ExportSettings) -> bool:
+    """Whether a tied head needs no copy of the token table in blocks of its own (onnx/emit/embedding.py)."""
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    width = cast(torch.Tensor, embedding.weight).shape[1]
+    return settings.quantizes(name) and settings.quantize.embedding != "same" and width % settings.quantize.block == 0
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -127,13 +140,13 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _check_tokens(layers: Mapping[str, nn.Linear], tokens: int) -> None:
-    name, layer = max(layers.items(), key=lambda entry: entry[1].in_features)
-    if tokens < layer.in_features:
-        raise DataError(
-            f"{tokens} tokens of calibration text cannot tell what {layer.in_features} inputs are like",
-            fix=f"give at least {ENOUGH * layer.in_features} tokens, or export.quantize.rule: nearest",
-            where=name,
-        )
+    for name, layer in layers.items():
+        if tokens < layer.in_features:
+            raise DataError(
+                f"{tokens} tokens of calibration text cannot tell what {layer.in_features} inputs are like",
+                fix=f"give at least {ENOUGH * layer.in_features} tokens, or export.quantize.rule: nearest",
+                where=name,
+            )
 
 
 def _with_inputs(

@@ -112,7 +112,7 @@ class CheckpointWeights:
 
     def levels(self, name: str) -> Levels | None:
         """Return how a matrix is rounded, if that has been found before."""
-        return self.kept.get(name, self.shapes[name][1]) if self.kept else None
+        return self.kept.get(name) if self.kept else None
 
     def read(self, name: str) -> Stored:
         """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""

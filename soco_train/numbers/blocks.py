@@ -7,6 +7,7 @@ The last block of a row is padded with zeros, and so are its levels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,12 @@ class Levels:
         """Return the matrix that the runtime multiplies with, [m, n]."""
         found = (self.levels - self.zeros[..., None]).mul_(self.scales[..., None])
         return found.flatten(1)[:, : self.width]
+
+
+def stack(parts: Sequence[Levels]) -> Levels:
+    """Return rounded matrices of one width below each other."""
+    together = [torch.cat([getattr(part, name) for part in parts]) for name in ("levels", "scales", "zeros")]
+    return Levels(together[0], together[1], together[2], parts[0].width)
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Levels:

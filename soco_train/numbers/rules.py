@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from soco_train.errors import RecipeError
-from soco_train.numbers.blocks import Grid, Levels, nearest
+from soco_train.numbers.blocks import Grid, Levels, nearest, stack
 from soco_train.numbers.feedback import Curvature, calibrated, curvature
 from soco_train.numbers.pair import calibrated_pair
 
 Chain = Sequence[torch.Tensor]
+_ROWS = 8192  # of a dense weight rounded at one time
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def _calibrated(chain: Chain, grid: Grid, inputs: Inputs | None) -> list[Levels]
     if inputs is None:
         raise ValueError("calibrated rounding needs the layer's inputs")
     if len(chain) == 1:
-        return [calibrated(chain[0], grid, inputs.known)]
+        # Rows do not meet: a head of a hundred thousand needs no more memory than some of them.
+        parts = [calibrated(rows, grid, inputs.known) for rows in chain[0].split(_ROWS)]
+        return [stack(parts)]
     return list(calibrated_pair(chain[0], chain[1], grid, inputs.known, inputs.covariance))
 
 

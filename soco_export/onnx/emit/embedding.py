@@ -65,7 +65,8 @@ class TokenTable:
         if quantized and whole_blocks and self._blocks is not None:
             return self._block_product(hidden, self._blocks)
         if quantized or self._floats is None:
-            table = Matrix([Part(self.linears.source.read(self.name))])
+            levels = self.linears.source.levels(f"{head}.weight")
+            table = Matrix([Part(self.linears.source.read(self.name), levels=levels)])
             return self.linears.matmul(hidden, f"{head}.weight", table, [head])
         return self._float_product(hidden, self._floats)
 

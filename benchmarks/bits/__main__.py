@@ -1,0 +1,5 @@
+"""python -m benchmarks.bits: see run.py."""
+
+from benchmarks.bits.run import main
+
+main()

@@ -1,0 +1,224 @@
+"""What a rule of rounding loses: each model in fp32, and in blocks of few bits rounded by each rule.
+
+    python -m benchmarks.bits dense=FOLDER --keep 0.8 --out OUT
+    python -m benchmarks.bits dense=FOLDER --calibrate train.raw --evaluate test.raw --block 2048 --blocks 8 --out OUT
+
+`--keep` cuts FOLDER to a low-rank model without training a step: whitened basis, components by their Fisher
+information in the whole model, cut by price. `loss` is the mean cross entropy of a token, its excess what rounding adds
+to that of the same model in fp32, and a rule has removed the share by which its excess is below nearest's. The token
+table is in int8 everywhere. OUT/bits.json holds every row as soon as it is measured; a row of the same inputs is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.settings import CPU
+from soco_export.export import export_onnx
+from soco_export.files.atomic import write_atomic
+from soco_export.files.records import record_file
+from soco_export.onnx.settings import ExportSettings, QuantizeSettings
+from soco_export.run.manifest import stage_key
+from soco_train.data.corpus import load_blocks
+from soco_train.settings import DataSettings, PlanSettings, TrainSettings
+
+GRIDS = ("int4-32", "int4-64", "int4-128", "int2-32")
+RULES = ("nearest", "calibrated")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one form. bytes: of model.onnx and its data; seconds: of processor time for the export."""
+
+    model: str
+    grid: str
+    rule: str
+    bytes: int
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+    calibration_tokens: int
+    layer_error_removed: float | None
+    key: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing; write bits.json and bits.md."""
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "bits.json"
+    known = {_name(row): row for row in _read(path)}
+    with tempfile.TemporaryDirectory() as work:
+        for model, folder in models(options, Path(work)):
+            key = _key(folder, options)
+            for grid, rule in forms(options):
+                before = known.get((model, grid, rule))
+                if before is None or before.key != key:
+                    known[model, grid, rule] = measure((model, grid, rule), folder, options, key)
+                    rows = [asdict(row) for row in known.values()]
+                    write_atomic(path, json.dumps({"setting": _setting(options), "rows": rows}, indent=1) + "\n")
+                    write_atomic(options.out / "bits.md", markdown(list(known.values()), _setting(options)))
+    print(markdown(list(known.values()), _setting(options)))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bits")
+    parser.add_argument("models", nargs="+", type=_named, help="NAME=FOLDER, a Hugging Face folder; the first is cut")
+    parser.add_argument("--keep", nargs="*", type=float, default=[], help="cut the first model to these sizes as well")
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), help="intBITS-BLOCK")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--calibrate", nargs="+", type=Path, help="text files; default: the built-in speeches")
+    parser.add_argument("--evaluate", type=Path, help="text file; default: the built-in speeches")
+    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, Path(folder)
+
+
+def _name(row: Row) -> tuple[str, str, str]:
+    return row.model, row.grid, row.rule
+
+
+def _read(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
+
+
+def _setting(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": [path.name for path in options.calibrate] if options.calibrate else "built-in speeches",
+        "calibration_tokens": options.tokens,
+        "evaluation": options.evaluate.name if options.evaluate else "built-in speeches",
+        "block": options.block,
+        "blocks": options.blocks,
+    }
+
+
+def _key(folder: Path, options: argparse.Namespace) -> str:
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    texts = [*(options.calibrate or []), *([options.evaluate] if options.evaluate else [])]
+    inputs = {path.name: record_file(path).sha256 for path in [*files, *texts]}
+    return stage_key([options.block, options.blocks, options.tokens], inputs)[:16]
+
+
+def forms(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return (grid, rule) of every row of a model; fp32 has no rule."""
+    return [("fp32", ""), *((grid, rule) for grid in options.grids for rule in options.rules)]
+
+
+def models(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the models and the sizes that the first is cut to."""
+    yield from options.models
+    for keep in options.keep:
+        yield f"{keep:g}", cut(options.models[0][1], keep, options, work)
+
+
+def cut(folder: Path, keep: float, options: argparse.Namespace, work: Path) -> Path:
+    """Return the folder of the dense model in `folder` cut to `keep`, nothing trained; scores stay in `work`."""
+    from soco_export.checkpoint import load_checkpoint, save_checkpoint
+    from soco_export.checkpoint.layers import apply_factors
+    from soco_train import cut_factors, learn_scores, plan_ranks
+
+    model, out = load_checkpoint(folder), work / f"keep-{keep:g}"
+    plan = PlanSettings(keep_params=keep, allocation="lagrangian")
+    tokens = _blocks(folder, options, "calibration")[: max(1, options.tokens // options.block)]
+    train = TrainSettings(scorer="fisher", basis="whitened", fisher_blocks=16)
+    scores = learn_scores(model, tokens, work / "cut", train, plan)
+    ranks = plan_ranks(scores, plan)
+    apply_factors(model, cut_factors(model, tokens, scores, ranks, work / "cut"))
+    save_checkpoint(model, _tokenizer(folder), out)
+    return out
+
+
+def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace, key: str) -> Row:
+    """Export and score one row."""
+    _, grid, rule = name
+    with tempfile.TemporaryDirectory() as work:
+        out, started = Path(work) / "onnx", time.process_time()
+        summary = export_onnx(
+            folder,
+            out,
+            settings(grid, rule, options.tokens),
+            calibration=lambda: _blocks(folder, options, "calibration"),
+        )
+        seconds = time.process_time() - started
+        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), _blocks(folder, options, "evaluation"))
+    rounding = summary.rounding
+    return Row(
+        *name,
+        bytes=size,
+        loss=found.loss,
+        perplexity=found.value,
+        tokens=found.tokens,
+        seconds=round(seconds, 1),
+        calibration_tokens=rounding.tokens if rounding else 0,
+        layer_error_removed=rounding.removed if rounding else None,
+        key=key,
+    )
+
+
+def settings(grid: str, rule: str, tokens: int) -> ExportSettings:
+    """Return how a row is exported."""
+    if grid == "fp32":
+        return ExportSettings(layouts=("optimum",))
+    weights, _, block = grid.partition("-")
+    how = QuantizeSettings.model_validate({"block": int(block), "rule": rule, "calibration_tokens": tokens})
+    return ExportSettings.model_validate({"layouts": ("optimum",), "weights": weights, "quantize": how})
+
+
+def _blocks(folder: Path, options: argparse.Namespace, purpose: Any) -> Any:
+    paths = options.calibrate if purpose == "calibration" else options.evaluate and [options.evaluate]
+    source: Mapping[str, Any] = {"path": tuple(paths)} if paths else {"builtin": "speeches"}
+    blocks = options.blocks if purpose == "evaluation" else None
+    data = DataSettings(**source, block=options.block, blocks=blocks)
+    return load_blocks(_tokenizer(folder), data, purpose).tokens
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
+    """Return the table, a model's rows together."""
+    known = {_name(row): row for row in rows}
+    lines = [
+        "| model | weights | rule | MB | perplexity | excess loss | removed | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exact, plain = known.get((row.model, "fp32", "")), known.get((row.model, row.grid, "nearest"))
+        excess = f"{row.loss - exact.loss:.4f}" if exact and row.rule else ""
+        removed = ""
+        if exact and plain and row.rule not in ("", "nearest"):
+            removed = f"{1 - (row.loss - exact.loss) / (plain.loss - exact.loss):.0%}"
+        cells = (row.model, row.grid, row.rule, f"{row.bytes / 1e6:.1f}", f"{row.perplexity:.5g}", excess, removed)
+        lines.append(f"| {' | '.join(cells)} | {row.seconds:.0f} |")
+    said = f"{rows[0].tokens} tokens of {setting['evaluation']} in windows of {setting['block']}"
+    calibrated = f"calibrated with {setting['calibration_tokens']} tokens of {setting['calibration']}"
+    return "\n".join([*lines, "", f"Perplexity over {said}; {calibrated}. Seconds of processor time.", ""])
+
+
+if __name__ == "__main__":
+    main()
