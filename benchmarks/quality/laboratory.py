@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -43,6 +43,9 @@ from soco_train.settings import DataSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 T = TypeVar("T")
 
 
@@ -62,14 +65,15 @@ class Laboratory:
     models: Path | None = None
     notify: Notify = field(default=silent)
 
-    @staticmethod
+    @classmethod
     def open(
+        cls,
         recipe: Recipe,
         texts: Mapping[str, DataSettings],
         work: Path,
         models: Path | None = None,
         notify: Notify = silent,
-    ) -> Laboratory:
+    ) -> Self:
         """Load the model, the texts and the tasks of `recipe`; `texts` are more of them to measure on, by name."""
         model, tokenizer = load_model(recipe)
         wanted = {"evaluation": recipe.evaluation, **texts}
@@ -78,7 +82,7 @@ class Laboratory:
         tasks = {task.name or task.path.stem: load_items(task) for task in recipe.validation.tasks}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.to(device).requires_grad_(False)
-        return Laboratory(model, tokenizer, calibration, evaluation, work, tasks, models, notify)
+        return cls(model, tokenizer, calibration, evaluation, work, tasks, models, notify)
 
     def __post_init__(self) -> None:
         self._weights = weights_hash(self.model)

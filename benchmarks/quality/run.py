@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, say: Say) -> list[CellResult]:
     grid = Grid(options.model, names, options.keep, options.seeds, options.effort, options.set)
     base = load_recipe(options.model, options.set)
     work = options.work or Path("runs") / "quality" / base.name
-    texts = dict(_text(given) for given in options.evaluate)
+    texts = dict(named_text(given) for given in options.evaluate)
     laboratory = Laboratory.open(base, texts, work, options.models)
     work.mkdir(parents=True, exist_ok=True)
     header = Header(_command(), base.name, machine())
@@ -183,7 +183,7 @@ def _preface(header: Header, laboratory: Laboratory, cells: Sequence[CellResult]
     return [*lines, ""]
 
 
-def _text(given: str) -> tuple[str, DataSettings]:
+def named_text(given: str) -> tuple[str, DataSettings]:
     """Read NAME=PATH:BLOCK or NAME=PATH:BLOCK:N."""
     found = re.fullmatch(r"(?P<name>[^=]+)=(?P<path>.+?):(?P<block>\d+)(:(?P<count>\d+))?", given)
     if found is None:

@@ -29,6 +29,15 @@ class Sizes:
         student = (3 if recomputed else 2) * factors + 2 * self.head
         return 2.0 * (dense + self.head + student)
 
+    def distillation_flops(self, layers: int, factors: int, recomputed: bool) -> float:
+        """As `step_flops` for a distillation, whose `factors` (numbers in them, of all layers) get gradients of theirs.
+
+        The optimiser's own products are not counted.
+        """
+        dense = layers * sum(m * n for m, n in self.shapes)
+        student = (4 if recomputed else 3) * factors + 2 * self.head
+        return 2.0 * (dense + self.head + student)
+
 
 def hours_of_decomposition(parts: Mapping[str, Mapping[str, Any]], alike: Mapping[str, int], layers: int) -> float:
     """Return the hours for all layers; alike: of the layers that were measured, how many of its kind a block has."""

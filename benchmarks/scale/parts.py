@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,10 +27,12 @@ from soco_export.model.weights import map_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.recipe import Recipe
 from soco_train import method
-from soco_train.events import Event
+from soco_train.events import Event, Notify, silent
+from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import plan_ranks
+from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.refine.distill import distill
 from soco_train.settings import PlanSettings, RefineSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.scores import LayerScores, Scores
@@ -39,6 +41,10 @@ from soco_train.store.spectra import Spectrum, SpectrumStore
 GPU = torch.cuda.is_available()
 # On a CPU the processor's seconds, with which other programs have less to do.
 _now = time.perf_counter if GPU else time.process_time
+
+
+class TimeUp(Exception):
+    """Raised by a watcher of events whose time is over; the steps until then count."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,14 @@ def random_model(recipe: Recipe, layers: int) -> Any:
 
 
 def _peaks(model_bytes: int) -> dict[str, float]:
+    """Return bytes at the worst moment: gpu_peak of tensors, gpu_taken of the whole device (cache and CUDA's own)."""
     peak = {"host_peak": high_water_mark(), "model": model_bytes}
-    return peak | ({"gpu_peak": torch.cuda.max_memory_allocated()} if GPU else {})
+    if not GPU:
+        return peak
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    taken = torch.cuda.max_memory_reserved() + context
+    return peak | {"gpu_peak": torch.cuda.max_memory_allocated(), "gpu_taken": taken}
 
 
 def _bytes(model: Any) -> int:
@@ -104,13 +116,13 @@ def shapes(model: Any, recipe: Recipe) -> dict[str, list[str]]:
     return {names[0]: names for names in found.values()}
 
 
-def decompose(recipe: Recipe, size: Size, work: Path, only: str = "") -> dict[str, Any]:
+def decompose(recipe: Recipe, size: Size, work: Path, only: str = "", watch: Notify = silent) -> dict[str, Any]:
     """Collect covariances and decompose all layers, or `only` one of the first block to speak for all of its shape."""
     model = random_model(recipe, 1 if only else size.layers)
     linears = select_linears(model, recipe.layers)
     chosen = {name: linear for name, linear in linears.items() if only in ("", name)}
     tokens = torch.randint(model.config.vocab_size, (size.sequences, size.block))
-    clock = _Clock()
+    clock = _Clock(watch)
     start = _now()
     decompose_model(model, chosen, tokens, recipe.train, SpectrumStore(work / "spectrum"), clock)
     return {
@@ -123,7 +135,7 @@ def decompose(recipe: Recipe, size: Size, work: Path, only: str = "") -> dict[st
     }
 
 
-def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
+def train(recipe: Recipe, size: Size, work: Path, watch: Notify = silent) -> dict[str, Any]:
     """Learn the scores for a few steps; the first one warms up and does not count."""
     model = random_model(recipe, size.layers)
     linears = select_linears(model, recipe.layers)
@@ -137,20 +149,62 @@ def train(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
             "factor_dtype": "bfloat16" if GPU else "float32",
         }
     )
-    tokens = torch.randint(model.config.vocab_size, (size.sequences * (size.steps + 1), size.block))
-    clock = _Clock()
-    subject = Subject(model, linears, Unit(linears), tokens)
-    method.learn_scores(subject, settings, _plan(size), Session(work / "train", clock))
-    seconds = [spent for _, spent in clock.of("train")][1:]
+    clock = _Clock(watch)
+    subject = Subject(model, linears, Unit(linears), _tokens(model, size))
+    with suppress(TimeUp):
+        method.learn_scores(subject, settings, _plan(size), Session(work / "train", clock))
+    return {**_steps(clock, "train", size), "components": _components(linears), **_peaks(_bytes(model))}
+
+
+def distil(recipe: Recipe, size: Size, work: Path, watch: Notify = silent) -> dict[str, Any]:
+    """Distil random factors of the size for a few steps, with the recipe's optimiser; the first one does not count."""
+    model = random_model(recipe, size.layers)
+    linears = select_linears(model, recipe.layers)
+    settings = recipe.refine.distill.model_copy(
+        update={
+            "steps": size.steps + 1,
+            "batch_tokens": size.sequences * size.block,
+            "checkpoint_every": size.steps + 1,
+        }
+    )
+    clock = _Clock(watch)
+    plan = plan_ranks(Scores({name: _scores(linear) for name, linear in linears.items()}), _plan(size))
+    subject = Subject(model, linears, {}, _tokens(model, size))
+    factors = random_factors({name: (*layer.shape, layer.rank) for name, layer in plan.layers.items()})
+    with suppress(TimeUp):
+        distill(subject, factors, settings, Session(work / "distil", clock))
+    figures = {"teacher_seconds": sum(spent for _, spent in clock.of("teacher")), "rank_sum": _rank_sum(plan)}
+    return {**_steps(clock, "distill", size), **figures, **_peaks(_bytes(model))}
+
+
+def random_factors(sizes: Mapping[str, tuple[int, int, int]]) -> dict[str, StackedFactors]:
+    """Return stacked factors of (m, n, r) by layer, all of them views of one pool: the host holds no second model."""
+    largest = max(max(m, n) * r for m, n, r in sizes.values())
+    pool = torch.randn(largest, generator=torch.Generator().manual_seed(0)).mul_(0.1 * largest**-0.25)
     return {
-        "step_seconds": seconds,
-        "tokens": size.sequences * size.block,
-        "components": sum(min(linear.weight.shape) for linear in linears.values()),
-        **_peaks(_bytes(model)),
+        name: StackedFactors(pool[: m * r].view(m, r), pool[: r * n].view(r, n), None)
+        for name, (m, n, r) in sizes.items()
     }
 
 
-def cut(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
+def _tokens(model: Any, size: Size) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (size.sequences * (size.steps + 1), size.block))
+
+
+def _steps(clock: _Clock, stage: str, size: Size) -> dict[str, Any]:
+    return {"step_seconds": [spent for _, spent in clock.of(stage)][1:], "tokens": size.sequences * size.block}
+
+
+def _components(linears: Mapping[str, nn.Linear]) -> int:
+    return sum(min(linear.weight.shape) for linear in linears.values())
+
+
+def _rank_sum(plan: RankPlan) -> int:
+    """Return Σ r (m + n): the numbers that the factors hold."""
+    return sum(layer.rank * sum(layer.shape) for layer in plan.layers.values())
+
+
+def cut(recipe: Recipe, size: Size, work: Path, watch: Notify = silent) -> dict[str, Any]:
     """Cut a model that lies on disk in bf16 to the size, ranks uniform; its checkpoint and its ONNX model in fp16."""
     writer = get_context("spawn").Process(target=_store, args=(recipe, size.layers, work / "model"))
     writer.start()
@@ -171,7 +225,7 @@ def cut(recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
         after = count_parameters(model)
         stream_checkpoint(model, layers, torch.float16, None, work / "hf")
     with _timed(seconds, "onnx"):
-        export_onnx(work / "hf", work / "onnx", ExportSettings(dtype="float16"))
+        export_onnx(work / "hf", work / "onnx", ExportSettings(dtype="float16"), watch)
     sizes = {name: sum(file.stat().st_size for file in (work / name).iterdir()) for name in ("hf", "onnx")}
     return {"seconds": seconds, "parameters": [before, after], "bytes": sizes, **_peaks(stored)}
 
@@ -199,26 +253,33 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 class _Clock:
     """Takes events and notes when each came; what passed since the one before is its own time."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Notify = silent) -> None:
         self.last = _now()
         self.events: list[tuple[Event, float]] = []
+        self.watch = watch
 
     def __call__(self, event: Event) -> None:
         if GPU:
             torch.cuda.synchronize()
         now = _now()
         self.events.append((event, now - self.last))
-        self.last = now
+        self.watch(event)
+        self.last = _now()
 
     def of(self, stage: str) -> list[tuple[Event, float]]:
         return [entry for entry in self.events if entry[0].stage == stage]
 
 
-PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"decompose": decompose, "train": train, "cut": cut}
+PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "decompose": decompose,
+    "train": train,
+    "distil": distil,
+    "cut": cut,
+}
 
 
-def do(part: str, recipe: Recipe, size: Size, work: Path) -> dict[str, Any]:
-    """Do the part `NAME` or `decompose:LAYER` and return its figures and how much was done."""
+def do(part: str, recipe: Recipe, size: Size, work: Path, watch: Notify = silent) -> dict[str, Any]:
+    """Do the part `NAME` or `decompose:LAYER` and return its figures and how much was done; `watch` sees its events."""
     name, _, only = part.partition(":")
-    found = PARTS[name](recipe, size, work, *([only] if only else []))
+    found = PARTS[name](recipe, size, work, *([only] if only else []), watch=watch)
     return {**found, "size": asdict(size), "threads": torch.get_num_threads()}

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = do(options.part, recipe, size, Path(work))
         write_atomic(_file(options.out, options.part), json.dumps(found, indent=2) + "\n")
         return
-    alike = _alike(recipe)
+    alike = alike_in(recipe)
     whole = GPU or size.layers == dense_config(recipe).num_hidden_layers
     wanted = [*(["decompose"] if whole else [f"decompose:{name}" for name in alike]), "train", "cut"]
     for part in options.part.split(",") if options.part else wanted:
@@ -94,12 +94,12 @@ def _bare(recipe: Recipe) -> Any:
         return AutoModelForCausalLM.from_config(dense_config(recipe))
 
 
-def _alike(recipe: Recipe) -> dict[str, int]:
+def alike_in(recipe: Recipe) -> dict[str, int]:
     """Return one layer of each shape in a block, and how many of them a block has."""
     return {name: len(names) for name, names in shapes(_bare(recipe), recipe).items()}
 
 
-def _sizes(recipe: Recipe) -> Sizes:
+def sizes_of(recipe: Recipe) -> Sizes:
     model = _bare(recipe)
     linears = select_linears(model, recipe.layers)
     block = [(x.out_features, x.in_features) for name, x in linears.items() if ".layers.0." in name]
@@ -126,7 +126,7 @@ def write(
         document["decomposition_hours"] = hours_of_decomposition(pieces, alike, layers)
     if "train" in parts:
         recomputed = recipe.train.checkpoint_activations
-        document["training"] = training(parts["train"], _sizes(recipe), layers, TOKENS, recomputed)
+        document["training"] = training(parts["train"], sizes_of(recipe), layers, TOKENS, recomputed)
     write_atomic(options.out / "results.json", json.dumps(document, indent=2) + "\n")
     write_atomic(options.out / "results.md", "\n".join(_page(document, alike)) + "\n")
     print((options.out / "results.md").read_text(encoding="utf-8"))

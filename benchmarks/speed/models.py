@@ -2,6 +2,8 @@
 
 smollm2    SmolLM2-135M as published
 1b         Llama-3.2-1B's layers, 3 of 16, and 16k of its 128k tokens, so that seven sessions fit 16 GiB
+7b         Mistral 7B's layers, 4 of 32; for a GPU
+7b-small   the same with small widths, for a test of what is measured on one
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -57,6 +59,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+MODELS["7b"] = {
+    **MODELS["1b"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 4,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+MODELS["7b-small"] = {
+    **MODELS["7b"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 1000,
+}
+PLANNED = ("smollm2", "1b")  # of which there are tables
 DENSE = Form()
 POOL = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)
 
@@ -145,11 +168,9 @@ def write_model(
     architecture: Architecture,
     forms: Mapping[str, Form],
     folder: Path,
-    weights: str,
-    flavour: Literal["contrib"],
-    pack: bool,
-    bias: bool,
+    settings: ExportSettings,
+    bias: bool = False,
 ) -> None:
-    """Export a random model; `folder` holds its config.json already."""
-    settings = ExportSettings(weights=weights, flavour=flavour, last_token_logits=True, pack=pack)
+    """Export a random model, with logits of the last token; `folder` holds its config.json already."""
+    settings = settings.model_copy(update={"flavour": "contrib", "last_token_logits": True})
     write_graph(architecture, RandomModel(architecture, forms, bias), settings, folder, silent)

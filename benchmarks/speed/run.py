@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.speed import others
 from benchmarks.speed.models import (
-    MODELS,
+    PLANNED,
     architecture_of,
     forms_of,
     linear_shapes,
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=PLANNED, default=list(PLANNED))
     parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20, help="for one workload of one series")
@@ -138,7 +138,8 @@ def floor_series(model: str, weights: str, options: argparse.Namespace) -> list[
         folders[name] = work / f"{index}"
         folders[name].mkdir()
         shutil.copyfile(work / "dense" / "config.json", folders[name] / "config.json")
-        write_model(architecture, kinds, folders[name], WEIGHTS[weights], "contrib", options.pack, options.bias)
+        settings = ExportSettings(weights=WEIGHTS[weights], pack=options.pack)
+        write_model(architecture, kinds, folders[name], settings, options.bias)
     try:
         return measure(folders, {}, options.threads, options.seconds)
     finally:

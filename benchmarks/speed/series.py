@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Entry:
     """One model of a series. `bytes`: read for a decode step; `flops`: of a prefill; both None outside our graphs.
 
     `milliseconds`: median of a pass by workload; `speedups`: (value, low, high) against the first model, by workload;
-    `rounds`: how often it had its turn.
+    `rounds`: how often it had its turn; `placement`: which provider ran how many nodes.
     """
 
     name: str
@@ -39,11 +39,18 @@ class Entry:
     speedups: Mapping[str, tuple[float, float, float]]
     rounds: Mapping[str, int]
     remark: str = ""
+    placement: str = ""
 
 
-def measure(folders: Mapping[str, Path], others: Mapping[str, Any], threads: int, seconds: float) -> list[Entry]:
-    """Time everything in turns, about `seconds` for each workload; `others` are further Decoders by name."""
-    decoders = {name: OnnxDecoder(folder, CPU, threads, name) for name, folder in folders.items()} | dict(others)
+def measure(
+    folders: Mapping[str, Path], others: Mapping[str, Any], threads: int, seconds: float, provider: str = CPU
+) -> list[Entry]:
+    """Time everything in turns, about `seconds` for each workload; `others` are further Decoders by name.
+
+    Raises MachineError if a node of a folder does not run on `provider`.
+    """
+    opened = {name: OnnxDecoder(folder, provider, threads, name) for name, folder in folders.items()}
+    decoders = opened | dict(others)
     found: dict[str, dict[str, list[list[float]]]] = {name: {} for name in decoders}
     for work in WORKLOADS:
         prompt = np.random.default_rng(0).integers(0, 1000, (1, work.past + work.tokens))
@@ -53,7 +60,9 @@ def measure(folders: Mapping[str, Path], others: Mapping[str, Any], threads: int
         for name, times in zip(decoders, series, strict=True):
             found[name][work.name] = times
     first = next(iter(decoders))
-    return [_entry(name, folders.get(name), times, found[first]) for name, times in found.items()]
+    entries = [_entry(name, folders.get(name), times, found[first]) for name, times in found.items()]
+    placed = {name: decoder.placement.summary() for name, decoder in opened.items()}
+    return [replace(entry, placement=placed.get(entry.name, "")) for entry in entries]
 
 
 def _rounds(runs: list[Run], samples: int, seconds: float) -> int:

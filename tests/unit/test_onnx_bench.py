@@ -23,6 +23,7 @@ from benchmarks.speed.series import prefill_flops
 from benchmarks.speed.table import floors, markdown
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
 from soco_export.onnx.inspect import summarise
+from soco_export.onnx.settings import ExportSettings
 
 CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", True, (1,))
 
@@ -105,7 +106,7 @@ def test_random_models_have_the_planned_size(tmp_path, monkeypatch):
     for keep in (1.0, 0.6):
         plan = uniform_plan(architecture, keep, "stacked", 8)
         assert keep - 0.15 < plan.ratio <= keep
-        write_model(architecture, forms_of(plan), tmp_path, "same", "contrib", False, False)
+        write_model(architecture, forms_of(plan), tmp_path, ExportSettings())
         flops[keep] = prefill_flops(tmp_path, 512)
         linears = sum(layer.params for layer in plan.layers.values())
         head, attention = 2 * 512 * 128, 2 * 4 * 512 * 512 * 128
