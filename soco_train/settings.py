@@ -7,16 +7,19 @@ sections with its own. Defaults marked [ours] are choices the paper leaves open 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Storage = Literal["stacked", "pivoted"]
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
+MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
+Share = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(gt=0)]
 BuiltinText = Literal["speeches", "time-machine"]
 
 
@@ -24,6 +27,15 @@ class Section(BaseModel):
     """A recipe section: immutable, and a misspelt key or an infinite number is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where no truth is asked for: Python would take them for 1 and 0."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and "bool" not in str(field.annotation) and field.annotation is not Any:
+            raise ValueError(f"{str(value).lower()} is no value for it")
+        return value
 
 
 class DataSettings(Section):
@@ -57,14 +69,22 @@ class LayerSettings(Section):
 class PhaseSettings(Section):
     """SoCo's three phases (docs/method.md §2): preset fractions of the steps, and the optional stopping rules."""
 
-    phases: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
+    phases: tuple[Literal[1, 2, 3], ...] = Field(default=(1, 2, 3), min_length=1)
+    shares: tuple[Share, Share, Share] = (0.3, 0.4, 0.3)
     reach: float = Field(default=0.7, gt=0, le=1, description="part of phase 1 after which the soft size meets R")
     freeze: float = Field(
         default=0.1, ge=0, lt=1, description="last part of all steps: support frozen, survivors train"
     )
     overshoot: float = Field(default=0.02, ge=0, description="phase 2: size pressure returns above R(1 + overshoot)")
     stop_early: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> PhaseSettings:
+        if list(self.phases) != sorted(set(self.phases)):
+            raise ValueError("phases are each given once, in order: [1, 2, 3]")
+        if not sum(self.shares[number - 1] for number in self.phases):
+            raise ValueError("the phases have no share of the steps")
+        return self
 
 
 class TrainSettings(Section):
@@ -92,14 +112,14 @@ class TrainSettings(Section):
         default=True, description="false: within a layer the largest σ survive; scores only reallocate"
     )
     threshold: float = Field(default=0.5, gt=0, lt=1, description="τ of the soft size")
-    temperature: tuple[float, float] = Field(
+    temperature: tuple[Temperature, Temperature] = Field(
         default=(0.1, 0.02), description="κ of the soft size: at first, at the end"
     )
     size_weight: float = Field(default=1.0, gt=0, description="λ_d before it is scaled to the schedule")
     polarise_weight: float = Field(default=1.0, ge=0)
     schedule: PhaseSettings = PhaseSettings()
     checkpoint_every: int = Field(default=25, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
     logit_chunk: int = Field(default=2048, ge=1, description="tokens whose fp32 tables exist at one time in the loss")

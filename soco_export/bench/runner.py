@@ -7,7 +7,6 @@ to the first is truly 1, so what is found for it is the machine's noise, and wid
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.decoder import IntArray
 from soco_export.evaluate.session import DEVICES, MODEL_FILE, OnnxDecoder, Placement
+from soco_export.files.json import read_config
 from soco_train.events import Event, Notify, silent
 
 Run = Callable[[], None]
@@ -117,8 +117,7 @@ def memory_prompt(settings: BenchSettings, context: int | None) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    return read_config(folder)
 
 
 def _prompt(tokens: int, vocabulary: int) -> IntArray:

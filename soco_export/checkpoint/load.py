@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from soco_export.checkpoint.reader import REPAIR, check_folder
+from soco_export.checkpoint.reader import check_folder
+from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.safetensors import REPAIR
 from soco_train.errors import DataError
 
 
@@ -20,9 +22,17 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map:
     check_folder(folder)
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, device_map=device_map, output_loading_info=True, local_files_only=True
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,  # never asked on stdin
+        )
+    except FOREIGN as error:
+        raise not_a_model(folder, error) from error
     for problem in ("missing_keys", "unexpected_keys"):
         names = sorted(report[problem])
         if names:

@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from soco_export.checkpoint.layers import FORMAT, INSTALL, factored_layers, quantization_record
-from soco_export.checkpoint.reader import check_layer_tensors, open_shards
+from soco_export.checkpoint.reader import check_layer_tensors, checked_record
+from soco_export.files.safetensors import open_shards
 from soco_train.errors import DataError
 from soco_train.forms.registry import FACTORED
 from soco_train.modules.layers import replace_module
@@ -33,20 +34,9 @@ class SocoExportConfig(QuantizationConfigMixin):
                 fix=f"{INSTALL} --upgrade",
                 where="config.json: quantization_config.format",
             )
-        for name, layer in layers.items():
-            _check_record(name, layer)
+        checked_record(layers)
         # transformers serialises the attributes as they are, so they are the record itself.
         self.__dict__.update(quantization_record(layers))
-
-
-def _check_record(name: str, layer: Any) -> None:
-    whole = isinstance(layer, dict) and isinstance(layer.get("rank"), int) and isinstance(layer.get("bias"), bool)
-    if not whole or layer.get("kind") not in FACTORED or layer["rank"] < 1:
-        raise DataError(
-            f"the record of {name} is {layer!r}; it needs kind ({' or '.join(FACTORED)}), rank (≥ 1) and bias",
-            fix="write the checkpoint again",
-            where=f"config.json: quantization_config.layers.{name}",
-        )
 
 
 class SocoExportQuantizer(HfQuantizer):

@@ -5,28 +5,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from soco_export.checkpoint.layers import QUANT_METHOD
+from soco_export.files.json import read_config
+from soco_export.files.safetensors import REPAIR, StoredTensor, is_finite, open_shards, weight_files
 from soco_train.errors import DataError
+from soco_train.forms.registry import FACTORED
 
-REPAIR = "copy or write the checkpoint again"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is and how it looks, from the file's header alone."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+FLOATS = ("F16", "BF16", "F32", "F64")  # what factors are stored in
 
 
 def check_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -35,51 +27,39 @@ def check_folder(folder: Path) -> dict[str, StoredTensor]:
     Reads every number once: none may be NaN or infinite, and the `order` of a pivoted layer must be a permutation.
     """
     layers = pruned_layers(read_config(folder))
-    tensors = open_shards(shard_files(folder))
+    tensors = open_shards(weight_files(folder))
     check_layer_tensors(tensors, layers)
     for file in sorted({stored.file for stored in tensors.values()}):
         _check_values(file)
     return tensors
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json; DataError if it is absent or not a JSON object."""
-    path = folder / "config.json"
-    return _read_json(path, "give a folder written by save_checkpoint or save_pretrained")
-
-
 def pruned_layers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return name → kind, rank, bias of the pruned layers; empty for a dense checkpoint."""
+    """Return name → kind, rank, bias of the pruned layers; empty for a dense checkpoint.
+
+    Raises DataError for a record that is not as `record_layers` writes it.
+    """
     record = config.get("quantization_config") or {}
-    return dict(record.get("layers", {})) if record.get("quant_method") == QUANT_METHOD else {}
+    if not isinstance(record, dict):
+        raise DataError("quantization_config is no table", fix=REPAIR, where="config.json: quantization_config")
+    return checked_record(record.get("layers", {})) if record.get("quant_method") == QUANT_METHOD else {}
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """Return the folder's safetensors files, as the index names them; DataError if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index, REPAIR).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
-    lost = [file.name for file in files if not file.is_file()]
-    if lost or not files:
-        raise DataError(f"{lost[0] if lost else 'every weight'} is missing", fix=REPAIR, where=str(folder))
-    return files
-
-
-def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
-    """Return the headers of `files`, by tensor name; DataError if one is truncated or not safetensors."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in map(Path, files):
-        try:
-            with safe_open(str(file), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = shard.get_slice(name)
-                    tensors[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"cannot read {file.name}: {error}", fix=REPAIR, where=str(file)) from error
-    return tensors
+def checked_record(layers: Any) -> dict[str, dict[str, Any]]:
+    """Return the record of pruned layers; DataError unless each has its kind, rank and bias."""
+    if not isinstance(layers, dict):
+        raise DataError(
+            "the record of pruned layers is no table", fix=REPAIR, where="config.json: quantization_config.layers"
+        )
+    for name, layer in layers.items():
+        whole = isinstance(layer, dict) and type(layer.get("rank")) is int and type(layer.get("bias")) is bool
+        if not whole or layer.get("kind") not in tuple(FACTORED) or layer["rank"] < 1:
+            raise DataError(
+                f"the record of {name} is {layer!r}; it needs kind ({' or '.join(FACTORED)}), rank (≥ 1) and bias",
+                fix=REPAIR,
+                where=f"config.json: quantization_config.layers.{name}",
+            )
+    return layers
 
 
 def check_layer_tensors(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -87,14 +67,16 @@ def check_layer_tensors(tensors: Mapping[str, StoredTensor], layers: Mapping[str
     for name, layer in layers.items():
         rank = layer["rank"]
         shapes = {part: _shape(tensors, f"{name}.{part}") for part in _parts(layer)}
+        m = (*shapes["up.weight" if layer["kind"] == "stacked" else "order"], 0)[0]
         if layer["kind"] == "stacked":
-            m = shapes["up.weight"][0]
-            agree = shapes["weight"][0] == rank and shapes["up.weight"] == (m, rank)
+            agree = shapes["weight"][:1] == (rank,) and shapes["up.weight"] == (m, rank)
             agree = agree and shapes.get("up.bias", (m,)) == (m,)
         else:
-            (m,) = shapes["order"]
-            agree = shapes["weight"][0] == rank and shapes["mix.weight"] == (m - rank, rank)
+            agree = (
+                shapes["order"] == (m,) and shapes["weight"][:1] == (rank,) and shapes["mix.weight"] == (m - rank, rank)
+            )
             agree = agree and shapes.get("bias", (m,)) == (m,)
+        agree = agree and len(shapes["weight"]) == 2
         if not agree or rank >= m:
             raise DataError(
                 f"the tensors of {name} do not make a {layer['kind']} layer of rank {rank}: {shapes}",
@@ -113,12 +95,10 @@ def _shape(tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
     if name not in tensors:
         files = sorted({stored.file.name for stored in tensors.values()})
         raise DataError(f"{name} is in none of {', '.join(files)}", fix=REPAIR, where=name)
-    return tensors[name].shape
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether no value is NaN or infinite; takes no memory, which comparing each value would."""
-    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    stored = tensors[name]
+    if (stored.dtype not in FLOATS) != name.endswith(".order"):
+        raise DataError(f"{name} is stored as {stored.dtype}", fix=REPAIR, where=str(stored.file))
+    return stored.shape
 
 
 def _check_values(file: Path) -> None:
@@ -129,13 +109,3 @@ def _check_values(file: Path) -> None:
                 raise DataError(f"{name} in {file.name} holds NaN or infinity", fix=REPAIR, where=str(file))
             if name.endswith(".order") and not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
                 raise DataError(f"{name} in {file.name} is not a permutation", fix=REPAIR, where=str(file))
-
-
-def _read_json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path.name}: {error}", fix=fix, where=str(path)) from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path.name} is not a JSON object", fix=fix, where=str(path))
-    return value

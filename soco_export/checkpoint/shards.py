@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from soco_export.checkpoint.reader import is_finite
+from soco_export.files.safetensors import is_finite
 from soco_train.errors import DataError
 from soco_train.store.tensorfile import Pending, write_file
 

@@ -15,10 +15,12 @@ import torch
 
 from soco_export.checkpoint.biases import check_dense_parts
 from soco_export.checkpoint.layers import replacement
-from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.shards import write_shards
 from soco_export.checkpoint.writer import SHARD, finish, save_checkpoint
+from soco_export.files.json import read_config
 from soco_export.files.replacing import replacing_folder
+from soco_export.files.safetensors import open_shards, weight_files
 from soco_train.forms.registry import LayerFactors
 from soco_train.modules.layers import replace_module
 from soco_train.store.tensorfile import Pending
@@ -50,7 +52,7 @@ def stream_checkpoint(
         model.save_pretrained(str(folder), state_dict={})  # all but the weights
         write_shards(folder, _pending(model, layers, dtype), max_shard_size, model.num_parameters())
         finish(folder, model, tokenizer, card, written)
-        check_layer_tensors(open_shards(shard_files(folder)), pruned_layers(read_config(folder)))
+        check_layer_tensors(open_shards(weight_files(folder)), pruned_layers(read_config(folder)))
 
 
 def _pending(model: Any, layers: Mapping[str, LayerFactors], dtype: torch.dtype) -> dict[str, Pending]:

@@ -17,10 +17,13 @@ from torch import nn
 from soco_export.checkpoint.biases import check_dense_parts, fit_biases
 from soco_export.checkpoint.card import render_card, summarise
 from soco_export.checkpoint.layers import factored_layers, record_layers
-from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
+from soco_export.files.json import read_config
 from soco_export.files.replacing import check_replaceable, replacing_folder
+from soco_export.files.safetensors import open_shards, weight_files
+from soco_train.store.bounded import read_json
 
 SHARD = "5GB"
 
@@ -41,7 +44,7 @@ def save_checkpoint(
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
         finish(folder, model, tokenizer, card, {})
-        check_layer_tensors(open_shards(shard_files(folder)), pruned_layers(read_config(folder)))
+        check_layer_tensors(open_shards(weight_files(folder)), pruned_layers(read_config(folder)))
 
 
 def save_dense(
@@ -91,8 +94,8 @@ def finish(
         tokenizer.save_pretrained(str(folder))
         settings = folder / "tokenizer_config.json"
         if (folder / "tokenizer.json").exists():
-            _write_json(settings, tokenizer_in_both_forms(json.loads(settings.read_text(encoding="utf-8"))))
-    for shard in shard_files(folder):
+            _write_json(settings, tokenizer_in_both_forms(read_json(settings, "give a tokenizer that saves itself")))
+    for shard in weight_files(folder):
         _give_usual_mode(shard)
     text = render_card("", None, summarise(model, dense=dense)) if card is None else card
     (folder / "README.md").write_text(text, encoding="utf-8")

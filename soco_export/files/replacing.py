@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 
 from soco_export.files.atomic import remove, write_atomic
 from soco_export.files.records import FileRecord, Record, check_apart, check_ours, record_files
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
+from soco_train.store.bounded import read_bytes
 
 LISTING = "soco_files.json"
 FIX = "give another --out, or move these files away"
@@ -44,8 +45,8 @@ class Listing(Record):
         if path.is_symlink() or not path.is_file():
             return None
         try:
-            return Listing.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
+            return Listing.model_validate_json(read_bytes(path, FIX))
+        except (DataError, ValidationError):
             return None
 
     def save(self, folder: Path) -> None:

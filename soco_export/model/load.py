@@ -5,36 +5,65 @@ Everything that can be wrong with a folder is found before the first weight is r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from soco_export.files.json import FOREIGN, check_sizes, not_a_model
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
+from soco_train.store.bounded import read_bytes, read_json
 
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
-SMALLEST_VOCABULARY = 0.9
+SMALLEST_VOCABULARY = 0.75
+FIX_TOKENIZER = "add the tokenizer.json that was published with the model"
 
 
 def dense_config(recipe: Recipe) -> Any:
     """Return the `PretrainedConfig` of the dense model; RecipeError for an architecture transformers does not know."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if recipe.model.trust_remote_code:
-        return AutoConfig.from_pretrained(fetch_folder(recipe), trust_remote_code=True)
+    if recipe.model.trust_remote_code and recipe.model.weights == "pretrained":
+        there = fetch_folder(recipe)
+        return _made(there, lambda: AutoConfig.from_pretrained(there, trust_remote_code=True))
     # the folder's own fields, where there is one, say more than the recipe's
     pretrained = recipe.model.weights != "random"
     folder = find_folder(recipe) if pretrained else None
     fields = read_architecture(folder) if folder else architecture_fields(recipe)
     kind = fields.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = suggestion(str(kind), list(CONFIG_MAPPING.keys()))
         raise RecipeError(
             f"transformers does not know the architecture {kind!r}",
             fix=f"{near}update transformers, or set model.trust_remote_code",
             where="model.architecture.model_type",
         )
-    return AutoConfig.for_model(kind, **fields)
+    check_sizes(fields, "model.architecture")
+    return _made(folder or "model.architecture", lambda: AutoConfig.for_model(kind, **fields))
+
+
+def dense_skeleton(recipe: Recipe) -> Any:
+    """Return the dense model on the device `meta`: its modules and shapes, no weights; errors as `dense_config`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = dense_config(recipe)
+
+    def make() -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+
+    return _made(find_folder(recipe) or "model.architecture", make)
+
+
+def _made(source: Path | str, make: Callable[[], Any]) -> Any:
+    """Return what transformers makes of config.json; DataError with its reason if it makes nothing of it."""
+    try:
+        return make()
+    except FOREIGN as error:
+        raise not_a_model(source, error) from error
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -42,19 +71,59 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = BUILTIN_MODEL if recipe.model.weights == "random" else fetch_folder(recipe)
+    check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError, AttributeError) as error:
-        # transformers 4.57 does not know the tokenizer class that 5 writes, but reads its tokenizer.json
-        if (folder / "tokenizer.json").is_file():
+    except Exception as first:  # the library of tokenizers raises bare Exceptions
+        reason: Exception = first
+    # transformers 4.57 does not know the tokenizer class that 5 writes, but reads its tokenizer.json
+    if (folder / "tokenizer.json").is_file():
+        try:
             return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
-        raise RecipeError(f"no tokenizer in {folder}: {error}", fix="add tokenizer.json", where=str(folder)) from error
+        except Exception as second:
+            reason = second
+    raise _no_tokenizer(folder, reason) from reason
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise DataError for a tokenizer's file that is no JSON object of a bearable size, or no file of its own."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            found = read_json(folder / name, FIX_TOKENIZER)
+            length = found.get("model_max_length")
+            if isinstance(length, bool) or not isinstance(length, int | float | type(None)):
+                raise DataError(
+                    f"{name} sets model_max_length to {str(length)[:60]!r}, which is no number",
+                    fix=FIX_TOKENIZER,
+                    where=str(folder / name),
+                )
+    if (folder / "tokenizer.model").exists():
+        read_bytes(folder / "tokenizer.model", FIX_TOKENIZER)
+
+
+def _no_tokenizer(folder: Path, error: Exception) -> RecipeError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    fix = FIX_TOKENIZER
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        fix = "pip install sentencepiece protobuf, or add the tokenizer.json that transformers makes of tokenizer.model"
+    elif (folder / "tokenizer.json").exists():
+        fix = "download it again, or pip install --upgrade tokenizers transformers: a newer library may have written it"
+    return RecipeError(f"no tokenizer in {folder}: {reason}", fix=fix, where=str(folder))
 
 
 def check_vocabulary(tokenizer: Any, config: Any, where: str = "") -> None:
     """Raise RecipeError if the tokenizer gives ids the model has no row for, or is another model's (far too small)."""
     rows = config.get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
+    vocabulary = tokenizer.get_vocab()
+    highest = max(vocabulary.values(), default=-1)
+    beyond = sorted(number for number in vocabulary.values() if number >= rows)
+    if beyond and len(beyond) <= len(tokenizer.get_added_vocab()):
+        raise RecipeError(
+            f"the tokenizer has tokens that the model has no embedding row for: ids {', '.join(map(str, beyond[:5]))}"
+            f"; the model has {rows} rows",
+            fix="remove these added tokens, or resize the model's embedding and train it",
+            where=where,
+        )
     if highest >= rows or highest + 1 < SMALLEST_VOCABULARY * rows:
         raise RecipeError(
             f"tokenizer and model disagree: token ids go up to {highest}, the model has {rows} embedding rows",

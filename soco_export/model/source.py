@@ -6,12 +6,12 @@ in `$SOCO_EXPORT_MODELS`, `./models` and `.` under the recipe's name or the hub 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.json import plain_floats, read_config
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 
@@ -19,7 +19,12 @@ BUILTIN_MODEL = Path(__file__).parents[2] / "soco_train" / "builtin" / "tiny"
 # what must agree for a folder to be a recipe's model
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # fields of a config.json that say how it was made, not what the model is
-PROVENANCE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+PROVENANCE = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    # how somebody ran its attention: ours to choose
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    "quantization_config",  # only null gets this far
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
@@ -27,19 +32,14 @@ HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
 
 def read_architecture(folder: Path) -> dict[str, Any]:
     """Return the fields of a folder's config.json, rope settings in the form that transformers 4.57 and 5 both read."""
-    file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{folder} holds no readable config.json", fix="give the folder of a Hugging Face model", where=str(file)
-        ) from error
-    if "quantization_config" in fields:
-        method = fields["quantization_config"].get("quant_method")
+    fields = plain_floats(read_config(folder))
+    record = fields.get("quantization_config")
+    if record is not None:
+        method = record.get("quant_method") if isinstance(record, dict) else record
         raise RecipeError(
             f"{folder} holds a model that is already compressed ({method})",
             fix="start from the dense model",
-            where=str(file),
+            where=str(folder / "config.json"),
         )
     return _with_plain_rope({key: value for key, value in fields.items() if key not in PROVENANCE})
 

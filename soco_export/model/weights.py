@@ -7,8 +7,7 @@ as the system may take back.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from soco_export.checkpoint.reader import is_finite, open_shards
-from soco_train.errors import DataError, RecipeError
+from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.safetensors import is_finite, open_shards, weight_files
+from soco_train.errors import DataError
 
 # half precisions by their name in a safetensors header
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -30,7 +30,8 @@ def check_weight_files(folder: Path) -> list[Path]:
 
     Raises DataError for a missing, truncated or corrupt file and RecipeError where there are only pickles.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
+    open_shards(files)  # with bounds, before a library reads the headers without any
     for file in files:
         try:
             with safe_open(str(file), framework="numpy"):
@@ -42,28 +43,9 @@ def check_weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{index.name} is corrupt: {error}", fix="download it again", where=str(index)) from None
-        return [folder / name for name in sorted(shards)]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise RecipeError(
-            f"{folder} holds its weights as pickles, which are never read",
-            fix="convert them to safetensors (the hub often has them in a pull request: model.revision: refs/pr/N)",
-            where=str(folder),
-        )
-    raise RecipeError(f"{folder} holds no weights", fix="give a folder with model.safetensors", where=str(folder))
-
-
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the half precision that all weights in `folder` are stored in, else fp32; reads headers."""
-    found = {tensor.dtype for tensor in open_shards(_weight_files(folder)).values() if "F" in tensor.dtype}
+    found = {tensor.dtype for tensor in open_shards(weight_files(folder)).values() if "F" in tensor.dtype}
     return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
@@ -104,6 +86,17 @@ def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtyp
         raise DataError(
             f"cannot load the weights: {error}", fix="check that config.json belongs to them", where=str(folder)
         ) from error
+    except FOREIGN as error:
+        raise not_a_model(folder, error) from error
+    _check_report(report, folder)
+    return model.eval()
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Raise DataError for weights of the model that no file holds, or tensors of the files that the model leaves out.
+
+    What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets.
+    """
     missing = sorted(report["missing_keys"])
     if missing:
         raise DataError(
@@ -111,7 +104,14 @@ def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtyp
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )
-    return model.eval()
+    unread = sorted(report["unexpected_keys"])
+    if unread:
+        raise DataError(
+            f"{len(unread)} tensors of the files are not read by the model's class, among them {', '.join(unread[:3])}",
+            fix="give the model as it was published; remove what is not the model's (a value head), and merge or "
+            "dequantise what is stored in parts",
+            where=str(folder),
+        )
 
 
 def check_finite(model: Any, where: str) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.layers import QUANT_METHOD
-from soco_export.checkpoint.reader import check_layer_tensors, open_shards, pruned_layers, read_config, shard_files
+from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
+from soco_export.files.json import read_config
+from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.write.matrix import CHUNK, Array, Stored
@@ -92,7 +94,7 @@ class CheckpointWeights:
         layers = pruned_layers(config)
         self._transposed -= {f"{name}.weight" for name in layers}
         self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
-        self._stored = open_shards(shard_files(folder))
+        self._stored = open_shards(weight_files(folder))
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, Place] = {}
         for name, stored in self._stored.items():

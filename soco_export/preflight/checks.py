@@ -126,17 +126,13 @@ def check_graph(recipe: Recipe) -> None:
 
 def check_biases(recipe: Recipe) -> None:
     """Raise RecipeError if training would give layers a bias that the merged dense form has no place for."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from soco_export.checkpoint.biases import check_bias_places
-    from soco_export.model.load import dense_config
+    from soco_export.model.load import dense_skeleton
     from soco_train.modules.layers import select_linears
 
     if not recipe.train.deviation or recipe.train.scorer != "soco":  # the other scorers learn no deviation
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense_config(recipe))
+    model = dense_skeleton(recipe)
     check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
 
 

@@ -57,15 +57,11 @@ def measure(recipe: Recipe) -> ModelShape:
 
     Raises RecipeError if transformers does not know the architecture or no layer takes part.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from soco_export.model.load import dense_config
+    from soco_export.model.load import dense_skeleton
     from soco_train.modules.layers import select_linears
 
-    config = dense_config(recipe)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = dense_skeleton(recipe)
+    config = model.config
     linears = select_linears(model, recipe.layers)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return ModelShape(

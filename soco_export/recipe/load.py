@@ -17,6 +17,8 @@ from soco_export.recipe.recipe import Recipe, validated
 from soco_export.recipe.yaml import Origins, read_yaml, write_yaml
 from soco_train.errors import RecipeError
 
+LONGEST_CHAIN = 8  # recipes that extend each other
+MOST_PARENTS = 4
 LOCK_HEADER = "# Every setting of the run, resolved. Give it back with --recipe to run the same again.\n"
 
 
@@ -49,13 +51,21 @@ def find_recipe(source: str | Path) -> Path:
     if str(source) in shipped:
         return shipped[str(source)]
     path = Path(source)
-    if path.is_file():
+    if _is_file(path):
         return path
     raise RecipeError(
         f"there is no recipe {str(source)!r}",
         fix=f"{suggestion(str(source), shipped)}give a file, or one of: {', '.join(list_recipes())}",
         where=f"looked in {recipes_folder()} and at {path}",
     )
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is such a file, a pipe included; a name that no file system takes is none."""
+    try:
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def recipes_folder() -> Path:
@@ -88,17 +98,33 @@ def suggestion(wrong: str, right: Sequence[str] | Mapping[str, Any]) -> str:
 def _read_chain(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     """Read a file over everything it extends."""
     file = file.resolve()
+    if len(seen) >= LONGEST_CHAIN:
+        raise RecipeError(
+            f"recipes extend each other more than {LONGEST_CHAIN} deep", fix="shorten the chain", where=str(file)
+        )
     if file in seen:
         chain = " → ".join(path.name for path in (*seen, file))
         raise RecipeError(f"recipes extend each other in a circle: {chain}", fix="break the circle", where=str(file))
     own, own_origins = read_yaml(file)
-    parents = own.pop("extends", [])
+    parents = _parents(own.pop("extends", []), own_origins.get("extends", ""))
     values: dict[str, Any] = {}
     origins: Origins = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         beside = file.parent / parent
-        below, below_origins = _read_chain(beside if beside.is_file() else find_recipe(parent), (*seen, file))
+        below, below_origins = _read_chain(beside if _is_file(beside) else find_recipe(parent), (*seen, file))
         values, origins = merge(values, below), {**origins, **below_origins}
     # a parent's name is not its child's
     values.pop("name", None)
     return merge(values, own), {**origins, **own_origins}
+
+
+def _parents(found: Any, where: str) -> list[str]:
+    """Return the names after `extends:`; RecipeError if they are none, or so many that reading them takes long."""
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MOST_PARENTS:
+        raise RecipeError(
+            f"extends: {str(found)[:60]} is no name, and no list of up to {MOST_PARENTS} names",
+            fix="extends: base",
+            where=where,
+        )
+    return names

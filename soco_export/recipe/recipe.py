@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from soco_export.bench.settings import BenchSettings, LatencySettings
 from soco_export.evaluate.settings import ValidateSettings
@@ -20,6 +20,8 @@ from soco_export.recipe.yaml import Origins
 from soco_export.report.gates import GateSettings
 from soco_train.errors import RecipeError
 from soco_train.settings import DataSettings, LayerSettings, PlanSettings, RefineSettings, Section, TrainSettings
+
+LONGEST_NAME = 200  # bytes; a file system has 255, and parts are added to it
 
 
 class ModelSettings(Section):
@@ -60,6 +62,16 @@ class Recipe(PlanSettings):
     validation: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
     bench: BenchSettings = BenchSettings()
     gates: GateSettings = GateSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        """Refuse a name that is no folder's: a run of it lies in runs/NAME."""
+        if name in ("", ".", "..") or not name.isprintable() or any(mark in name for mark in "/\\"):
+            raise ValueError(f"{name[:60]!r} is no name of a folder: a run of it lies in runs/NAME")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"it is {len(name.encode())} bytes long, and a folder's name has at most {LONGEST_NAME}")
+        return name
 
     @property
     def plan(self) -> PlanSettings:
@@ -118,7 +130,7 @@ def _translated(error: ValidationError, origins: Origins) -> RecipeError:
     elif found["type"] == "missing":
         message, fix = f"{key} is {'incomplete' if isinstance(found['loc'][-1], int) else 'missing'}", f"set {key}"
     elif reason.startswith("Input "):
-        message, fix = f"{key} cannot be {found['input']!r}", f"it {reason.removeprefix('Input ')}"
+        message, fix = f"{key} cannot be {repr(found['input'])[:60]}", f"it {reason.removeprefix('Input ')}"
     else:
         message, fix = f"{key}: {reason}", "`soco-export recipes show` prints every key"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -9,10 +9,14 @@ from typing import Any
 
 import yaml
 
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
+from soco_train.store.bounded import read_text
 
 # dotted key → "file:line", or the command-line flag that set it
 Origins = dict[str, str]
+MOST_BYTES = 256 << 10  # of one recipe file
+DEEPEST = 32
+MOST_EVENTS = 10_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -21,6 +25,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
@@ -30,7 +36,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _Loader would read as a number."""
+    """SafeDumper that quotes what _Loader would read as a number, and writes what occurs twice out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _side in (_Loader, _Dumper):
@@ -48,24 +57,53 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], Origins]:
     """Return the mapping in `file` and where each key stands; RecipeError if it is unreadable or no mapping."""
     shown = _shown(file)
     try:
-        loader = _Loader(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        values = {} if node is None else loader.construct_document(node)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", fix="give a readable UTF-8 file", where=shown) from error
-    except yaml.MarkedYAMLError as error:
-        raise _broken(error, shown) from None
+        text = read_text(file, "give a readable UTF-8 file", MOST_BYTES)
+    except DataError as error:
+        raise RecipeError(error.message, fix=error.fix, where=shown) from error
+    values, node = _parsed(text, shown)
+    if node is None:
+        return {}, {}
     if not isinstance(values, dict):
         raise RecipeError("the recipe is no mapping of keys to values", fix="see `recipes show`", where=shown)
-    return values, {} if node is None else dict(_lines(node, "", shown))
+    return values, dict(_lines(node, "", shown))
 
 
 def read_yaml_value(text: str, where: str) -> Any:
     """Return the YAML value of one override; RecipeError if it does not parse."""
+    return _parsed(text, where)[0]
+
+
+def _parsed(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+    """Return (value, node) of a YAML text without aliases, of bounded depth and length; RecipeError for any other."""
     try:
-        return yaml.load(text, _Loader)
+        _check_events(text, where)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
     except yaml.MarkedYAMLError as error:
         raise _broken(error, where) from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise RecipeError(f"not valid YAML: {reason}", fix="correct the value", where=where) from None
+
+
+def _check_events(text: str, where: str) -> None:
+    """Raise RecipeError for an alias, deep nesting or too many values, before anything is built from the text."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        faults = {
+            "an alias (*name)": isinstance(event, yaml.AliasEvent),
+            f"nesting deeper than {DEEPEST}": depth > DEEPEST,
+            f"more than {MOST_EVENTS:,} values": count > MOST_EVENTS,
+        }
+        for fault in (fault for fault, there in faults.items() if there):
+            line = "" if where.startswith("--set") or not event.start_mark else f":{event.start_mark.line + 1}"
+            raise RecipeError(
+                f"the recipe has {fault}, which recipes do without",
+                fix="write it out, or shorten it",
+                where=where + line,
+            )
 
 
 def _broken(error: yaml.MarkedYAMLError, where: str) -> RecipeError:

@@ -17,6 +17,7 @@ from soco_export.evaluate.figures import PerplexityFigures, StepParity, TaskComp
 from soco_export.files.atomic import write_atomic
 from soco_export.report.gates import GateSettings, Verdict, judge
 from soco_train.errors import DataError
+from soco_train.store.bounded import read_text
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"
@@ -146,9 +147,7 @@ class Results(Part):
         """Read results.json (or the run folder that holds it); raises DataError if it is not one of this version."""
         file = path / RESULTS_FILE if path.is_dir() else path
         try:
-            return Results.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the results: {error}", fix="give a results.json", where=str(file)) from error
+            return Results.model_validate_json(read_text(file, "give a results.json, or the folder of a run"))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

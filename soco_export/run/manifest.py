@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
 from soco_train.errors import RecipeError
+from soco_train.store.bounded import read_bytes
 
 MANIFEST = "manifest.json"
 EDITED = (
@@ -68,7 +69,7 @@ class Manifest(Record):
         if not path.exists():
             return None
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
+            manifest = Manifest.model_validate_json(read_bytes(path, "give another --out"))
         except ValidationError as error:
             raise RecipeError(
                 f"{MANIFEST} is not a manifest of this version of soco-export",

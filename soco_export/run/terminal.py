@@ -28,7 +28,7 @@ def run_outcome(root: Path) -> Outcome:
 
 def _lines(results: Results, root: Path) -> Iterator[str]:
     yield verdict_sentence(results)
-    plan = RankPlan.from_json((root / "plan.json").read_text(encoding="utf-8"))
+    plan = RankPlan.load(root / "plan.json")
     yield plan.describe(results.sizes.params_before)
     yield from _quality(results)
     yield from _cost(results)

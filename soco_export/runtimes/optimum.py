@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
-from soco_export.runtimes.registry import Layout, layout, read_json, write_json
+from soco_export.files.json import FIX, read_config
+from soco_export.runtimes.registry import Layout, layout, write_json
+from soco_train.store.bounded import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,7 +24,7 @@ TOKENIZER_FILES = (
 @layout("optimum")
 def optimum(to: Layout) -> None:
     """Config, generation config and tokenizer, as ORTModelForCausalLM and AutoTokenizer look for them."""
-    config = read_json(to.source / "config.json")
+    config = read_config(to.source)
     # The graph holds the factors already: nothing may look for them in safetensors.
     config.pop("quantization_config", None)
     write_json(to.folder / "config.json", config)
@@ -31,4 +33,4 @@ def optimum(to: Layout) -> None:
             shutil.copyfile(to.source / name, to.folder / name)
     tokenizer = to.folder / "tokenizer_config.json"
     if tokenizer.exists() and (to.folder / "tokenizer.json").exists():
-        write_json(tokenizer, tokenizer_in_both_forms(read_json(tokenizer)))
+        write_json(tokenizer, tokenizer_in_both_forms(read_json(tokenizer, FIX)))

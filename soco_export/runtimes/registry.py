@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.json import FIX
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import RecipeError
+from soco_train.store.bounded import read_json
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,15 @@ def write_layouts(to: Layout) -> None:
 def special_tokens(to: Layout) -> dict[str, Any]:
     """The generation config's ids win over the config's; the first end token pads where nothing else does."""
     path = to.source / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
+    generation = read_json(path, FIX) if path.exists() else {}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {key: generation.get(key, to.config.get(key)) for key in keys}
-    end = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
+    end = ids["eos_token_id"]
+    if isinstance(end, list):
+        end = end[0] if end else None  # no end token at all
+        ids["eos_token_id"] = ids["eos_token_id"] or None
     fallback = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     return {key: fallback[key] if ids[key] is None else ids[key] for key in keys if (ids[key], end) != (None, None)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

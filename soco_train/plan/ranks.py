@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from soco_train.errors import DataError
 from soco_train.plan.allocation import (
@@ -22,7 +24,10 @@ from soco_train.plan.allocation import (
     uniform_ranks,
 )
 from soco_train.settings import Allocation, PlanSettings, Storage
+from soco_train.store.bounded import parse_object, read_text
 from soco_train.store.scores import LayerScores, Scores
+
+FIX_PLAN = "delete it and give the same command again: the run makes it anew"
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,56 @@ class RankPlan:
     @staticmethod
     def from_json(text: str) -> RankPlan:
         """Read what `to_json` wrote; DataError if it is something else."""
+        found = parse_object(text, "the rank plan", "plan.json", FIX_PLAN)
         try:
-            found = json.loads(text)
-            layers = {
-                name: LayerPlan(**(entry | {"shape": (entry["shape"][0], entry["shape"][1])}))
-                for name, entry in found["layers"].items()
-            }
-            return RankPlan(layers, found["keep_params"], found["storage"], found["allocation"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise DataError(f"this is no rank plan: {error}", fix="write it again with the verb plan") from error
+            return _Plan.model_validate({key: found.get(key) for key in _Plan.model_fields}).plan()
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"this is no rank plan: {place}: {first['msg']}"[:400], fix=FIX_PLAN, where="plan.json"
+            ) from error
+
+    @staticmethod
+    def load(path: Path) -> RankPlan:
+        """Read a plan.json; DataError if it cannot be read or is something else."""
+        return RankPlan.from_json(read_text(path, FIX_PLAN))
+
+
+class _Layer(BaseModel):
+    """One layer of a plan.json: a rank is at least 1 and at most full, and a dense layer is of full rank."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    shape: list[int] = Field(min_length=2, max_length=2)
+    rank: int = Field(ge=1)
+    dense: bool
+    params: int = Field(ge=1)
+    reason: str
+
+    @model_validator(mode="after")
+    def _possible(self) -> _Layer:
+        if min(self.shape) < 1 or self.rank > min(self.shape) or self.dense > (self.rank == min(self.shape)):
+            raise ValueError(f"a layer of shape {self.shape} cannot have rank {self.rank}, dense: {self.dense}")
+        return self
+
+
+class _Plan(BaseModel):
+    """plan.json, checked; a plan of no layers is none."""
+
+    model_config = ConfigDict(strict=True)
+
+    layers: dict[str, _Layer] = Field(min_length=1)
+    keep_params: float = Field(gt=0, le=1)
+    storage: Storage
+    allocation: Allocation
+
+    def plan(self) -> RankPlan:
+        layers = {
+            name: LayerPlan((layer.shape[0], layer.shape[1]), layer.rank, layer.dense, layer.params, layer.reason)
+            for name, layer in self.layers.items()
+        }
+        return RankPlan(layers, self.keep_params, self.storage, self.allocation)
 
 
 def _millions(count: int) -> str:

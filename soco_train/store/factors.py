@@ -12,7 +12,8 @@ import torch
 from soco_train.forms.pivoted import PivotedFactors
 from soco_train.forms.registry import LayerFactors, forms_of
 from soco_train.forms.stacked import StackedFactors
-from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write_tensors
+from soco_train.store.bounded import answering
+from soco_train.store.tensorfile import FIX, Pending, Provenance, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,29 @@ class Factors:
     def load(path: Path) -> Factors:
         """Read `factors.safetensors`; DataError if it is truncated or of another kind."""
         tensors, header = read_tensors(path, "factors")
-        layers = {name: _layer_factors(kind, name, tensors) for name, kind in header["layers"].items()}
-        return Factors(layers, header["provenance"])
+
+        def make() -> Factors:
+            layers = {name: _layer_factors(kind, name, tensors) for name, kind in header["layers"].items()}
+            return Factors(layers, dict(header["provenance"]))
+
+        return answering("these are no factors", str(path), FIX, make)
 
 
 def _layer_factors(kind: str, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:
     bias = tensors.get(f"{name}:bias")
     if kind == "StackedFactors":
-        return StackedFactors(tensors[f"{name}:up"], tensors[f"{name}:down"], bias)
-    return PivotedFactors(tensors[f"{name}:pivot"], tensors[f"{name}:mix"], tensors[f"{name}:order"], bias)
+        up, down = tensors[f"{name}:up"], tensors[f"{name}:down"]
+        (m, rank), (_, _) = up.shape, down.shape
+        _check(name, down.shape[0] == rank and (bias is None or bias.shape == (m,)))
+        return StackedFactors(up, down, bias)
+    if kind != "PivotedFactors":
+        raise ValueError(f"{name} is of no kind that is known: {kind}")
+    pivot, mix, order = (tensors[f"{name}:{part}"] for part in ("pivot", "mix", "order"))
+    (m,), (rank, _) = order.shape, pivot.shape
+    _check(name, mix.shape == (m - rank, rank) and (bias is None or bias.shape == (m,)))
+    return PivotedFactors(pivot, mix, order, bias)
+
+
+def _check(name: str, agree: bool) -> None:
+    if not agree:
+        raise ValueError(f"the tensors of {name} do not fit together")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
+from soco_train.store.bounded import answering
+from soco_train.store.tensorfile import FIX, Provenance, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,37 @@ class Scores:
     def load(path: Path) -> Scores:
         """Read `scores.safetensors`; DataError if it is truncated or of another kind."""
         tensors, header = read_tensors(path, "scores")
-        layers = {
-            name: LayerScores(
-                importance=tensors[f"{name}:importance"],
-                scale=tensors[f"{name}:scale"],
-                deviation=tensors.get(f"{name}:deviation"),
-                shape=(shape[0], shape[1]),
-                correction=_correction(name, tensors),
-            )
-            for name, shape in header["shapes"].items()
-        }
-        return Scores(layers, header["provenance"])
+
+        def make() -> Scores:
+            layers = {name: _layer(name, shape, tensors) for name, shape in header["shapes"].items()}
+            return Scores(layers, dict(header["provenance"]))
+
+        return answering("these are no scores", str(path), FIX, make)
+
+
+def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> LayerScores:
+    """Return one layer's scores; ValueError if a tensor is not of the layer's shape, or not finite."""
+    m, n = shape
+    layer = LayerScores(
+        importance=tensors[f"{name}:importance"],
+        scale=tensors[f"{name}:scale"],
+        deviation=tensors.get(f"{name}:deviation"),
+        shape=(m, n),
+        correction=_correction(name, tensors),
+    )
+    components = (min(m, n),)
+    left, right = layer.correction or (torch.empty(*components, 0), torch.empty(0, n))
+    parts = {
+        "importance": (layer.importance, components),
+        "scale": (layer.scale, components),
+        "deviation": (layer.deviation, (m,)),
+        "correction.C": (left, (*components, left.shape[-1])),
+        "correction.A": (right, (left.shape[-1], n)),
+    }
+    for part, (tensor, expected) in parts.items():
+        if tensor is not None and (tuple(tensor.shape) != expected or not bool(tensor.isfinite().all())):
+            raise ValueError(f"{part} of {name} is not {list(expected)} finite numbers")
+    return layer
 
 
 def _correction(name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from soco_train.store.tensorfile import read_tensors, write_tensors
+from soco_train.store.bounded import answering
+from soco_train.store.tensorfile import FIX, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,13 @@ class Spectrum:
     P: torch.Tensor
     B: torch.Tensor
     sigma: torch.Tensor
+
+
+def _checked(spectrum: Spectrum) -> Spectrum:
+    (_, k), (inner, _) = spectrum.P.shape, spectrum.B.shape
+    if inner != k or spectrum.sigma.shape != (k,):
+        raise ValueError("P, B and sigma do not fit together")
+    return spectrum
 
 
 class SpectrumStore(Mapping[str, Spectrum]):
@@ -41,7 +49,10 @@ class SpectrumStore(Mapping[str, Spectrum]):
         if not self._file(name).exists():
             raise KeyError(name)
         tensors, _ = read_tensors(self._file(name), "spectrum")
-        return Spectrum(**tensors)
+        made: Spectrum = answering(
+            "this is no spectrum", str(self._file(name)), FIX, lambda: _checked(Spectrum(**tensors))
+        )
+        return made
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._file(name).exists()

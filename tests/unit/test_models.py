@@ -248,7 +248,7 @@ def test_truncated_weights_are_named(folder: Path, keep: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     error = refused(DataError, recipe_for(str(folder)))
-    assert "model.safetensors is truncated or corrupt" in error.message
+    assert "cannot read model.safetensors: it is truncated or corrupt" in error.message
     assert error.where == str(file)
 
 
@@ -263,8 +263,9 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 
 def test_a_corrupt_index_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
-    assert "index.json is corrupt" in refused(DataError, recipe_for(str(folder))).message
+    assert "index.json" in refused(DataError, recipe_for(str(folder))).message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -293,7 +294,7 @@ def test_pickles_are_not_read(folder: Path) -> None:
 
 def test_no_weights_at_all(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert "no weights" in refused(RecipeError, recipe_for(str(folder))).message
+    assert "no weights" in refused(DataError, recipe_for(str(folder))).message
 
 
 @pytest.mark.parametrize("words", [257, 300])

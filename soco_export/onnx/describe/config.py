@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soco_train.errors import DataError, RecipeError
+from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.json import read_config as read_fields
+from soco_train.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def read_config(folder: Path) -> Config:
     from transformers import AutoConfig
 
     path = folder / "config.json"
+    written = read_fields(folder)
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
         resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path.name}: {error}", fix="give an HF model folder", where=str(path)) from error
+    except FOREIGN as error:
+        raise not_a_model(folder, error) from error
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     return as_config(resolved, str(path), rope)

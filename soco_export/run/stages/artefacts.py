@@ -36,7 +36,7 @@ def make_factors(context: RunContext, out: Path) -> None:
     from soco_train.modules.subject import Session
     from soco_train.plan.ranks import RankPlan
 
-    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    plan = RankPlan.load(context.path("plan", "plan.json"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     subject = context.subject(context.path("spectrum", "spectrum"))
     session = Session(out / "work", context.notify, fingerprint=out.name, seed=context.recipe.train.seed)

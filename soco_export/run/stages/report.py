@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from soco_export.bench.machine import describe_machine
 from soco_export.checkpoint.layers import stored_factors
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.prove import DENSE, LOW_RANK, SHIPPED
+from soco_export.files.json import read_config
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings
 from soco_export.report.html import render_html
@@ -22,7 +22,9 @@ from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE
 from soco_export.run.stages.model_card import model_card
 from soco_train.forms.pivoted import PivotedFactors, largest_coefficient
 from soco_train.plan.ranks import RankPlan
+from soco_train.store.bounded import read_json
 from soco_train.store.scores import Scores
+from soco_train.store.tensorfile import FIX
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
 # What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
@@ -84,14 +86,14 @@ def slower(results: Results) -> Iterator[str]:
 def _model(context: RunContext) -> ModelFigures:
     model = context.recipe.model
     source = model.weights if model.weights != "pretrained" else model.id or (model.path or Path()).resolve().name
-    config = _read(context.path("checkpoint", "hf") / "config.json")
+    config = read_config(context.path("checkpoint", "hf"))
     return ModelFigures(
         name=context.recipe.name, source=source, architecture=config["architectures"][0], revision=model.revision
     )
 
 
 def _sizes(context: RunContext) -> SizeFigures:
-    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    plan = RankPlan.load(context.path("plan", "plan.json"))
     total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
     wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
     sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
@@ -157,8 +159,7 @@ def _provenance(context: RunContext) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return read_json(path, FIX)
 
 
 def write_reports(results: Results, context: RunContext, out: Path) -> None:

@@ -1,0 +1,92 @@
+"""JSON files of a model's folder, each read by one function that answers with its value or our error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soco_train.errors import DataError
+from soco_train.store.bounded import read_json
+
+CONFIG_BYTES = 16 << 20
+FIX = "give the folder of a Hugging Face model"
+# what a config.json may say at most: far above every published model, far below what fills a machine
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "n_layer": 1000,
+    "n_layers": 1000,
+    "num_layers": 1000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "n_head": 100_000,
+    "hidden_size": 1_000_000,
+    "n_embd": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "head_dim": 1_000_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 1_000_000_000,
+    "num_labels": 1_000_000,
+    "num_local_experts": 100_000,
+    "num_experts": 100_000,
+}
+# what transformers raises for a config.json that it cannot make a model of, by fields that it reads unchecked
+FOREIGN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, ImportError)
+
+
+def not_a_model(folder: Path | str, error: BaseException) -> DataError:
+    """Return the error for a config.json that transformers cannot make a model of; its own words are the reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "trust_remote_code" in str(error):
+        return DataError(
+            f"{folder} holds a model that needs its own code, which is not run unasked",
+            fix="read the code, then set model.trust_remote_code: true in a recipe",
+            where=str(folder),
+        )
+    return DataError(
+        f"transformers cannot make a model of {folder}: {reason}",
+        fix="check that config.json is as it was published, and that the weights are its own",
+        where=f"{folder}: config.json",
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return `folder`'s config.json as it is written; DataError if it is absent, no JSON object, or beyond all sizes.
+
+    A number that JSON has no word for is {"__float__": "Infinity"} in it (`plain_floats` gives the number).
+    """
+    path = folder / "config.json"
+    if not path.exists() and (folder / "adapter_config.json").is_file():
+        raise DataError(
+            f"{folder} holds a PEFT adapter, not a model",
+            fix="merge it first: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(…)",
+            where=str(folder / "adapter_config.json"),
+        )
+    fields = read_json(path, FIX, CONFIG_BYTES)
+    for part in (fields, fields.get("text_config")):
+        check_sizes(part if isinstance(part, dict) else {}, str(path))
+    return fields
+
+
+def check_sizes(fields: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a size that is no whole number, or larger than any model's: nothing is built from it."""
+    for key, most in LARGEST.items():
+        value = fields.get(key)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not (type(number) is int and 0 <= number <= most):
+                shown = repr(number)[:60]
+                raise DataError(
+                    f"config.json sets {key} to {shown}", fix=f"{key}: a whole number up to {most:,}", where=where
+                )
+
+
+def plain_floats(value: Any) -> Any:
+    """Return `value` with each {"__float__": "Infinity"} as the number that it stands for."""
+    if isinstance(value, list):
+        return [plain_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    word = value.get("__float__")
+    if len(value) == 1 and word in ("Infinity", "-Infinity", "NaN"):
+        return float(word)
+    return {key: plain_floats(item) for key, item in value.items()}

@@ -1,0 +1,91 @@
+"""The weights of a model's folder: which files they are, and what these say they hold; no number is read.
+
+One rule says which files a folder's weights are, for whoever checks them and whoever loads them: those that the index
+names, else model.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from soco_train.errors import DataError, RecipeError
+from soco_train.store.bounded import read_json
+from soco_train.store.header import read_header
+
+REPAIR = "copy or write the checkpoint again"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is and how it looks, from the file's header alone."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that are the folder's weights.
+
+    Raises DataError if one is missing or the index is none, RecipeError where it is unclear what the weights are.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists() and single.exists():
+        raise RecipeError(
+            f"{folder} holds its weights twice: {SINGLE}, and the files that {INDEX} names",
+            fix="move one of them away: programs differ in which they read",
+            where=str(folder),
+        )
+    if index.exists():
+        return _indexed(folder, index)
+    if single.exists():
+        return [single]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise RecipeError(
+            f"{folder} holds its weights as pickles, which are never read",
+            fix="convert them to safetensors (the hub often has them in a pull request: model.revision: refs/pr/N)",
+            where=str(folder),
+        )
+    raise DataError(
+        f"{folder} holds no weights: {SINGLE} is missing", fix=f"give a folder with {SINGLE}", where=str(folder)
+    )
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    weights = read_json(index, REPAIR).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise DataError(f"{index.name} names no files: weight_map is not a table", fix=REPAIR, where=str(index))
+    names = sorted(set(weights.values()))
+    outside = [name for name in names if Path(name).name != name or "\0" in name]
+    if outside:
+        raise DataError(f"{index.name} names a file elsewhere: {outside[0]!r}", fix=REPAIR, where=str(index))
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise DataError(
+            f"{lost[0]}{more} of {len(names)} shards is missing", fix="download it again", where=str(folder)
+        )
+    return [folder / name for name in names]
+
+
+def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
+    """Return the headers of `files`, by tensor name; DataError if one is truncated or not safetensors."""
+    return {
+        name: StoredTensor(file, shape, dtype)
+        for file in map(Path, files)
+        for name, (dtype, shape) in read_header(file, REPAIR).tensors.items()
+    }
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite; takes no memory, which comparing each value would."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 knows no order
+    return bool(torch.stack(wide.aminmax()).isfinite().all())

@@ -1,0 +1,377 @@
+"""Each file format has one reader: for whatever lies there, its value or our error, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
+from soco_export.files.json import plain_floats, read_config
+from soco_export.files.safetensors import open_shards, weight_files
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.yaml import read_yaml, read_yaml_value
+from soco_export.report.schema import Results
+from soco_export.run.manifest import Manifest
+from soco_train.errors import DataError, RecipeError, SocoError
+from soco_train.plan.ranks import LayerPlan, RankPlan
+from soco_train.store.bounded import parse_object, read_json
+from soco_train.store.factors import Factors
+from soco_train.store.header import MOST_TENSORS, read_header
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum, SpectrumStore
+
+FIX = "mend it"
+Made = Callable[[Path], object]
+
+
+@contextmanager
+def refused(words: str | None = None, seconds: float = 20) -> Iterator[None]:
+    """What is inside raises our error with `words`, soon (2 s where nothing else runs)."""
+    started = time.monotonic()
+    with pytest.raises(SocoError, match=words) as raised:
+        yield
+    assert raised.value.fix
+    assert time.monotonic() - started < seconds
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+
+
+NO_JSON: dict[str, tuple[Made, str]] = {
+    "absent": (lambda path: None, "no such file"),
+    "empty": (lambda path: path.touch(), "not JSON"),
+    "a folder": (lambda path: path.mkdir(), "a folder"),
+    "a pipe": (lambda path: os.mkfifo(path), "a pipe or a device"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "a pipe or a device"),
+    "a circle": (lambda path: path.symlink_to(path), "circle"),
+    "a pointer": (pointer, "git-lfs pointer"),
+    "a list": (lambda path: path.write_text("[]"), "not a JSON object"),
+    "null": (lambda path: path.write_text("null"), "not a JSON object"),
+    "nested": (lambda path: path.write_text('{"a":' * 100 + "1" + "}" * 100), "nested"),
+    "very nested": (lambda path: path.write_text("[" * 200_000), "nested"),
+    "latin-1": (lambda path: path.write_bytes(b'{"a": "\xe9"}'), "not JSON"),
+    "half a pair": (lambda path: path.write_text('{"a": "\\ud800"}'), "surrogates"),
+    "a long number": (lambda path: path.write_text('{"a": ' + "9" * 5000 + "}"), "not JSON"),
+    "large": (lambda path: path.write_text('{"a": "' + "x" * (1 << 20) + '"}'), "larger than"),
+}
+
+
+@pytest.mark.parametrize("case", NO_JSON)
+def test_what_is_no_json_object_is_refused(tmp_path: Path, case: str) -> None:
+    make, words = NO_JSON[case]
+    make(tmp_path / "file.json")
+    with refused(words):
+        read_json(tmp_path / "file.json", FIX, most=1 << 20)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "file.json").touch(mode=0)
+    with refused("permissions"):
+        read_json(tmp_path / "file.json", FIX)
+
+
+@given(st.dictionaries(st.text(), st.recursive(st.integers() | st.text() | st.none(), st.lists, max_leaves=5)))
+def test_what_is_json_is_read_as_it_is(value: dict[str, Any]) -> None:
+    assert parse_object(json.dumps(value), "it", "here", FIX) == value
+    assert parse_object(json.dumps(value, ensure_ascii=False).encode(), "it", "here", FIX) == value
+
+
+@given(st.binary())
+def test_any_bytes_give_a_value_or_our_error(data: bytes) -> None:
+    with suppress(DataError):
+        assert isinstance(parse_object(data, "it", "here", FIX), dict)
+
+
+def test_infinity_in_either_form_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": Infinity, "b": {"__float__": "-Infinity"}, "c": [{"d": 1}]}')
+    assert plain_floats(read_config(tmp_path)) == {"a": float("inf"), "b": float("-inf"), "c": [{"d": 1}]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 100_000},
+        {"num_hidden_layers": "2"},
+        {"num_labels": 10**9},
+        {"head_dim": "16"},
+        {"hidden_size": 64.5},
+        {"vocab_size": True},
+        {"text_config": {"num_hidden_layers": -1}},
+    ],
+)
+def test_sizes_beyond_all_models_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with refused("config.json sets"):
+        read_config(tmp_path)
+
+
+def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused("PEFT adapter"):
+        read_config(tmp_path)
+
+
+def header(text: bytes, numbers: bytes = b"") -> Made:
+    return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def entry(**changes: Any) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes}).encode()
+
+
+NO_TENSORS: dict[str, tuple[Made, str]] = {
+    "empty": (lambda path: path.touch(), "truncated or corrupt"),
+    "short": (lambda path: path.write_bytes(b"1234567"), "truncated or corrupt"),
+    "cut": (header(entry()), "4 bytes of a are missing"),
+    "a longer header than the file": (lambda path: path.write_bytes(b"\xff" * 16), "truncated or corrupt"),
+    "no JSON": (header(b"{"), "not JSON"),
+    "a list": (header(b"[]"), "not a JSON object"),
+    "an entry that is text": (header(b'{"a": "b"}'), "no dtype, shape and place"),
+    "negative": (header(entry(shape=[-1]), bytes(4)), "no dtype, shape and place"),
+    "shapes as text": (header(entry(shape="1"), bytes(4)), "no dtype, shape and place"),
+    "metadata that is a number": (header(b'{"__metadata__": {"a": 1}}'), "metadata"),
+    "half a pair": (header(b'{"\\ud800": 1}'), "surrogates"),
+    "blanks": (header(b"{}" + b" " * (40 << 20)), "header"),
+    "many": (header(json.dumps(dict.fromkeys(map(str, range(MOST_TENSORS + 1)))).encode()), "names"),
+    "a pipe": (lambda path: os.mkfifo(path), "a pipe or a device"),
+    "a pointer": (pointer, "git-lfs pointer"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TENSORS)
+def test_what_is_no_safetensors_is_refused(tmp_path: Path, case: str) -> None:
+    make, words = NO_TENSORS[case]
+    make(tmp_path / "model.safetensors")
+    with refused(words):
+        read_header(tmp_path / "model.safetensors", FIX)
+
+
+def test_a_header_is_what_was_saved(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64)}, tmp_path / "f", {"k": "v"})
+    found = read_header(tmp_path / "f", FIX)
+    assert found.tensors == {"a": ("F32", (2, 3)), "b": ("I64", ())}
+    assert found.metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        '"text"',
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../x"}}',
+        '{"weight_map": {"a": "b"}}',
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with refused():
+        weight_files(tmp_path)
+
+
+def test_weights_that_lie_there_twice_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert set(open_shards(weight_files(tmp_path))) == {"a"}
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with refused("twice"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [[], "x", {"a": None}, {"a": {}}, {"a": {"kind": [], "rank": 1, "bias": True}}])
+@pytest.mark.parametrize("rank", [1, "1", True, -1, None])
+def test_a_record_of_layers_that_is_none_is_refused(layers: Any, rank: Any) -> None:
+    for found in (layers, {"a": {"kind": "stacked", "rank": rank, "bias": None}}):
+        with refused("record"):
+            pruned_layers({"quantization_config": {"quant_method": "soco-export", "layers": found}})
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.ones(2, 2, dtype=torch.int64), torch.ones(2)])
+@pytest.mark.parametrize("kind", ["stacked", "pivoted"])
+def test_tensors_that_make_no_layer_are_refused(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    names = ("a.weight", "a.up.weight", "a.mix.weight", "a.order")
+    save_file({name: tensor.clone() for name in names}, tmp_path / "model.safetensors")
+    with refused():
+        check_layer_tensors(open_shards(weight_files(tmp_path)), {"a": {"kind": kind, "rank": 2, "bias": False}})
+
+
+def plan(**changes: Any) -> str:
+    found = json.loads(RankPlan({"a": LayerPlan((4, 6), 2, False, 20, "")}, 0.8, "stacked", "global").to_json())
+    layer = {key: changes.pop(key) for key in ("shape", "rank", "dense", "params") if key in changes}
+    found["layers"]["a"].update(layer)
+    return json.dumps(found | changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        plan(rank=5),
+        plan(rank=-1),
+        plan(rank="2"),
+        plan(rank=1.5),
+        plan(dense=True),
+        plan(shape=[4]),
+        plan(shape="46"),
+        plan(layers={}),
+        plan(layers=[]),
+        plan(storage="else"),
+        plan(keep_params=None),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(text: str) -> None:
+    assert RankPlan.from_json(plan()).layers["a"].rank == 2
+    with refused("rank plan"):
+        RankPlan.from_json(text)
+
+
+def broken_scores(path: Path, **changes: Any) -> None:
+    whole = {"importance": torch.ones(4), "scale": torch.ones(4), "deviation": None, "shape": (4, 6)}
+    Scores({"a": LayerScores(**{**whole, **changes})}).save(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": torch.full((4,), torch.nan)},
+        {"scale": torch.ones(3)},
+        {"importance": torch.tensor([1, 2, 3, torch.inf])},
+        {"deviation": torch.ones(6)},
+        {"shape": ("4", "6")},
+        {"shape": (4,)},
+        {"correction": (torch.ones(3, 2), torch.ones(2, 6))},
+    ],
+)
+def test_scores_that_are_none_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    broken_scores(tmp_path / "scores.safetensors")
+    assert Scores.load(tmp_path / "scores.safetensors").layers["a"].shape == (4, 6)
+    broken_scores(tmp_path / "scores.safetensors", **changes)
+    with refused("no scores"):
+        Scores.load(tmp_path / "scores.safetensors")
+
+
+@pytest.mark.parametrize("said", ["", "null", "[]", '{"kind": "factors"}', '{"kind": "factors", "layers": {"a": 1}}'])
+def test_stored_tensors_that_say_nothing_of_themselves_are_refused(tmp_path: Path, said: str) -> None:
+    save_file({"a:up": torch.ones(2, 2)}, tmp_path / "a.safetensors", {"header": said})
+    for read in (Scores.load, Factors.load):
+        with refused():
+            read(tmp_path / "a.safetensors")
+    with refused():
+        SpectrumStore(tmp_path)["a"]
+
+
+def test_a_spectrum_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
+    store = SpectrumStore(tmp_path)
+    store.put("a", Spectrum(torch.ones(4, 3), torch.ones(2, 6), torch.ones(3)))
+    with refused("no spectrum"):
+        store["a"]
+
+
+@pytest.mark.parametrize("case", NO_JSON)
+def test_results_and_manifests_that_are_none_are_refused(tmp_path: Path, case: str) -> None:
+    make, _ = NO_JSON[case]
+    make(tmp_path / "results.json")
+    with refused():
+        Results.load(tmp_path / "results.json")
+    if case not in ("absent", "a circle"):  # a folder without a manifest is no run
+        make(tmp_path / "manifest.json")
+        with refused():
+            Manifest.load(tmp_path)
+
+
+NO_RECIPE = {
+    "control characters": "a: \x01",
+    "a tag": "a: !!int foo",
+    "an object": "a: !!python/object:os.system x",
+    "no date": "a: 2026-13-45",
+    "a key that is a list": "[1]: 2",
+    "a key that is a number": "1: 2",
+    "nested": "a: " + "[" * 500 + "]" * 500,
+    "an alias of itself": "a: &a [*a]",
+    "a bomb": "a: &a [1, 1]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *a]\n" for i in range(40)),
+    "a long integer": "a: " + "9" * 5000,
+    "extends a number": "extends: 3",
+    "extends nothing": "extends: null",
+    "extends numbers": "extends: [3]",
+    "extends a long name": "extends: " + "x" * 5000,
+    "extends a name with a zero": 'extends: "a\\0b"',
+    "many values": "a: [" + "1," * 20_000 + "]",
+    "a list": "- a",
+}
+
+
+@pytest.mark.parametrize("case", NO_RECIPE)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, case: str) -> None:
+    (tmp_path / "r.yaml").write_text(NO_RECIPE[case])
+    with refused():
+        load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("case", ["a folder", "a pipe", "a device", "latin-1"])
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path, case: str) -> None:
+    make, _ = NO_JSON[case]
+    make(tmp_path / "r.yaml")
+    with refused():
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_chain_of_thousands_is_refused(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: [{number + 1}.yaml, {number + 1}.yaml]")
+    (tmp_path / "50.yaml").write_text("extends: base")
+    with refused("deep"):
+        load_recipe(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.steps=true",
+        "keep_params=true",
+        "train.schedule.phases=[]",
+        "train.schedule.phases=[3,3,3]",
+        "train.schedule.shares=[0,0,0]",
+        "train.schedule.shares=[-1,1,1]",
+        "train.temperature=[0,0]",
+        f"train.seed={2**70}",
+        "train.seed=-1",
+        "name=../../x",
+        "name=..",
+        f"name={'x' * 256}",
+        'name="a\\nb"',
+        "train.steps=!!int x",
+        "train.lr=.inf",
+    ],
+)
+def test_values_that_mean_nothing_are_refused(setting: str) -> None:
+    with refused():
+        load_recipe("tiny", [setting])
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_value_or_our_error(text: str) -> None:
+    with suppress(RecipeError):
+        read_yaml_value(text, "--set a")
+
+
+@given(st.binary(max_size=300))
+def test_any_file_is_a_mapping_or_our_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(data)
+    with suppress(RecipeError):
+        assert isinstance(read_yaml(file)[0], dict)
