@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from soco_export.checkpoint.reader import check_folder
-from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import REPAIR
 from soco_train.errors import DataError
 
@@ -22,7 +22,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map:
     check_folder(folder)
     from transformers import AutoModelForCausalLM
 
-    try:
+    with making_a_model(folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -31,8 +31,6 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map:
             local_files_only=True,
             trust_remote_code=False,  # never asked on stdin
         )
-    except FOREIGN as error:
-        raise not_a_model(folder, error) from error
     for problem in ("missing_keys", "unexpected_keys"):
         names = sorted(report[problem])
         if names:

@@ -36,6 +36,6 @@ class ValidateSettings(Section):
     """The proof. `provider`: ONNX Runtime execution provider; `threads`: its intra-op threads."""
 
     provider: str = CPU
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(default=2, ge=1, le=1024)
     parity: ParitySettings = ParitySettings()
     tasks: tuple[TaskSettings, ...] = ()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from soco_train.errors import DataError
+from soco_train.errors import DataError, SocoError
 from soco_train.store.bounded import read_json
 
 CONFIG_BYTES = 16 << 20
@@ -30,13 +31,26 @@ LARGEST = {
     "num_local_experts": 100_000,
     "num_experts": 100_000,
 }
-# what transformers raises for a config.json that it cannot make a model of, by fields that it reads unchecked
-FOREIGN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, ImportError)
 
 
-def not_a_model(folder: Path | str, error: BaseException) -> DataError:
-    """Return the error for a config.json that transformers cannot make a model of; its own words are the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+@contextmanager
+def making_a_model(folder: Path | str) -> Iterator[None]:
+    """Raise DataError for whatever transformers finds wrong with a config.json: it reads most of its fields unchecked.
+
+    Our own errors and a lack of memory pass.
+    """
+    try:
+        yield
+    except (SocoError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
+        raise _not_a_model(folder, error) from error
+
+
+def _not_a_model(folder: Path | str, error: Exception) -> DataError:
+    reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0][:300]
     if "trust_remote_code" in str(error):
         return DataError(
             f"{folder} holds a model that needs its own code, which is not run unasked",

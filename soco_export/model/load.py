@@ -5,11 +5,10 @@ Everything that can be wrong with a folder is found before the first weight is r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import FOREIGN, check_sizes, not_a_model
+from soco_export.files.json import check_sizes, making_a_model
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
@@ -27,7 +26,8 @@ def dense_config(recipe: Recipe) -> Any:
 
     if recipe.model.trust_remote_code and recipe.model.weights == "pretrained":
         there = fetch_folder(recipe)
-        return _made(there, lambda: AutoConfig.from_pretrained(there, trust_remote_code=True))
+        with making_a_model(there):
+            return AutoConfig.from_pretrained(there, trust_remote_code=True)
     # the folder's own fields, where there is one, say more than the recipe's
     pretrained = recipe.model.weights != "random"
     folder = find_folder(recipe) if pretrained else None
@@ -41,7 +41,8 @@ def dense_config(recipe: Recipe) -> Any:
             where="model.architecture.model_type",
         )
     check_sizes(fields, "model.architecture")
-    return _made(folder or "model.architecture", lambda: AutoConfig.for_model(kind, **fields))
+    with making_a_model(folder or "model.architecture"):
+        return AutoConfig.for_model(kind, **fields)
 
 
 def dense_skeleton(recipe: Recipe) -> Any:
@@ -51,19 +52,8 @@ def dense_skeleton(recipe: Recipe) -> Any:
 
     config = dense_config(recipe)
 
-    def make() -> Any:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-
-    return _made(find_folder(recipe) or "model.architecture", make)
-
-
-def _made(source: Path | str, make: Callable[[], Any]) -> Any:
-    """Return what transformers makes of config.json; DataError with its reason if it makes nothing of it."""
-    try:
-        return make()
-    except FOREIGN as error:
-        raise not_a_model(source, error) from error
+    with making_a_model(find_folder(recipe) or "model.architecture"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

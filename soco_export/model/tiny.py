@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from soco_export.files.json import making_a_model
+
 LAYERS = 2
 HEAD_SIZE = 16
 POSITIONS = 1024
@@ -27,7 +29,8 @@ def shrink_architecture(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return config fields of a small model with the same quirks. Pure, but for the names transformers knows."""
     kind = fields["model_type"]
     names = CONFIG_MAPPING[kind].attribute_map
-    config = AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if key != "model_type"})
+    with making_a_model("model.architecture"):
+        config = AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if key != "model_type"})
     heads = config.num_attention_heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

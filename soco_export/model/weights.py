@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import is_finite, open_shards, weight_files
 from soco_train.errors import DataError
 
@@ -72,22 +72,15 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 
 
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DataError(
-            f"cannot load the weights: {error}", fix="check that config.json belongs to them", where=str(folder)
-        ) from error
-    except FOREIGN as error:
-        raise not_a_model(folder, error) from error
+    with _quiet(), making_a_model(folder):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     _check_report(report, folder)
     return model.eval()
 

@@ -27,6 +27,13 @@ def recipe_for(model: str | None, file: Path | None = None, overrides: Sequence[
         return load_recipe(model, overrides, overlay=file, name=model)
     if Path(model).is_dir():
         return _recipe_of_folder(Path(model), file, overrides)
+    if Path(model).is_file():
+        kind = "a GGUF file, which cannot be read" if model.endswith(".gguf") else "a file"
+        raise RecipeError(
+            f"{model} is {kind}", fix="give the folder of the Hugging Face model it was made of", where="--model"
+        )
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise RecipeError(f"there is no folder {model}", fix="give a folder with config.json", where="--model")
     if "/" not in model:
         raise RecipeError(
             f"unknown model {model!r}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.cost_card import CostCard, size
 from soco_export.preflight.doctor import version_of
+from soco_export.preflight.inputs import check_held_out, check_lengths, check_plan, check_tasks, check_weights
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import install_command
@@ -42,8 +43,14 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     if format == "onnx":
         check_provider(recipe)
     # room first: checking a model of the hub downloads it
-    check_room(estimate(recipe, measure(recipe), format), look(root), already=bytes_in(root))
+    shape = measure(recipe)
+    check_plan(recipe, shape)
+    check_lengths(recipe, shape.context)
+    check_tasks(recipe)
+    check_room(estimate(recipe, shape, format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
+    if not root.exists():  # a run that goes on has read its weights
+        check_weights(recipe)
 
 
 def check_recipe(recipe: Recipe, format: str) -> None:
@@ -59,6 +66,9 @@ def check_recipe(recipe: Recipe, format: str) -> None:
         )
     check_rounding(rounding, recipe.storage)
     if format == "onnx":
+        from soco_export.runtimes.registry import check_layouts
+
+        check_layouts(recipe.export)
         check_quantisation(recipe)
         check_precision(recipe)
         check_graph(recipe)
@@ -168,7 +178,7 @@ def check_texts(recipe: Recipe, tokenizer: object) -> None:
     check_source(recipe.data, "calibration")
     check_source(recipe.evaluation, "evaluation")
     if recipe.data.hub is None:
-        load_blocks(tokenizer, recipe.data, "calibration")
+        check_held_out(recipe, len(load_blocks(tokenizer, recipe.data, "calibration").tokens))
     if recipe.evaluation.hub is None:
         load_blocks(tokenizer, recipe.evaluation, "evaluation")
 

@@ -21,7 +21,10 @@ WEIGHTS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer."""
+    """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer.
+
+    context: positions of the model, None if it says none.
+    """
 
     parameters: int
     embedding: int
@@ -30,6 +33,7 @@ class ModelShape:
     vocabulary: int
     blocks: int
     linears: tuple[tuple[int, int], ...]
+    context: int | None = None
 
     @property
     def largest(self) -> int:
@@ -72,6 +76,7 @@ def measure(recipe: Recipe) -> ModelShape:
         vocabulary=config.vocab_size,
         blocks=config.num_hidden_layers,
         linears=tuple((linear.out_features, linear.in_features) for linear in linears.values()),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
 

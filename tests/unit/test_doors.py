@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
 from soco_export.files.safetensors import open_shards, weight_files
+from soco_export.model.load import dense_config
+from soco_export.model.source import BUILTIN_MODEL
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
@@ -375,3 +378,97 @@ def test_any_file_is_a_mapping_or_our_error(tmp_path_factory: pytest.TempPathFac
     file.write_bytes(data)
     with suppress(RecipeError):
         assert isinstance(read_yaml(file)[0], dict)
+
+
+BEFORE_TRAINING = {
+    "a layout that nobody writes": ("export.layouts=[optimum,nothing]", "no layout"),
+    "a task that is not there": ('validate.tasks=[{"path": "absent.jsonl"}]', "absent"),
+    "a multiple above all budgets": ("multiple=4096", "keep_params|budget|multiple|smallest"),
+    "a budget below rank 1": ("keep_params=0.001", "keep_params|budget|smallest"),
+    "blocks beyond the context": ("evaluation.block=100000", "positions"),
+    "all blocks held out": ("refine.distill.held_out_blocks=100000", "held_out_blocks"),
+    "a million threads": ("validate.threads=1000000", "threads"),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_TRAINING)
+def test_what_can_be_known_is_said_before_a_folder_is_made(tmp_path: Path, case: str) -> None:
+    from soco_export.run.verbs import Request, train_and_export
+
+    setting, words = BEFORE_TRAINING[case]
+    with refused(words, seconds=200):
+        train_and_export(Request(model="tiny", out=tmp_path / "run", set_=[setting]))
+    assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def changed_model(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]) -> Iterator[Path]:
+    """Yield the built-in model's folder with `change` made to its tensors and config.json."""
+    shutil.copytree(BUILTIN_MODEL, folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    yield folder
+
+
+def first(tensors: dict[str, torch.Tensor]) -> str:
+    return next(name for name in sorted(tensors) if "q_proj" in name)
+
+
+def untie(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = True
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+BAD_MODELS: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], object], str]] = {
+    "a NaN": (lambda tensors, config: tensors[first(tensors)].fill_(torch.nan), "NaN"),
+    "a scale that nobody reads": (
+        lambda tensors, config: tensors.update({f"{first(tensors)}_scale_inv": torch.ones(1)}),
+        "not read by the model's class",
+    ),
+    "a value head": (lambda tensors, config: tensors.update({"v_head.weight": torch.ones(1)}), "v_head"),
+    "a layer too many": (
+        lambda tensors, config: tensors.update({"model.layers.99.mlp.up_proj.weight": torch.ones(1, 1)}),
+        "layers.99",
+    ),
+    "two matrices that are said to be one": (untie, "differ"),
+    "text where a number belongs": (lambda tensors, config: config.update(rms_norm_eps="small"), ""),
+    "rope that is none": (lambda tensors, config: config.update(rope_parameters="nan"), ""),
+    "heads that do not divide": (lambda tensors, config: config.update(num_attention_heads=7, head_dim=None), ""),
+    "a kind that is a list": (lambda tensors, config: config.update(model_type=["llama"]), "architecture"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_model_that_is_not_whole_is_refused_before_a_folder_is_made(tmp_path: Path, case: str) -> None:
+    from soco_export.run.verbs import Request, train_and_export
+
+    change, words = BAD_MODELS[case]
+    with changed_model(tmp_path / "model", change) as folder, refused(words or None, seconds=200):
+        train_and_export(Request(model=str(folder), format="hf", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+GOOD_CONFIGS: dict[str, dict[str, Any]] = {
+    "no quantisation": {"quantization_config": None},
+    "another's attention": {"_attn_implementation_autoset": True, "attn_implementation": "flash_attention_2"},
+}
+
+
+@pytest.mark.parametrize("case", GOOD_CONFIGS)
+def test_leftovers_of_others_are_passed_over(tmp_path: Path, case: str) -> None:
+    plain = load_recipe("base", model={"path": str(BUILTIN_MODEL), "weights": "pretrained"})
+    with changed_model(tmp_path / "model", lambda tensors, config: config.update(GOOD_CONFIGS[case])) as folder:
+        recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
+        assert dense_config(recipe).to_dict() == dense_config(plain).to_dict()
+
+
+@pytest.mark.parametrize("model", ["x.gguf", "./nowhere/x", "/nowhere", "a/b/c"])
+def test_a_model_that_is_no_folder_is_said_to_be_none(tmp_path: Path, monkeypatch: Any, model: str) -> None:
+    from soco_export.model.which import recipe_for
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.gguf").touch()
+    with refused("is a GGUF file|there is no folder"):
+        recipe_for(model)

@@ -284,7 +284,7 @@ def test_a_missing_weight_is_named(folder: Path) -> None:
 
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     rewrite(folder, "model.layers.0.mlp.up_proj.weight", torch.zeros(47, 32))
-    assert "cannot load the weights" in refused(DataError, recipe_for(str(folder))).message
+    assert "cannot make a model" in refused(DataError, recipe_for(str(folder))).message
 
 
 def test_pickles_are_not_read(folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import FOREIGN, not_a_model
+from soco_export.files.json import making_a_model
 from soco_export.files.json import read_config as read_fields
 from soco_train.errors import RecipeError
 
@@ -68,10 +68,8 @@ def read_config(folder: Path) -> Config:
 
     path = folder / "config.json"
     written = read_fields(folder)
-    try:
+    with making_a_model(folder):
         resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except FOREIGN as error:
-        raise not_a_model(folder, error) from error
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     return as_config(resolved, str(path), rope)

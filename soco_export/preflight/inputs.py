@@ -1,0 +1,98 @@
+"""What recipe, config.json and headers say together: asked before a weight is read, so that no training is lost."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from soco_export.preflight.cost_shape import ModelShape
+from soco_export.recipe.recipe import Recipe
+from soco_train.errors import DataError, RecipeError
+
+
+def check_plan(recipe: Recipe, shape: ModelShape) -> None:
+    """Raise RecipeError if the budget is below the smallest rank (or `multiple`) of all layers. Pure."""
+    from soco_train.plan.allocation import make_ladder, refuse_impossible, uniform_ranks
+
+    biased = recipe.train.deviation and recipe.train.scorer == "soco"
+    ladders = [make_ladder((m, n), recipe.plan, m if biased else 0, None) for m, n in shape.linears]
+    keep = Fraction(str(recipe.keep_params))
+    if recipe.allocation == "uniform":
+        uniform_ranks(ladders, keep)
+    else:
+        refuse_impossible(ladders, keep)
+
+
+def check_lengths(recipe: Recipe, context: int | None) -> None:
+    """Raise RecipeError for blocks of text longer than the model's `context` (in tokens; None: unlimited). Pure."""
+    blocks = {"data.block": recipe.data.block, "evaluation.block": recipe.evaluation.block}
+    for key, block in blocks.items():
+        if context is not None and block > context:
+            raise RecipeError(
+                f"{key} is {block} tokens, and the model has positions for {context}",
+                fix=f"{key}: {context}, or less",
+                where=f"recipe: {key}",
+            )
+
+
+def check_held_out(recipe: Recipe, blocks: int) -> None:
+    """Raise RecipeError if distillation would hold out all of the `blocks` calibration blocks. Pure."""
+    held = recipe.refine.distill.held_out_blocks
+    if recipe.refine.distill.steps and held >= blocks:
+        raise RecipeError(
+            f"refine.distill.held_out_blocks is {held}, and there are {blocks} calibration blocks",
+            fix="hold fewer out, or give more text (data.blocks)",
+            where="recipe: refine.distill.held_out_blocks",
+        )
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Raise DataError for a task whose file is missing, unreadable or none."""
+    from soco_export.evaluate.tasks import load_items
+
+    for task in recipe.validation.tasks:
+        load_items(task)
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise DataError for weights that are missing, left out, not finite, or tied in name only; reads all of them.
+
+    Weights are looked at where their files lie: next to no memory is taken.
+    """
+    from soco_export.model.load import open_model
+    from soco_export.model.weights import check_finite
+
+    if recipe.model.weights == "random":
+        return
+    model = open_model(recipe)
+    check_finite(model, recipe.name)
+    check_ties(model, recipe)
+
+
+def check_ties(model: Any, recipe: Recipe) -> None:
+    """Raise DataError if config.json ties head and embedding and the files hold two different matrices."""
+    import torch
+    from safetensors import safe_open
+
+    from soco_export.files.safetensors import open_shards, weight_files
+    from soco_export.model.source import fetch_folder
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    names = [
+        next(f"{name}.weight" for name, module in model.named_modules() if module is part) for part in (head, embedding)
+    ]
+    stored = open_shards(weight_files(fetch_folder(recipe)))
+    if not all(name in stored for name in names):
+        return
+    values = []
+    for name in names:
+        with safe_open(str(stored[name].file), framework="pt") as file:
+            values.append(file.get_tensor(name))
+    if not torch.equal(*values):
+        raise DataError(
+            f"config.json says that head and embedding are one matrix, but {names[0]} and {names[1]} differ",
+            fix="tie_word_embeddings: false if the head is its own; else remove it from the files",
+            where=names[0],
+        )
