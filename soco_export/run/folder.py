@@ -150,7 +150,7 @@ def _check_free(root: Path) -> None:
     ours = {HELD} if held.is_file() and not held.stat().st_size else set()
     names = sorted(path.name for path in root.iterdir())
     strangers = [name for name in names if name not in ours and not PARTIAL.fullmatch(name)]
-    if LOCK in strangers and UNFINISHED in strangers:
+    if LOCK in strangers:
         raise RecipeError(
             f"{root} holds a run that has lost its {MANIFEST}",
             fix=f"put {MANIFEST} back, or give another --out: without it nothing there is known to be the run's own",
@@ -187,6 +187,12 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
 
 def read_lock(root: Path) -> Recipe:
     """Return the recipe of the run in `root`; RecipeError if there is none."""
+    if not (root / LOCK).is_file() and (root / MANIFEST).is_file():
+        raise RecipeError(
+            f"{root} holds a run that has lost its {LOCK}",
+            fix=f"put {LOCK} back from a copy, or write one from the key `recipe` of the run's results.json",
+            where=str(root / LOCK),
+        )
     if not (root / LOCK).is_file():
         raise RecipeError(
             f"{root} holds no run of soco-export",

@@ -103,6 +103,16 @@ class Manifest(Record):
         self.earlier = {}
 
 
+def check_unchanged(root: Path, names: Iterable[str]) -> None:
+    """Raise RecipeError if files that are to be read are not as the run in `root` wrote them.
+
+    What the manifest does not list, or a folder without one, is taken as it is.
+    """
+    manifest = Manifest.load(root)
+    if manifest is not None:
+        manifest.check_own(root, [name for name in names if name in manifest.written])
+
+
 def stage_key(settings: Any, inputs: Mapping[str, str]) -> str:
     """Hash what a stage depends on: its settings (JSON-able) and its inputs' hashes by name."""
     text = json.dumps({"settings": settings, "inputs": dict(inputs)}, sort_keys=True, default=str)

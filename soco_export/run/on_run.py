@@ -13,7 +13,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext
 from soco_export.run.folder import EVIDENCE_SECTIONS, RunFolder, check_folder, open_folder, read_folder, read_lock
-from soco_export.run.manifest import StageRecord, stage_key
+from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request
@@ -132,6 +132,7 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
 
     Raises RecipeError if anything but gates is to change: the report would tell of what was not measured.
     """
+    check_unchanged(run, REPORT_FILES)
     results = Results.load(run)
     measured = read_lock(run)
     recipe = measured.override(request.overrides)

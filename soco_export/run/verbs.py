@@ -14,6 +14,7 @@ from pathlib import Path
 
 from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.run.folder import LOCK, read_lock
+from soco_export.run.manifest import check_unchanged
 from soco_export.run.request import Outcome, Request, find_run, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
@@ -39,6 +40,7 @@ def plan(request: Request, run: Path | None = None, sizes: str | None = None, no
 
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
+    check_unchanged(root, ["scores.safetensors"])
     wanted = parse_sizes(sizes, recipe.keep_params)
     return plan_sizes(root / "scores.safetensors", recipe, wanted, request.out, notify)
 
@@ -79,8 +81,11 @@ def bench(request: Request, folder: Path, against: Path | None = None, notify: N
 def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> Outcome:
     """Compare two results.json (or the runs that hold them)."""
     from soco_export.report.compare import compare_results, render_comparison
-    from soco_export.report.schema import Results
+    from soco_export.report.schema import RESULTS_FILE, Results
 
+    for run in (one, two):
+        if run.is_dir():
+            check_unchanged(run, [RESULTS_FILE])
     comparison = compare_results(Results.load(one), Results.load(two))
     return Outcome(comparison.document(), render_comparison(comparison).rstrip("\n"))
 

@@ -472,3 +472,29 @@ def test_a_model_that_is_no_folder_is_said_to_be_none(tmp_path: Path, monkeypatc
     (tmp_path / "x.gguf").touch()
     with refused("is a GGUF file|there is no folder"):
         recipe_for(model)
+
+
+@pytest.mark.parametrize(("edited", "verb"), [("scores.safetensors", "plan"), ("results.json", "compare")])
+def test_what_was_edited_is_not_read(tmp_path: Path, tiny_run: Path, edited: str, verb: str) -> None:
+    from soco_export.run import verbs
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    ask = {
+        "plan": lambda: verbs.plan(verbs.Request(), run),
+        "compare": lambda: verbs.compare(verbs.Request(), tiny_run, run),
+    }[verb]
+    ask()
+    with (run / edited).open("ab") as file:
+        file.write(b" ")
+    with refused("changed since it was written"):
+        ask()
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "recipe.lock.yaml"])
+def test_a_run_that_lost_what_says_what_it_is_is_named(tmp_path: Path, tiny_run: Path, lost: str) -> None:
+    from soco_export.run import verbs
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / lost).unlink()
+    with refused(f"lost its {lost}"):
+        verbs.report(verbs.Request(), run)

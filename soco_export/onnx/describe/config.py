@@ -9,7 +9,7 @@ from typing import Any
 
 from soco_export.files.json import making_a_model
 from soco_export.files.json import read_config as read_fields
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True)
