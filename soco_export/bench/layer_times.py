@@ -8,18 +8,22 @@ Pure: soco_export/bench/layer_timing.py measures, soco_export/run/measured_plan.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
+from soco_train.data.reading import read_text
 from soco_train.errors import DataError
 from soco_train.plan.allocation import Limit
 from soco_train.settings import Storage
 
 Shape = tuple[int, int]
+DIGITS = 10  # a side of a matrix has fewer
 Reals = npt.NDArray[np.float64]
 
 
@@ -87,26 +91,50 @@ class Profile:
 
     @staticmethod
     def from_json(text: str) -> Profile:
-        """Read what `to_json` wrote; DataError if it is something else."""
+        """Read what `to_json` wrote; DataError if it is something else, or holds what no measurement gives."""
         try:
-            found = json.loads(text)
-            conditions = Conditions(**{**found["conditions"], "tokens": tuple(found["conditions"]["tokens"])})
-            layers = {_shape(name): _forms(forms) for name, forms in found["layers"].items()}
-            return Profile(conditions, int(found["multiple"]), layers)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise DataError(f"this is no latency profile: {error}", fix="delete it: it is measured anew") from error
+            found = _Stored.model_validate_json(text, strict=False)
+            layers = {_shape(name): _checked(forms, found.conditions) for name, forms in found.layers.items()}
+        except ValueError as error:
+            said = str(error).replace("\n", " ")[:200]
+            raise DataError(f"this is no latency profile: {said}", fix="delete it: it is measured anew") from error
+        return Profile(found.conditions, found.multiple, layers)
+
+    @staticmethod
+    def load(path: Path) -> Profile:
+        """Read a profile's file; DataError if it is none, RecipeError if it cannot be read."""
+        try:
+            return Profile.from_json("".join(read_text(path)))
+        except DataError as error:
+            raise DataError(error.message, fix=error.fix, where=str(path)) from error
+
+
+class _Stored(BaseModel):
+    """A profile as its file has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    conditions: Conditions
+    multiple: int = Field(ge=1)
+    layers: dict[str, dict[Storage, FormTimes]]
 
 
 def _shape(name: str) -> Shape:
-    m, _, n = name.partition("x")
+    m, by, n = name.partition("x")
+    if not (by and m.isdecimal() and n.isdecimal() and max(len(m), len(n)) < DIGITS and int(m) and int(n)):
+        raise ValueError(f"{name[:40]!r} is no shape")
     return int(m), int(n)
 
 
-def _forms(found: Mapping[str, Any]) -> dict[str, FormTimes]:
-    return {
-        name: FormTimes(tuple(form["dense"]), tuple(form["ranks"]), tuple(tuple(times) for times in form["times"]))
-        for name, form in found.items()
-    }
+def _checked(forms: Mapping[Storage, FormTimes], conditions: Conditions) -> dict[str, FormTimes]:
+    """Return the times of one shape; ValueError unless each has a time above 0 for each workload at ascending ranks."""
+    workloads = len(conditions.tokens)
+    for name, form in forms.items():
+        rows = (form.dense, *form.times)
+        regular = len(form.times) == len(form.ranks) > 0 and all(len(row) == workloads for row in rows)
+        rising = all(low < high for low, high in zip((0, *form.ranks), form.ranks, strict=False))
+        if not (regular and rising and all(0 < time < math.inf for row in rows for time in row)):
+            raise ValueError(f"the times of {name} are not those of {workloads} workloads at ascending ranks")
+    return {str(name): form for name, form in forms.items()}
 
 
 def at_rank(form: FormTimes, rank: int) -> Reals:

@@ -7,9 +7,9 @@ changes against the dense model: accuracy can stand still while answers flip bot
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from soco_export.evaluate.decoder import Decoder, IntArray
 from soco_export.evaluate.figures import TaskComparison, TaskFigures
 from soco_export.evaluate.perplexity import token_losses
 from soco_export.evaluate.settings import TaskSettings
+from soco_train.data.reading import SHOWN, check_text, read_objects
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
@@ -48,7 +49,7 @@ def item_format(*fields: str) -> Callable[[Reader], Reader]:
 
 @item_format("context", "choices", "label")
 def _generic(row: Mapping[str, Any]) -> Item:
-    return Item(row["context"], tuple(row["choices"]), int(row["label"]))
+    return Item(row["context"], _listed(row["choices"]), int(row["label"]))
 
 
 @item_format("context", "continuation")
@@ -58,7 +59,7 @@ def _last_word(row: Mapping[str, Any]) -> Item:
 
 @item_format("question", "choices", "answerKey")
 def _lettered(row: Mapping[str, Any]) -> Item:
-    choices = tuple(" " + text for text in row["choices"]["text"])
+    choices = tuple(" " + text for text in _listed(row["choices"]["text"]))
     return Item(f"Question: {row['question']}\nAnswer:", choices, row["choices"]["label"].index(row["answerKey"]))
 
 
@@ -69,7 +70,7 @@ def _piqa(row: Mapping[str, Any]) -> Item:
 
 @item_format("query", "endings", "label")
 def _endings(row: Mapping[str, Any]) -> Item:
-    return Item(row["query"], tuple(" " + ending for ending in row["endings"]), int(row["label"]))
+    return Item(row["query"], tuple(" " + ending for ending in _listed(row["endings"])), int(row["label"]))
 
 
 @item_format("premise", "choice1", "choice2", "question", "label")
@@ -86,33 +87,46 @@ def _social(row: Mapping[str, Any]) -> Item:
 
 
 def load_items(settings: TaskSettings) -> list[Item]:
-    """Read a jsonl file; raises DataError, with the line, for what no format reads."""
-    try:
-        lines = settings.path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot read the task: {error}", fix="give a UTF-8 jsonl file", where=str(settings.path)
-        ) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    items = [_read_item(line, f"{settings.path}:{number}") for number, line in numbered[: settings.limit]]
+    """Read a file of JSON lines, as many items as are wanted; DataError, with the line, for what no format reads."""
+    rows = islice(read_objects(settings.path, "item"), settings.limit)
+    items = [_read_item(row, where) for where, row in rows]
     if not items:
         raise DataError("the task has no items", fix="give a jsonl file with one item a line", where=str(settings.path))
     return items
 
 
-def _read_item(line: str, where: str) -> Item:
+def _read_item(row: Mapping[str, Any], where: str) -> Item:
+    fits = [fields for fields in FORMATS if fields <= row.keys()]
     try:
-        row = json.loads(line)
-        fits = [fields for fields in FORMATS if fields <= row.keys()]
+        if not fits:
+            raise ValueError(f"its fields are {', '.join(sorted(map(repr, row))[:SHOWN]) or 'none'}")
         item = FORMATS[max(fits, key=len)](row)
-        if not 0 <= item.label < len(item.choices) or not all(item.choices):
-            raise ValueError(f"label {item.label} of {len(item.choices)} choices")
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        _check_item(item)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         known = "; ".join(", ".join(sorted(fields)) for fields in FORMATS)
         raise DataError(
             f"no task item: {error}", fix=f"use one of these sets of fields: {known}", where=where
         ) from error
+    for text in (item.context, *item.choices):
+        check_text(text, where)
     return item
+
+
+def _check_item(item: Item) -> None:
+    """Raise ValueError for what is no item, although it has the fields of one."""
+    if not isinstance(item.context, str) or not all(isinstance(choice, str) for choice in item.choices):
+        raise ValueError("context and choices are not all text")
+    if not all(choice.strip() for choice in item.choices):
+        raise ValueError("a choice is blank")
+    if not 0 <= item.label < len(item.choices):
+        raise ValueError(f"label {item.label} of {len(item.choices)} choices")
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """Return a list as it is; TypeError for a text, which would be taken apart into letters."""
+    if not isinstance(value, list):
+        raise TypeError(f"choices are a {type(value).__name__}, not a list")
+    return tuple(value)
 
 
 @dataclass(frozen=True)

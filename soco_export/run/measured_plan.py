@@ -55,7 +55,7 @@ def read_or_measure(path: Path, shapes: set[Shape], form: Storage, device: Devic
     """Return the profile kept in `path`, completed by what it lacks, or a new one; `path` is written if it grew."""
     from soco_export.bench.layer_timing import measure_profile
 
-    kept = Profile.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    kept = Profile.load(path) if path.exists() else None
     if kept is not None and kept.conditions != device.conditions():
         kept = None
     missing = shapes if kept is None else kept.lacks(shapes, form)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from soco_train.data.reading import kind_of, read_objects, read_text, text_of
 from soco_train.errors import DataError, RecipeError
 from soco_train.installed import install_command
 from soco_train.settings import SHORTEST_BLOCK, DataSettings
@@ -24,6 +25,9 @@ from soco_train.settings import SHORTEST_BLOCK, DataSettings
 Purpose = Literal["calibration", "evaluation"]
 BUILTIN = Path(__file__).parents[1] / "builtin"
 PARAGRAPH = "\n\n"
+EXAMPLE = '{"text": "…"}'
+SPARE = 256  # tokens
+Take = Callable[[Iterator[str]], str]  # how much of a continuous text is taken
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,11 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
     Raises RecipeError (no such file or data set, `datasets` missing) and DataError (not UTF-8, less than one block).
     """
     source = describe_source(settings, purpose)
-    texts = [_cut(tokenizer, documents, settings) for documents in _texts(settings, purpose)]
+    # Texts that take turns do so in proportion to their whole length, so only a single one is read in part.
+    wanted = settings.blocks if len(_paths(settings, purpose)) < 2 else None
+    tokens_wanted = None if wanted is None else wanted * settings.block
+    sources = _texts(settings, purpose, lambda pieces: _take(tokenizer, pieces, tokens_wanted))
+    texts = [_cut(tokenizer, documents, settings.blocks, settings.block) for documents in sources]
     tokens = interleave([blocks for blocks, _ in texts])[: settings.blocks]
     if len(tokens) == 0:
         count = max(tokens for _, tokens in texts)
@@ -54,16 +62,36 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
     return Blocks(tokens, source, fingerprint(tokens))
 
 
-def _cut(tokenizer: Any, documents: Iterator[str], settings: DataSettings) -> tuple[torch.Tensor, int]:
-    """Return the blocks [n, block] of one text, at most as many as are wanted in all, and how many tokens were read."""
-    wanted = None if settings.blocks is None else settings.blocks * settings.block
+def _cut(tokenizer: Any, documents: Iterator[str], wanted: int | None, block: int) -> tuple[torch.Tensor, int]:
+    """Return the blocks [n, block] of one text, `wanted` or what there is, and how many tokens were read."""
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if wanted is not None and len(ids) >= wanted:
+        if wanted is not None and len(ids) >= wanted * block:
             break
-    count = len(ids) // settings.block
-    return torch.tensor(ids[: count * settings.block], dtype=torch.int64).view(count, settings.block), len(ids)
+    count = len(ids) // block
+    return torch.tensor(ids[: count * block], dtype=torch.int64).view(count, block), len(ids)
+
+
+def _take(tokenizer: Any, pieces: Iterator[str], tokens: int | None) -> str:
+    return "".join(pieces) if tokens is None else _beginning(tokenizer, pieces, tokens)
+
+
+def _beginning(tokenizer: Any, pieces: Iterator[str], tokens: int) -> str:
+    """Return as much of a continuous text as gives `tokens` tokens, with some to spare.
+
+    The end of a text is tokenised differently when more follows, so the tokens that are used keep away from it.
+    """
+    found, need = "", tokens + SPARE
+    for piece in pieces:
+        found += piece
+        if len(found) < need:
+            continue
+        ids = tokenizer(found, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if len(ids) >= tokens + SPARE:
+            break
+        need = 2 * len(found)
+    return found
 
 
 def interleave(texts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -95,7 +123,8 @@ def check_source(settings: DataSettings, purpose: Purpose) -> None:
         _import_datasets(settings.hub)
         return
     for path in _paths(settings, purpose):
-        _read_text(path)
+        for _ in _documents(path, settings, "".join):
+            pass
 
 
 def _section(purpose: Purpose) -> str:
@@ -114,45 +143,32 @@ def _paths(settings: DataSettings, purpose: Purpose) -> tuple[Path, ...]:
     return _files(settings)
 
 
-def _texts(settings: DataSettings, purpose: Purpose) -> Iterator[Iterator[str]]:
+def _texts(settings: DataSettings, purpose: Purpose, take: Take) -> Iterator[Iterator[str]]:
     """Yield each text, as documents to tokenise one after the other; those of a collection end with an empty line."""
     if settings.hub is not None:
-        yield _hub_documents(settings.hub, _section(purpose))
+        yield iter([take(_hub_text(settings.hub, _section(purpose)))])
         return
     for path in _paths(settings, purpose):
-        yield _documents(path, settings)
+        yield _documents(path, settings, take)
 
 
-def _documents(path: Path, settings: DataSettings) -> Iterator[str]:
-    text = _read_text(path)
+def _documents(path: Path, settings: DataSettings, take: Take) -> Iterator[str]:
+    """Yield a file's documents: one for each JSON line, else one for the file, or for what is taken of it."""
     kind = settings.format if settings.format != "auto" else _kind(path)
     if kind == "jsonl":
-        yield from _json_documents(text, path)
-    else:
-        yield join_wikitext(text) if kind == "wikitext" else text
+        for where, row in read_objects(path, EXAMPLE):
+            yield f"{text_of(row, 'text', where)}{PARAGRAPH}"
+        return
+    text = take(read_text(path))
+    if not text.strip():
+        raise DataError(f"{path.name} is blank", fix="give a file with text", where=str(path))
+    yield join_wikitext(text) if kind == "wikitext" else text
 
 
 def _kind(path: Path) -> Literal["text", "jsonl", "wikitext"]:
-    if path.suffix == ".jsonl":
+    if kind_of(path) in (".jsonl", ".ndjson", ".json"):
         return "jsonl"
-    return "wikitext" if path.suffix == ".raw" else "text"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(
-            f"cannot read {path}: {error.strerror}", fix="give a readable text file", where=str(path)
-        ) from None
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            fix="convert it, for example: iconv -f latin1 -t utf-8",
-            where=str(path),
-        ) from None
+    return "wikitext" if kind_of(path) == ".raw" else "text"
 
 
 def join_wikitext(text: str) -> str:
@@ -164,21 +180,6 @@ def join_wikitext(text: str) -> str:
     lines = text.split("\n")
     rows = lines[:-1] if lines[-1] == "" else lines
     return PARAGRAPH.join("" if line == " " else line + "\n" for line in rows)
-
-
-def _json_documents(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"line {number} is no JSON object with a field text ({type(error).__name__}: {error})",
-                fix='write one {"text": "…"} a line',
-                where=f"{path}:{number}",
-            ) from None
-        yield f"{document}{PARAGRAPH}"
 
 
 def _hub_address(address: str, section: str) -> tuple[str, str | None, str]:
@@ -205,7 +206,8 @@ def _import_datasets(address: str) -> Any:
     return datasets
 
 
-def _hub_documents(address: str, section: str) -> Iterator[str]:
+def _hub_text(address: str, section: str) -> Iterator[str]:
+    """Yield a data set's texts with an empty line between them, as published perplexities have it."""
     name, config, split = _hub_address(address, section)
     datasets = _import_datasets(address)
     try:
@@ -216,7 +218,8 @@ def _hub_documents(address: str, section: str) -> Iterator[str]:
             fix=f"check the address and the connection, or give a local file: --set {section}.path=…",
             where=f"{section}.hub",
         ) from error
-    yield PARAGRAPH.join(rows)
+    for number, row in enumerate(rows):
+        yield (PARAGRAPH if number else "") + text_of({"text": row}, "text", f"{address}, row {number}")
 
 
 def _builtin(settings: DataSettings) -> tuple[str, ...]:

@@ -221,9 +221,7 @@ def test_what_the_machine_lacks_is_said(tmp_path: Path, error: Exception, words:
     assert run(tmp_path, a_recipe()) == [stage.name for stage in STAGES]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "bad disk"), RuntimeError("shapes differ"), SafetensorError("header")]
-)
+@pytest.mark.parametrize("error", [OSError("no number"), RuntimeError("shapes differ"), SafetensorError("header")])
 def test_other_errors_are_ours(tmp_path: Path, error: Exception) -> None:
     def fail(log: Log, out: Path) -> None:
         raise error

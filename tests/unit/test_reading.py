@@ -1,0 +1,194 @@
+"""Texts, items and profiles come from anywhere: every door answers with its value or with an error of ours, at once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from soco_export.bench.layer_times import Conditions, FormTimes, Profile
+from soco_export.evaluate.settings import TaskSettings
+from soco_export.evaluate.tasks import FORMATS, load_items
+from soco_train.data.corpus import check_source, load_blocks
+from soco_train.data.reading import CHUNK, read_lines, read_text
+from soco_train.errors import DataError, SocoError
+from soco_train.settings import DataSettings
+
+FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+class Words:
+    """A tokenizer of one token a word that counts what it was given."""
+
+    given = 0
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        self.given += len(text)
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def blocks(path: Path, **values: Any) -> torch.Tensor:
+    return load_blocks(Words(), DataSettings(path=path, **{"block": 8, **values}), "calibration").tokens
+
+
+@FEW
+@given(st.binary(max_size=400), st.sampled_from(["a.txt", "a.jsonl", "a.JSONL.gz", "a.raw", "a.json"]))
+def test_any_bytes_are_blocks_or_an_error_of_ours(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    try:
+        assert blocks(tmp_path / name).shape[1] == 8
+    except SocoError as error:
+        assert name.split(".")[0] in error.where
+        assert error.fix
+
+
+@FEW
+@given(st.lists(JSON, max_size=4))
+def test_any_lines_are_documents_or_refused_by_line(tmp_path: Path, values: list[Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(value) for value in [{"text": "a " * 9}, *values]), encoding="utf-8")
+    good = [isinstance(v, dict) and isinstance(v.get("text"), str) for v in values]
+    try:
+        blocks(path)
+        assert all(good)
+    except DataError as error:
+        assert error.where.rpartition(":")[2] == str(2 + (good.index(False) if False in good else 0)) or all(good)
+
+
+@FEW
+@given(st.data())
+def test_any_item_is_read_or_refused_by_line(tmp_path: Path, data: st.DataObject) -> None:
+    fields = data.draw(st.sampled_from([sorted(fields) for fields in FORMATS]))
+    row = {name: data.draw(JSON) for name in fields}
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    try:
+        (item,) = load_items(TaskSettings(path=path))
+        assert all(isinstance(choice, str) and choice.strip() for choice in item.choices)
+        assert isinstance(item.choices[item.label], str)
+        "".join((item.context, *item.choices)).encode()
+    except DataError as error:
+        assert error.where == f"{path}:1"
+
+
+@FEW
+@given(
+    st.recursive(JSON, lambda inner: st.fixed_dictionaries({"conditions": inner, "multiple": inner, "layers": inner}))
+)
+def test_any_json_is_a_profile_or_an_error_of_ours(value: Any) -> None:
+    with pytest.raises(DataError, match="no latency profile"):
+        Profile.from_json(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dense": []},
+        {"dense": [float("nan")]},
+        {"dense": [-1.0]},
+        {"ranks": [4, 2]},
+        {"ranks": [0, 2]},
+        {"ranks": []},
+        {"times": [[1.0]]},
+        {"times": [[1.0], [float("inf")]]},
+        {"times": [[1.0], ["x"]]},
+    ],
+)
+def test_a_profile_of_no_measurement_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    conditions = Conditions("cpu", "p", 1, "r", "float32", "same", "", False, (1,))
+    whole = Profile(conditions, 8, {(4, 6): {"stacked": FormTimes((2.0,), (2, 4), ((1.0,), (2.0,)))}})
+    assert Profile.from_json(whole.to_json()) == whole
+    document = json.loads(whole.to_json())
+    document["layers"]["4x6"]["stacked"] |= change
+    (tmp_path / "it.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="no latency profile") as found:
+        Profile.load(tmp_path / "it.json")
+    assert found.value.where == str(tmp_path / "it.json")
+    for name in ("4", "4x", "0x6", "9" * 5000 + "x6", "-4x6"):
+        with pytest.raises(DataError, match="no latency profile"):
+            Profile.from_json(json.dumps(document | {"layers": {name: {}}}))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"text": None}, "null"),
+        ({"text": 3}, "a int"),
+        ({"text": ["a"]}, "a list"),
+        ({"content": "x", "url": "y"}, "'content', 'url'"),
+        ({"text": "a\ud800"}, r"U\+D800"),
+        ({"text": "a\0"}, r"U\+0000"),
+        ([{"text": "x"}], "list"),
+    ],
+)
+def test_what_is_no_text_is_named(value: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "fine"}\n\n' + json.dumps(value), encoding="utf-8")
+    with pytest.raises(DataError, match=words) as found:
+        check_source(DataSettings(path=path), "calibration")
+    assert found.value.where == f"{path}:3"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("text".encode("utf-16"), "UTF-16"),
+        (b"PAR1....", "Parquet"),
+        (b"PK\x03\x04..", "zip"),
+        (b"a\0b", "NUL"),
+        (b" \n\t\n", "blank"),
+        (b"", "blank"),
+        (gzip.compress(b"a " * 9999)[:-30], "damaged"),
+    ],
+)
+def test_what_is_another_format_is_named(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        check_source(DataSettings(path=tmp_path / "a.txt"), "calibration")
+
+
+def test_nothing_waits_for_a_pipe_or_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    start = time.monotonic()
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300)):
+        with pytest.raises(SocoError):
+            check_source(DataSettings(path=path), "calibration")
+    with pytest.raises(DataError, match="nested too deeply|no JSON"):
+        (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+        check_source(DataSettings(path=tmp_path / "deep.jsonl"), "calibration")
+    assert time.monotonic() - start < 2
+
+
+def test_packed_lines_and_pieces_are_the_same_text(tmp_path: Path) -> None:
+    words = ["é", "漢字", "\r\n", "\n", "a", "\u2028"]
+    text = "".join(random.choices(words, k=3 * CHUNK))
+    for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(b"\xef\xbb\xbf" + text.encode()))):
+        (tmp_path / name).write_bytes(data)
+        assert "".join(read_text(tmp_path / name)) == text.replace("\r\n", "\n")
+    expected = [(i, line) for i, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
+    assert list(read_lines(tmp_path / "a.txt")) == expected
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.jsonl"])
+def test_only_as_much_is_tokenised_as_the_blocks_need(name: str, tmp_path: Path) -> None:
+    lines = [" ".join(random.choices(["a", "bb", "ccc", "dddd"], k=20)) for _ in range(40_000)]
+    shaped = [json.dumps({"text": line}) for line in lines] if name == "a.jsonl" else lines
+    (tmp_path / name).write_text("\n".join(shaped))
+    tokenizer = Words()
+    few = load_blocks(tokenizer, DataSettings(path=tmp_path / name, block=64, blocks=8), "calibration").tokens
+    assert tokenizer.given < 6 * CHUNK < sum(map(len, lines)) / 4
+    assert torch.equal(few, blocks(tmp_path / name, block=64)[:8])
