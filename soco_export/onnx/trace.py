@@ -26,7 +26,9 @@ from soco_train.events import Event, Notify
 
 OPSET = 20
 # Keys of state space models, linear attention and short convolutions.
-RECURRENT = re.compile(r"^(mamba|ssm_|state_size|lru_width|linear_conv|linear_num|conv_L_cache|time_step|conv_kernel)")
+RECURRENT = re.compile(
+    r"^(mamba|ssm_|state_size|lru_width|linear_conv|linear_num|conv_L_cache|time_step|conv_kernel|rescale_every)"
+)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -95,22 +97,8 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
     model.config._experts_implementation = "batched_mm"  # the default, grouped_mm, cannot be traced
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    past = _example_cache(model)
-    batch = torch.export.Dim.DYNAMIC
-    rows = {0: batch, 1: batch}
-    cache = [({0: batch, 2: batch}, {0: batch, 2: batch}) for _ in past]
-    parts = [f"{index}.{part}" for index in range(len(past)) for part in ("key", "value")]
     try:
-        program = torch.onnx.export(
-            CachedDecoder(model, settings.last_token_logits).eval(),
-            (*_example_tokens(4), past),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            dynamic_shapes=(rows, rows, rows, cache),
-            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)],
-            output_names=["logits", *(f"present.{part}" for part in parts)],
-        )
+        program = _traced(model, settings)
     except Exception as error:  # whatever a model's own code raises under the tracer
         raise RecipeError(
             f"torch cannot trace {model.config.model_type}: {_cause(error)}",
@@ -122,6 +110,25 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
     _forget_origin(program.model)
     ir.save(program.model, out / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     notify(Event("export", 1, 1))
+
+
+def _traced(model: Any, settings: ExportSettings) -> Any:
+    """Return torch's ONNX program of `model` with its cache as inputs and outputs."""
+    past = _example_cache(model)
+    batch = torch.export.Dim.DYNAMIC
+    rows = {0: batch, 1: batch}
+    cache = [({0: batch, 2: batch}, {0: batch, 2: batch}) for _ in past]
+    parts = [f"{index}.{part}" for index in range(len(past)) for part in ("key", "value")]
+    return torch.onnx.export(
+        CachedDecoder(model, settings.last_token_logits).eval(),
+        (*_example_tokens(4), past),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        dynamic_shapes=(rows, rows, rows, cache),
+        input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)],
+        output_names=["logits", *(f"present.{part}" for part in parts)],
+    )
 
 
 def _cause(error: BaseException) -> str:
