@@ -16,8 +16,10 @@ import numpy as np
 import onnx_models
 import pytest
 import torch
+import transformers
 from decoder_zoo import BASE, ZOO
 from onnx_models import Decoder, factor, save_dense, tiny_model
+from packaging import version
 
 from soco_export.export import export_onnx
 from soco_export.onnx.check import check_architecture
@@ -39,6 +41,15 @@ CONV1D = {name for name, (model_type, _) in ZOO.items() if model_type == "gpt2"}
 def _zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, entry in ZOO.items():
         monkeypatch.setitem(onnx_models.CONFIGS, name, entry)
+
+
+def known_here(name: str) -> Any:
+    """Return the case, skipped where this transformers lacks the type or does not read how its rope is written."""
+    model_type, values = ZOO[name]
+    later = "rope_parameters" in values or "qk_layernorm" in values
+    old = version.parse(transformers.__version__).major < 5 and later
+    missing = old or model_type not in transformers.CONFIG_MAPPING
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason="transformers 5 writes and reads it"))
 
 
 def pieces() -> list[tuple[int, int]]:
@@ -70,7 +81,7 @@ def error(found: np.ndarray, expected: np.ndarray, mask: np.ndarray) -> float:
     return float(np.abs(found - expected)[real].max() / np.abs(expected[real]).max())
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", map(known_here, ZOO))
 def test_a_family_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     folder = save_dense(model, tmp_path / "hf") if name in CONV1D else factor(model, tmp_path / "hf", MIXED)
@@ -89,9 +100,11 @@ def test_a_family_computes_what_transformers_computes(name: str, tmp_path: Path)
     assert error(in_onnx(tmp_path / "contrib", prompt, padded, once), expected, padded) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma3_text", "phi4-mini", "cohere", "gpt2", "gpt_neox", "falcon-40b", "bloom", "olmo2", "mixtral"]
-)
+QUANTISED = ["gemma3_text", "phi4-mini", "cohere", "gpt2", "gpt_neox", "falcon-40b", "bloom", "olmo2", "mixtral"]
+HALVED = ["gemma2", "phi4-mini", "cohere", "bloom", "granite", "hunyuan_v1_dense"]
+
+
+@pytest.mark.parametrize("name", map(known_here, QUANTISED))
 def test_quantised_weights_run_and_stay_close(name: str, tmp_path: Path) -> None:
     """A mixture may choose other experts where two are close: correlation, not the largest error."""
     model = tiny_model(name)
@@ -106,7 +119,7 @@ def test_quantised_weights_run_and_stay_close(name: str, tmp_path: Path) -> None
         assert np.corrcoef(found, expected)[0, 1] > closeness
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi4-mini", "cohere", "bloom", "granite", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("name", map(known_here, HALVED))
 def test_half_precision_stays_close(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", ExportSettings(dtype="float16"))
@@ -132,7 +145,7 @@ def test_every_described_type_is_in_the_zoo() -> None:
     assert set(FAMILIES) <= tried
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", map(known_here, ZOO))
 def test_a_key_that_no_description_knows_is_refused_by_name(name: str, tmp_path: Path) -> None:
     model_type, values = ZOO[name]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **values}))

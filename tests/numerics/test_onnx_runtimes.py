@@ -128,11 +128,10 @@ def test_optimum_with_left_padding(exported, prompts) -> None:
 
 @pytest.mark.slow
 def test_an_architecture_without_description_is_traced(tmp_path: Path, monkeypatch) -> None:
-    """Gemma 2 has soft caps and post-norms, which no description knows."""
+    """Apertus has an activation of its own (xIELU), which no description knows."""
     pytest.importorskip("onnxscript")
-    shape = {**CONFIGS["mistral"][1], "sliding_window": 5}
-    monkeypatch.setitem(CONFIGS, "gemma2", ("gemma2", shape))
-    model = tiny_model("gemma2")
+    monkeypatch.setitem(CONFIGS, "apertus", ("apertus", CONFIGS["llama"][1]))
+    model = tiny_model("apertus")
     folder = factor(model, tmp_path / "hf", {"q_proj": ("stacked", 20), "up_proj": ("pivoted", 24)})
     summary = export_onnx(folder, tmp_path / "onnx", ExportSettings())
     assert summary.route == "traced"

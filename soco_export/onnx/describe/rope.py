@@ -68,6 +68,9 @@ def read_rope(config: Config, head_dim: int, kind: str | None = None, interleave
 
 
 def _parameters(config: Config, kind: str | None) -> Mapping[str, Any]:
+    local = config.get("rope_local_base_freq")
+    if local and kind == "sliding_attention" and not config.get("rope_parameters"):
+        return {"rope_theta": local}  # how transformers 4 writes Gemma 3
     written = config.get("rope_parameters") or {
         "rope_theta": config.get("rope_theta", 10000.0),
         **config.get("rope_scaling", {}),
