@@ -133,7 +133,7 @@ def test_a_missing_file_is_found_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{broken", '{"body": "x"}', '"just text"'])
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str) -> None:
     path = written(tmp_path, '{"text": "fine"}\n' + line, "data.jsonl")
-    with pytest.raises(DataError, match="line 2|no field text \\(there is 'body'\\)") as caught:
+    with pytest.raises(DataError, match=r"line 2|no field text \(there is 'body'\)") as caught:
         load_blocks(characters, DataSettings(path=path, block=8), "calibration")
     assert caught.value.where == f"{path}:2"
 

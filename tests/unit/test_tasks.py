@@ -151,7 +151,7 @@ def test_formats_are_known_by_their_fields(tmp_path):
 def test_a_bad_line_is_named(tmp_path, text, where):
     path = tmp_path / "task.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match="no task item|is no JSON|not an object") as caught:
+    with pytest.raises(DataError, match=r"no task item|is no JSON|not an object") as caught:
         load_items(TaskSettings(path=path))
     assert caught.value.where == f"{path}:{where}"
 
