@@ -7,7 +7,7 @@ MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|s
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat check-servers bench-onnx mutate clean setup setup-optimum
+.PHONY: help demo tour test check test-compat check-servers bench-onnx bench-bits mutate clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ bench-onnx: setup ## measure the tables of benchmarks/speed again (about three q
 
 mutate: setup ## plant known faults one by one: does a test notice? (some minutes)
 	@$(VENV)/bin/python tools/mutate
+
+bench-bits: setup ## what rounding to int4 and int2 loses on the built-in model, to nearest and calibrated (minutes)
+	@$(VENV)/bin/python -m benchmarks.bits dense=soco_train/builtin/tiny --keep 0.8 0.6 --out benchmarks/bits/results/tiny
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -20,7 +20,7 @@ from soco_train.settings import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Loss = Annotated[float, Field(ge=0)]
-Precision = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "int4", "int2"]
 
 
 class GateSettings(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,36 @@ def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults
 def _notes(context: RunContext) -> Iterator[str]:
     """Yield every fallback and every measurement that was left out, with its reason."""
     if context.format == "onnx":
-        export = _read(context.path("onnx", EXPORT_FILE))
-        if export["route"] != "builder":
-            yield f"the graph was made by {export['route']}: its architecture has no description of ours"
-        if context.recipe.storage == "pivoted" and context.recipe.export.weights == "int4":
-            yield "pivoted layers do not bear int4: every row but the pivots is a combination of rounded ones"
-        if not context.recipe.bench.enabled:
-            yield "latency was not measured: bench.enabled is false"
+        yield from _export_notes(context)
     rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
-    if context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
+    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
+    if context.recipe.refine.distill.steps and len(plan.dense_layers) == len(plan.layers):
+        yield "every layer stays dense: there were no factors to distil, and nothing was trained"
+    elif context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
         yield f"the factors were trained to be rounded to {rounding}, and here they are not"
     if thresholds(context.recipe, context.format) != applicable(context.recipe, context.format):
         yield f"gates on ONNX are not judged: the format is {context.format}"
+
+
+def _export_notes(context: RunContext) -> Iterator[str]:
+    export, weights = _read(context.path("onnx", EXPORT_FILE)), context.recipe.export.weights
+    if export["route"] != "builder":
+        yield f"the graph was made by {export['route']}: its architecture has no description of ours"
+    if context.recipe.storage == "pivoted" and weights in ("int4", "int2"):
+        yield f"pivoted layers do not bear {weights}: every row but the pivots is a combination of rounded ones"
+    if rounding := export.get("rounding"):
+        yield rounding_note(rounding)
+    if not context.recipe.bench.enabled:
+        yield "latency was not measured: bench.enabled is false"
+
+
+def rounding_note(rounding: Mapping[str, Any]) -> str:
+    """Return one sentence on calibrated rounding, from the figures of evidence/onnx.json."""
+    few = f"; {rounding['few']} layers had fewer than 2 tokens an input" if rounding["few"] else ""
+    return (
+        f"{rounding['rule']} rounding with {rounding['tokens']} tokens removed {rounding['removed']:.0%} of the error "
+        f"that rounding to nearest makes in a layer's output (the median of {len(rounding['layers'])}){few}"
+    )
 
 
 def _provenance(context: RunContext) -> dict[str, Any]:
