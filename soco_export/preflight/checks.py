@@ -66,9 +66,6 @@ def check_recipe(recipe: Recipe, format: str) -> None:
         )
     check_rounding(rounding, recipe.storage)
     if format == "onnx":
-        from soco_export.runtimes.registry import check_layouts
-
-        check_layouts(recipe.export)
         check_quantisation(recipe)
         check_precision(recipe)
         check_graph(recipe)
