@@ -210,6 +210,22 @@ def report(
     _call("report", locals())
 
 
+@app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a results.json.")],
+    baseline: Annotated[Path | None, typer.Option(help="The results.json to be no worse than, or its run.")] = None,
+    tolerances: Annotated[
+        list[str] | None, typer.Option("--tolerance", help="How much worse: perplexity.ratio=0.03. Repeatable.")
+    ] = None,
+    strict: Strict = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Judge a finished run by its gates, and against a baseline; measures nothing, writes nothing."""
+    _call("gate", locals())
+
+
 @recipes.command("list")
 def recipes_list(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the recipes that come with the package."""

@@ -6,11 +6,13 @@ compared, only speed-ups: each of those is a ratio from one interleaved series.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from soco_export.report.baseline import apart, changes, leaves
 from soco_export.report.markdown import render_table
 from soco_export.report.schema import Results
 from soco_export.report.tables import Table, number, verdict_line
@@ -26,23 +28,38 @@ LESS_IS_BETTER = (
 MORE_IS_BETTER = ("tasks.*.compressed.acc*", "tasks.*.recovery", "parity.*_agreement", "latency.*.speedup.value")
 
 
+COUNTED = ("sizes.*",)
+SAMPLED = ("tasks.*.compressed.acc",)
+Z = 1.96
+NOISE = {True: "yes", False: "no", None: "n/a"}
+
+
 @dataclass(frozen=True)
 class Difference:
-    """One figure in both results. `recovery`: the second relative to the first, 1 = as good, above 1 = better."""
+    """One figure in both results. `recovery`: the second relative to the first, 1 = as good, above 1 = better.
+
+    `beyond_noise`: whether the two differ by more than both are uncertain, or, of what is counted and not sampled, at
+    all; None where no uncertainty is known.
+    """
 
     name: str
     one: float | None
     two: float | None
     recovery: float | None
+    beyond_noise: bool | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`figures`: those with a better side; `settings`: recipe keys that differ, as (first's, second's) value."""
+    """`figures`: those with a better side; `settings`: recipe keys that differ, as (first's, second's) value.
+
+    `changed`: what else differs, a line each: versions, machine, data.
+    """
 
     verdicts: tuple[str, str]
     figures: tuple[Difference, ...]
     settings: Mapping[str, tuple[Any, Any]]
+    changed: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -53,26 +70,33 @@ def compare_results(one: Results, two: Results) -> Comparison:
     """Compare two runs' results."""
     first, second = one.figures(), two.figures()
     names = [name for name in dict.fromkeys((*first, *second)) if _direction(name)]
-    figures = tuple(_difference(name, first.get(name), second.get(name)) for name in names)
-    keys = (dict(_leaves(one.recipe, "")), dict(_leaves(two.recipe, "")))
+    figures = tuple(_difference(name, first, second) for name in names)
+    keys = (dict(leaves(one.recipe, "")), dict(leaves(two.recipe, "")))
     changed = [key for key in dict.fromkeys((*keys[0], *keys[1])) if keys[0].get(key) != keys[1].get(key)]
     return Comparison(
         verdicts=(verdict_line(one), verdict_line(two)),
         figures=tuple(d for d in figures if d.one is not None or d.two is not None),
         settings={key: (keys[0].get(key), keys[1].get(key)) for key in changed},
+        changed=tuple(line for line in changes(two, one) if not line.startswith("recipe ")),
     )
 
 
 def render_comparison(comparison: Comparison) -> str:
     """Return the comparison as Markdown."""
-    figures = [(d.name, number(d.one), number(d.two), number(d.recovery)) for d in comparison.figures]
+    figures = [
+        (d.name, number(d.one), number(d.two), number(d.recovery), NOISE[d.beyond_noise]) for d in comparison.figures
+    ]
     settings = [(key, str(one), str(two)) for key, (one, two) in comparison.settings.items()]
     tables = [
         Table("Verdicts", ("first", "second"), (comparison.verdicts,)),
         Table(
-            "Figures", ("", "first", "second", "recovery"), tuple(figures), "Recovery: above 1, the second is better."
+            "Figures",
+            ("", "first", "second", "recovery", "beyond noise"),
+            tuple(figures),
+            "Recovery: above 1, the second is better. Beyond noise: n/a where no uncertainty was measured.",
         ),
         Table("Settings that differ", ("", "first", "second"), tuple(settings)),
+        Table("What else changed", ("first → second",), tuple((line,) for line in comparison.changed)),
     ]
     return "\n\n".join(render_table(table) for table in tables if table.rows) + "\n"
 
@@ -83,13 +107,23 @@ def _direction(name: str) -> int:
     return int(any(fnmatchcase(name, pattern) for pattern in MORE_IS_BETTER))
 
 
-def _difference(name: str, one: float | None, two: float | None) -> Difference:
+def _difference(name: str, first: Mapping[str, float | None], second: Mapping[str, float | None]) -> Difference:
+    one, two = first.get(name), second.get(name)
     upper, lower = (two, one) if _direction(name) > 0 else (one, two)
     recovery = upper / lower if upper is not None and lower else None
-    return Difference(name, one, two, recovery)
+    return Difference(name, one, two, recovery, _beyond_noise(name, one, two, (first, second)))
 
 
-def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        return [(name, value)]
-    return [leaf for key, inner in value.items() for leaf in _leaves(inner, f"{name}.{key}" if name else str(key))]
+def _beyond_noise(
+    name: str, one: float | None, two: float | None, sides: tuple[Mapping[str, float | None], ...]
+) -> bool | None:
+    if one is None or two is None:
+        return None
+    if any(fnmatchcase(name, pattern) for pattern in COUNTED):
+        return one != two
+    if any(fnmatchcase(name, pattern) for pattern in SAMPLED):
+        errors = [side.get(f"{name.rpartition('.')[0]}.stderr") for side in sides]
+        known = [error for error in errors if error is not None]
+        return None if len(known) < len(errors) else abs(one - two) > Z * math.hypot(*known)
+    ends = apart(name, *sides)  # of what the second is to the first
+    return None if ends is None else not ends[0] <= one <= ends[1]

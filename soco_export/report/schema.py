@@ -1,11 +1,15 @@
 """results.json: everything one run measured, with a version of its own, and nothing rounded.
 
 Sections that were not measured are null, so a reader sees the difference between "no" and "not looked at".
-`Results.model_json_schema()` is the schema; a change that breaks readers raises SCHEMA_VERSION.
+The schema is published; a change that breaks readers raises SCHEMA_VERSION.
+
+    python -m soco_export.report.schema > docs/results.schema.json
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +151,9 @@ class Results(Part):
         """Read results.json (or the run folder that holds it); raises DataError if it is not one of this version."""
         file = path / RESULTS_FILE if path.is_dir() else path
         try:
-            return Results.model_validate_json(read_text(file, "give a results.json, or the folder of a run"))
+            text = read_text(file, "give a results.json, or the folder of a run")
+            _check_version(text, file)
+            return Results.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -158,9 +164,34 @@ class Results(Part):
             ) from error
 
 
+def _check_version(text: str, file: Path) -> None:
+    """Raise DataError for results of another version, before their fields are looked at."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return  # what is no JSON is refused by the fields
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if version is not None and version != SCHEMA_VERSION:
+        raise DataError(
+            f"these are no results of schema version {SCHEMA_VERSION} but of version {version}",
+            fix="read them with the soco-export that wrote them (machine.versions names it), or measure again",
+            where=str(file),
+        )
+
+
+def schema_text() -> str:
+    """Return the JSON Schema of results.json, as docs/results.schema.json has it."""
+    schema = Results.model_json_schema(mode="serialization")
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"
+
+
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | None]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}" if name else str(key))
     elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         yield name, value
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema_text())

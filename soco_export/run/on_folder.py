@@ -16,10 +16,9 @@ from soco_export.files.replacing import check_replaceable
 from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.report.gates import GATES, GateSettings, Verdict, judge
+from soco_export.report.gates import GATES, GateSettings, Verdict, judge, verdict_text
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request, table
-from soco_export.run.terminal import verdict_text
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
 

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soco_export.files.text import one_line
-from soco_export.report.gates import Verdict
+from soco_export.report.gates import verdict_text
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.tables import verdict_sentence
 from soco_export.run.request import Outcome
 from soco_export.run.stages.report import folder_bytes
 from soco_train.errors import ExitCode
 from soco_train.plan.ranks import RankPlan
-
-SHOWN = {"passed": "ok    ", "inconclusive": "unsure", "failed": "FAILED"}
 
 
 def run_outcome(root: Path) -> Outcome:
@@ -39,11 +37,6 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
         spare = folder_bytes(root / "spectrum") / 1e6
         yield f"other sizes, same scores: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
     yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
-
-
-def verdict_text(verdict: Verdict) -> str:
-    """Return a judgement as a line for a terminal."""
-    return f"{SHOWN[verdict.state]} {verdict.name}: {verdict.message}"
 
 
 def _quality(results: Results) -> Iterator[str]:

@@ -81,12 +81,9 @@ def bench(request: Request, folder: Path, against: Path | None = None, notify: N
 def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> Outcome:
     """Compare two results.json (or the runs that hold them)."""
     from soco_export.report.compare import compare_results, render_comparison
-    from soco_export.report.schema import RESULTS_FILE, Results
+    from soco_export.run.bound import load_results
 
-    for run in (one, two):
-        if run.is_dir():
-            check_unchanged(run, [RESULTS_FILE])
-    comparison = compare_results(Results.load(one), Results.load(two))
+    comparison = compare_results(load_results(one), load_results(two))
     return Outcome(comparison.document(), render_comparison(comparison).rstrip("\n"))
 
 
@@ -95,6 +92,19 @@ def report(request: Request, run: Path | None = None, notify: Notify = silent) -
     from soco_export.run.on_run import report_again
 
     return report_again(request, find_run(run, request), notify)
+
+
+def gate(
+    request: Request,
+    run: Path,
+    baseline: Path | None = None,
+    tolerances: list[str] | None = None,
+    notify: Notify = silent,
+) -> Outcome:
+    """Judge a finished run by its gates and, with `baseline`, by what may be worse than in that results.json."""
+    from soco_export.run.against import gate_run
+
+    return gate_run(run, baseline, tolerances)
 
 
 def recipes_list(request: Request, notify: Notify = silent) -> Outcome:

@@ -1,0 +1,41 @@
+"""The verb `gate`: a finished run by its own gates and against a baseline, for a CI job; reads only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from soco_export.report.baseline import changes, judge_against, parse_tolerances
+from soco_export.report.gates import Verdict, verdict_text
+from soco_export.run.bound import load_results
+from soco_export.run.request import Outcome
+from soco_train.errors import ExitCode
+
+
+def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> Outcome:
+    """Judge the results of `run`; a failed gate or a figure worse than the baseline's allows is exit code 3."""
+    results, allowed = load_results(run), parse_tolerances(tolerances)
+    own = results.verdicts
+    against: tuple[Verdict, ...] = ()
+    differences: list[str] = []
+    if baseline is not None:
+        before = load_results(baseline)
+        against, differences = judge_against(results, before, allowed), changes(results, before)
+    verdicts = (*own, *against)
+    document = {
+        "run": str(run),
+        "baseline": None if baseline is None else str(baseline),
+        "passed": not any(verdict.state == "failed" for verdict in verdicts),
+        "verdicts": [asdict(verdict) for verdict in own],
+        "against_baseline": [asdict(verdict) for verdict in against],
+        "changed": differences,
+    }
+    failed = sum(verdict.state == "failed" for verdict in verdicts)
+    head = f"FAILED: {failed} of {len(verdicts)} checks" if failed else f"PASSED: {len(verdicts)} checks, none failed"
+    lines = [head if verdicts else "NOT JUDGED: the recipe sets no gate, and there is no baseline"]
+    lines += [verdict_text(verdict) for verdict in own]
+    if baseline is not None:
+        lines += [f"against {baseline}:", *map(verdict_text, against)]
+        lines += [f"changed since: {line}" for line in differences] or ["nothing else changed since"]
+    undecided = tuple(f"{verdict.name}: {verdict.message}" for verdict in verdicts if verdict.inconclusive)
+    return Outcome(document, "\n".join(lines), ExitCode.GATE if failed else ExitCode.OK, undecided)
