@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from soco_export.signals import leave_at_once, raising
+import sys
+
+from soco_export.signals import code, leave_at_once, raising
 
 
 def main() -> None:
@@ -10,8 +12,11 @@ def main() -> None:
     leave_at_once()
     from soco_export.cli import main as command_line
 
-    with raising():
-        command_line()
+    try:
+        with raising():
+            command_line()
+    except KeyboardInterrupt:  # before the command had begun, or after it had ended
+        sys.exit(code())
 
 
 if __name__ == "__main__":

@@ -300,8 +300,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; with `--json` a usage error or a crash is a document too."""
     console = Console("--json" in arguments)
     try:
-        return int(app(list(arguments), prog_name="soco-export", standalone_mode=False) or 0)
-    except typer.Abort:
+        code = int(app(list(arguments), prog_name="soco-export", standalone_mode=False) or 0)
+        return signals.code() if code == signals.INTERRUPTED else code  # typer knows no other interruption
+    except (typer.Abort, KeyboardInterrupt):
         return signals.code()
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line was not understood
