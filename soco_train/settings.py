@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-Storage = Literal["stacked", "pivoted"]
+from soco_train.errors import RecipeError
+
+STORAGE = {"stacked", "pivoted"}  # a form that is registered adds its name (soco_train/forms/base.py)
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
@@ -21,6 +23,17 @@ BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation 
 Share = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0)]
 BuiltinText = Literal["speeches", "time-machine"]
+
+
+def check_storage(name: str) -> str:
+    """Return the name of a storage form; RecipeError if there is none of it."""
+    if name not in STORAGE:
+        known = " or ".join(sorted(STORAGE))
+        raise RecipeError(f"unknown storage {name!r}", fix=f"storage: {known}", where="recipe: storage")
+    return name
+
+
+Storage = Annotated[str, AfterValidator(check_storage)]
 
 
 class Section(BaseModel):

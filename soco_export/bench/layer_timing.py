@@ -31,6 +31,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import Event, Notify
+from soco_train.forms.registry import state_of
 from soco_train.plan.allocation import layer_cost
 from soco_train.settings import BITS, Storage
 
@@ -107,12 +108,15 @@ def _random_parts(shape: Shape, form: Form, bias: bool) -> dict[str, Array]:
     def weight(rows: int, columns: int) -> Array:
         return random.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
 
-    if form.kind == "dense":
+    if not form.rank:
         return {"weight": weight(m, n)}
-    added = {"up.bias" if form.kind == "stacked" else "bias": np.zeros(m, np.float32)} if bias else {}
-    if form.kind == "stacked":
-        return {"weight": weight(rank, n), "up.weight": weight(m, rank), **added}
-    return {"weight": weight(rank, n), "mix.weight": weight(m - rank, rank), "order": random.permutation(m), **added}
+    parts: dict[str, Array] = {}
+    for name, blank in state_of(form.kind, m, n, rank, bias).items():
+        if blank.ndim == 2:
+            parts[name] = weight(*blank.shape)
+        else:
+            parts[name] = np.zeros(m, np.float32) if blank.is_floating_point() else random.permutation(m)
+    return parts
 
 
 def measure_profile(shapes: Sequence[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
@@ -132,7 +136,8 @@ def rank_grid(shape: Shape, form: Storage) -> tuple[int, ...]:
     """Return the ranks to measure, ascending: near SHARES of the dense parameters, aligned where there is room."""
     m, n = shape
     step = 32 if min(m, n) >= 256 else 8 if min(m, n) >= 32 else 1
-    ranks = np.arange(1, max(2, min(m, n) + (form == "stacked")))
+    k = min(m, n)
+    ranks = np.arange(1, max(2, k + (layer_cost(k, m, n, form) > m * n)))  # what costs as much as dense, or more, too
     costs = layer_cost(ranks, m, n, form) / (m * n)
     nearest = {int(ranks[np.abs(costs - share).argmin()]) for share in SHARES}
     return tuple(sorted({min(max(step, round(rank / step) * step), int(ranks[-1])) for rank in nearest}))

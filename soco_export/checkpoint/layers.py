@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from soco_train.errors import DataError
-from soco_train.forms.base import FactoredLinear
-from soco_train.forms.registry import LayerFactors, LazyLayers, forms_of, from_factors
-from soco_train.forms.stacked import StackedFactors
+from soco_train.forms.base import FactoredLinear, LayerFactors
+from soco_train.forms.registry import LazyLayers, forms_of, from_factors
 from soco_train.modules.layers import replace_module
 from soco_train.store.factors import Factors
 
@@ -64,10 +63,7 @@ def replacement(layer: LayerFactors, dtype: torch.dtype, device: torch.device | 
 
 
 def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
-    if isinstance(layer, StackedFactors):
-        m, n = layer.up.shape[0], layer.down.shape[1]
-    else:
-        m, n = layer.order.shape[0], layer.pivot.shape[1]
+    m, n = layer.shape
     if not isinstance(module, nn.Linear) or module.weight.shape != (m, n):
         raise DataError(
             f"the factors of {name} make a Linear of {m} × {n}, the model has {module or 'nothing'} there",

@@ -20,7 +20,8 @@ from soco_export.checkpoint.layers import FORMAT, INSTALL, factored_layers, quan
 from soco_export.checkpoint.reader import check_layer_tensors, checked_record
 from soco_export.files.safetensors import open_shards
 from soco_train.errors import DataError
-from soco_train.forms.registry import FACTORED
+from soco_train.forms.base import FORMS
+from soco_train.forms.registry import from_factors
 from soco_train.modules.layers import replace_module
 
 
@@ -117,7 +118,5 @@ def _empty_like(linear: nn.Module, name: str, layer: dict[str, Any]) -> nn.Modul
             fix="write the checkpoint again",
             where=f"config.json: quantization_config.layers.{name}",
         )
-    module = FACTORED[layer["kind"]](
-        linear.in_features, linear.out_features, layer["rank"], layer["bias"], device="meta", dtype=linear.weight.dtype
-    )
-    return module.train(linear.training)
+    numbers = FORMS[layer["kind"]].blank(linear.out_features, linear.in_features, layer["rank"], layer["bias"])
+    return from_factors(numbers, linear.weight.dtype, "meta").train(linear.training)

@@ -16,7 +16,8 @@ from soco_export.checkpoint.layers import QUANT_METHOD
 from soco_export.files.json import read_config
 from soco_export.files.safetensors import REPAIR, StoredTensor, is_finite, open_shards, weight_files
 from soco_train.errors import DataError
-from soco_train.forms.registry import FACTORED
+from soco_train.forms.base import FORMS
+from soco_train.forms.registry import state_of
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # what factors are stored in
 
@@ -53,9 +54,9 @@ def checked_record(layers: Any) -> dict[str, dict[str, Any]]:
         )
     for name, layer in layers.items():
         whole = isinstance(layer, dict) and type(layer.get("rank")) is int and type(layer.get("bias")) is bool
-        if not whole or layer.get("kind") not in tuple(FACTORED) or layer["rank"] < 1:
+        if not whole or layer.get("kind") not in tuple(FORMS) or layer["rank"] < 1:
             raise DataError(
-                f"the record of {name} is {layer!r}; it needs kind ({' or '.join(FACTORED)}), rank (≥ 1) and bias",
+                f"the record of {name} is {layer!r}; it needs kind ({' or '.join(FORMS)}), rank (≥ 1) and bias",
                 fix=REPAIR,
                 where=f"config.json: quantization_config.layers.{name}",
             )
@@ -65,30 +66,17 @@ def checked_record(layers: Any) -> dict[str, dict[str, Any]]:
 def check_layer_tensors(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise DataError unless each pruned layer has its tensors, of shapes that agree with its rank."""
     for name, layer in layers.items():
-        rank = layer["rank"]
-        shapes = {part: _shape(tensors, f"{name}.{part}") for part in _parts(layer)}
-        m = (*shapes["up.weight" if layer["kind"] == "stacked" else "order"], 0)[0]
-        if layer["kind"] == "stacked":
-            agree = shapes["weight"][:1] == (rank,) and shapes["up.weight"] == (m, rank)
-            agree = agree and shapes.get("up.bias", (m,)) == (m,)
-        else:
-            agree = (
-                shapes["order"] == (m,) and shapes["weight"][:1] == (rank,) and shapes["mix.weight"] == (m - rank, rank)
-            )
-            agree = agree and shapes.get("bias", (m,)) == (m,)
-        agree = agree and len(shapes["weight"]) == 2
-        if not agree or rank >= m:
+        kind, rank = layer["kind"], layer["rank"]
+        n = (*_shape(tensors, f"{name}.weight"), 0)[-2]
+        m = (*_shape(tensors, f"{name}.{FORMS[kind].module.height_part}"), 0)[0]
+        needed = state_of(kind, m, n, rank, layer["bias"]) if rank < m else {}
+        shapes = {part: _shape(tensors, f"{name}.{part}") for part in needed}
+        if not needed or any(shapes[part] != tuple(blank.shape) for part, blank in needed.items()):
             raise DataError(
-                f"the tensors of {name} do not make a {layer['kind']} layer of rank {rank}: {shapes}",
+                f"the tensors of {name} do not make a {kind} layer of rank {rank}: {shapes}",
                 fix=REPAIR,
                 where=str(tensors[f"{name}.weight"].file),
             )
-
-
-def _parts(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    if layer["kind"] == "stacked":
-        return ("weight", "up.weight", "up.bias") if layer["bias"] else ("weight", "up.weight")
-    return ("weight", "mix.weight", "order", "bias") if layer["bias"] else ("weight", "mix.weight", "order")
 
 
 def _shape(tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:

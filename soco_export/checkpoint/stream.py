@@ -21,7 +21,7 @@ from soco_export.checkpoint.writer import SHARD, finish, save_checkpoint
 from soco_export.files.json import read_config
 from soco_export.files.replacing import replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
-from soco_train.forms.registry import LayerFactors
+from soco_train.forms.base import LayerFactors
 from soco_train.modules.layers import replace_module
 from soco_train.store.tensorfile import Pending
 

@@ -19,6 +19,8 @@ from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.write.matrix import CHUNK, Array, Stored
 from soco_train.errors import DataError, RecipeError
+from soco_train.forms.base import FORMS
+from soco_train.forms.registry import state_of
 from soco_train.numbers.blocks import Levels
 
 # Older checkpoints store buffers that are computed from the config.
@@ -29,10 +31,20 @@ Renamed = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Form:
-    """How one Linear is stored: `dense`, `stacked` or `pivoted`; `rank` is 0 for dense."""
+    """How one Linear is stored: `dense`, or the name of a storage form; `rank` is 0 for dense."""
 
     kind: str = "dense"
     rank: int = 0
+
+    @property
+    def bias(self) -> str:
+        """The name of its bias, below that of the layer."""
+        return FORMS[self.kind].module.bias_part if self.rank else "bias"
+
+    @property
+    def order(self) -> str | None:
+        """The name of the tensor that says in which order the outputs come, if there is one."""
+        return FORMS[self.kind].module.order_part if self.rank else None
 
 
 @dataclass(frozen=True)
@@ -238,9 +250,7 @@ def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[
 
 def _parts(form: Form, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
     """Return (tensors that a Linear of m × n always stores, names of those that it may store)."""
-    if form.kind == "stacked":
-        return {"weight": (form.rank, n), "up.weight": (m, form.rank)}, ("up.bias",)
-    if form.kind == "pivoted":
-        parts: Shapes = {"weight": (form.rank, n), "mix.weight": (m - form.rank, form.rank), "order": (m,)}
-        return parts, ("bias",)
+    if form.rank:
+        needed, largest = (state_of(form.kind, m, n, form.rank, bias) for bias in (False, True))
+        return {part: tuple(blank.shape) for part, blank in needed.items()}, tuple(largest.keys() - needed.keys())
     return {"weight": (m, n)}, ("bias",)

@@ -125,9 +125,11 @@ def check_graph(recipe: Recipe) -> None:
     from soco_export.model.load import dense_config
     from soco_export.onnx.check import check_architecture
     from soco_export.onnx.describe.config import as_config
+    from soco_export.onnx.emit.linear import find_finish
     from soco_export.runtimes.registry import check_layouts
 
     check_layouts(recipe.export)
+    find_finish(recipe.storage)
     check_architecture(as_config(dense_config(recipe), where=f"model {recipe.name}"), recipe.export)
 
 

@@ -17,6 +17,7 @@ from soco_export.preflight.cost_shape import (
     hours,
 )
 from soco_export.recipe.recipe import Recipe
+from soco_train.forms.registry import find_form, rank_at
 from soco_train.refine.compensate import FISHER_AT_ONCE
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.statistics import SUMS_AT_ONCE, sums_bytes
@@ -71,12 +72,13 @@ def _cut_memory(recipe: Recipe, shape: ModelShape) -> int:
     Its spectrum in fp32, and what survives, [m, r] and [r, n], in float64 twice and in fp32 with that of the layer
     before; or, while pivots are chosen, about seven float64 arrays of [m, r] beside those in fp32.
     """
+    form = find_form(recipe.storage)
 
     def one(m: int, n: int, r: float) -> float:
         survivors = r * (m + n)
         cut = DENSE_BYTES * min(m, n) * (m + n) + 2 * (DOUBLE_BYTES + DENSE_BYTES) * survivors
-        pivoted = recipe.storage == "pivoted"
-        return max(cut, 2 * DENSE_BYTES * survivors + 7 * DOUBLE_BYTES * m * r if pivoted else 0)
+        converting = form.cut_bytes(r, m, n)
+        return max(cut, 2 * DENSE_BYTES * survivors + converting if converting else 0)
 
     return int(max(one(m, n, r) for (m, n), r in zip(shape.linears, _ranks(recipe, shape), strict=True)))
 
@@ -183,11 +185,9 @@ def _largest_factor(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def _ranks(recipe: Recipe, shape: ModelShape) -> list[float]:
-    """Return the rank at which each layer's storage, r(m + n) or r(m + n - r), has the recipe's share of m n."""
-    keep = recipe.keep_params
-    if recipe.storage == "stacked":
-        return [keep * m * n / (m + n) for m, n in shape.linears]
-    return [((m + n) - math.sqrt((m + n) ** 2 - 4 * keep * m * n)) / 2 for m, n in shape.linears]
+    """Return the rank, not rounded, at which each layer has the recipe's share of m n."""
+    form = find_form(recipe.storage)
+    return [rank_at(form, recipe.keep_params, m, n) for m, n in shape.linears]
 
 
 def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:

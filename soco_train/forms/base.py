@@ -1,18 +1,76 @@
-"""What every stored form of a low-rank layer has as a module: its first factor, sizes, a way back to dense."""
+"""What a storage form is: the numbers of a low-rank layer, what they cost, and the module that computes with them.
+
+A form is two classes: a `LayerFactors`, and the `FactoredLinear` that is registered for it with `@form`. Plan, cut,
+files, checkpoints, cost card, timing and graphs ask them; its ONNX nodes are registered in
+soco_export/onnx/emit/linear.py. How to write one: docs/extending.md.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
+from soco_train.settings import STORAGE
+
+if TYPE_CHECKING:
+    from soco_train.forms.stacked import StackedFactors
+
+
+class LayerFactors(ABC):
+    """The numbers of one layer: a frozen dataclass of tensors, with the complete bias [m] or None as `bias`.
+
+    One layer in numbers is an instance; the form itself, its costs and its way from stacked factors, is the class.
+    """
+
+    module: ClassVar[type[FactoredLinear]]  # set by `form`
+    rounded_as_trained: ClassVar[bool] = False  # whether export rounds the very numbers that distillation trains
+    notes: ClassVar[Mapping[str, str]] = {}  # what the report says beside an `export.weights`
+    bias: torch.Tensor | None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the dense layer."""
+
+    @staticmethod
+    @abstractmethod
+    def cost(rank: Any, m: Any, n: Any) -> Any:
+        """Return the parameters of an [m, n] layer at `rank`, without bias, rising in the rank.
+
+        Plain arithmetic: ranks and sizes are numbers, arrays of them, or tensors that want gradients.
+        """
+
+    @classmethod
+    @abstractmethod
+    def blank(cls, m: int, n: int, rank: int, bias: bool) -> LayerFactors:
+        """Return a layer of these sizes without its numbers, on the meta device."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, stacked: StackedFactors) -> LayerFactors:
+        """Return the same map, up: [m, r] times down: [r, n], in this form, as exactly as its dtype allows."""
+
+    @staticmethod
+    def cut_bytes(rank: float, m: int, n: int) -> float:
+        """Return the memory that `of` takes beside what it is given and returns."""
+        return 0.0
+
+    def growth(self) -> float | None:
+        """Return by how much the rounding of some numbers grows in others; None where nothing is computed of others."""
+        return None
+
 
 class FactoredLinear(nn.Module):
-    """What the two forms share: `weight` [rank, in_features], sizes, and the way back to one dense nn.Linear."""
+    """A layer of low rank: `weight` [rank, in_features], sizes, and the way back to one dense nn.Linear."""
 
     kind: ClassVar[str]
+    height_part: ClassVar[str]  # the tensor whose first axis has out_features entries
+    bias_part: ClassVar[str] = "bias"
+    order_part: ClassVar[str | None] = None  # the tensor that says in which order the outputs come, if not in their own
 
     def __init__(
         self,
@@ -27,6 +85,11 @@ class FactoredLinear(nn.Module):
         self.out_features = out_features
         self.rank = rank
         self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+
+    @classmethod
+    @abstractmethod
+    def from_factors(cls, factors: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> FactoredLinear:
+        """Build from the numbers of this form, in `dtype` on `device` (None: as the numbers are)."""
 
     @abstractmethod
     def dense_weight(self) -> torch.Tensor:
@@ -56,3 +119,19 @@ class FactoredLinear(nn.Module):
 def parameter(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
     """Return a copy of `tensor` as a parameter, in `dtype` on `device` (None: as it is)."""
     return nn.Parameter(tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous())
+
+
+Module = TypeVar("Module", bound=FactoredLinear)
+FORMS: dict[str, type[LayerFactors]] = {}
+
+
+def form(numbers: type[LayerFactors]) -> Callable[[type[Module]], type[Module]]:
+    """Register the decorated module, and with it the form, under its `kind`: the name that `storage` uses."""
+
+    def register(module: type[Module]) -> type[Module]:
+        numbers.module = module
+        FORMS[module.kind] = numbers
+        STORAGE.add(module.kind)
+        return module
+
+    return register

@@ -14,27 +14,63 @@ pivoted LU finds r independent rows, then swaps enlarge their volume until no co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from soco_train.forms.base import FactoredLinear, parameter
+from soco_train.forms.base import FactoredLinear, LayerFactors, form, parameter
 from soco_train.forms.stacked import StackedFactors
 
 
 @dataclass(frozen=True)
-class PivotedFactors:
+class PivotedFactors(LayerFactors):
     """z = pivot x; y[order] = [z ; mix z] (+ bias, already in y's order).
 
     pivot: [r, n], mix: [m - r, r], order: [m] int64, bias: [m] or None. order[i] is the output row that entry i of
     the concatenation goes to. Source: PIFA (arXiv 2501.19090).
     """
 
+    notes: ClassVar = {
+        weights: f"pivoted layers do not bear {weights}: every row but the pivots is a combination of rounded ones"
+        for weights in ("int4", "int2")
+    }
     pivot: torch.Tensor
     mix: torch.Tensor
     order: torch.Tensor
     bias: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the dense layer."""
+        return self.order.shape[0], self.pivot.shape[1]
+
+    @staticmethod
+    def cost(rank: Any, m: Any, n: Any) -> Any:
+        """Return r(m + n - r), which is m n at r = min(m, n)."""
+        return rank * (m + n - rank)
+
+    @classmethod
+    def blank(cls, m: int, n: int, rank: int, bias: bool) -> PivotedFactors:
+        """Return a layer of these sizes on the meta device."""
+        with torch.device("meta"):
+            order = torch.empty(m, dtype=torch.int64)
+            return cls(torch.empty(rank, n), torch.empty(m - rank, rank), order, torch.empty(m) if bias else None)
+
+    @classmethod
+    def of(cls, stacked: StackedFactors) -> PivotedFactors:
+        """Return the same map with r of its rows as pivots."""
+        return pivot_factors(stacked)
+
+    @staticmethod
+    def cut_bytes(rank: float, m: int, n: int) -> float:
+        """Return seven float64 arrays of [m, r], about what there is while pivots are chosen."""
+        return 7 * 8 * m * rank
+
+    def growth(self) -> float:
+        """Return max |mix| (0 if every row is a pivot)."""
+        return float(self.mix.abs().max()) if self.mix.numel() else 0.0
 
 
 LARGEST = 1.05  # of |mix|; as good as column-pivoted QR on fp16 error; 1 would be the rows of locally largest volume
@@ -59,11 +95,6 @@ def unpivot(factors: PivotedFactors) -> torch.Tensor:
     weight = torch.empty(len(factors.order), pivot.shape[1], dtype=torch.float64, device=pivot.device)
     weight[factors.order] = torch.cat([pivot, factors.mix.double() @ pivot])
     return weight.to(factors.pivot.dtype)
-
-
-def largest_coefficient(factors: PivotedFactors) -> float:
-    """Return max |mix| (0 if every row is a pivot): by how much rounding of the pivots can grow."""
-    return float(factors.mix.abs().max()) if factors.mix.numel() else 0.0
 
 
 def _choose_rows(up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,6 +147,7 @@ def _swap_until_small(order: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     return order
 
 
+@form(PivotedFactors)
 class PivotedLinear(FactoredLinear):
     """y[order] = [z ; mix z] with z = weight x: r(m + n - r) numbers. Source: PIFA (arXiv 2501.19090).
 
@@ -125,6 +157,7 @@ class PivotedLinear(FactoredLinear):
     """
 
     kind = "pivoted"
+    height_part = order_part = "order"
     order: torch.Tensor
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The stored forms by name, and layers in either of them.
+"""The storage forms by name, and layers in any of them.
 
 Every form keeps its first factor in a parameter called `weight`, under the name that the dense weight had, with r rows
 where that had m. A program that does not know these modules therefore fails on the shape when it loads such a
@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from soco_train.forms.base import FactoredLinear
-from soco_train.forms.pivoted import PivotedFactors, PivotedLinear
-from soco_train.forms.stacked import LowRankLinear, StackedFactors
+# imported to be registered
+from soco_train.forms import pivoted, stacked
+from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors
+from soco_train.settings import check_storage
 
-LayerFactors = StackedFactors | PivotedFactors
+__all__ = ["pivoted", "stacked"]
+
 Layer = TypeVar("Layer", bound=LayerFactors)
 
 
@@ -46,7 +48,7 @@ class LazyLayers(Mapping[str, Layer]):
 
 
 def forms_of(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
-    """Return layers without their numbers, on the meta device; what is lazy is not made for that."""
+    """Return layers without their numbers, on the meta device, without making those that are lazy."""
     return layers.forms if isinstance(layers, LazyLayers) else {name: _form(layer) for name, layer in layers.items()}
 
 
@@ -57,16 +59,35 @@ def _form(layer: Layer) -> Layer:
     return type(layer)(**parts)
 
 
-FACTORED: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
-    LowRankLinear.kind: LowRankLinear,
-    PivotedLinear.kind: PivotedLinear,
-}
+def find_form(name: str) -> type[LayerFactors]:
+    """Return the form that `storage` calls `name`; RecipeError for an unknown one."""
+    return FORMS[check_storage(name)]
+
+
+def form_of_class(name: str) -> type[LayerFactors]:
+    """Return the form whose numbers are of the class `name`, as files of factors have it; ValueError if there is none."""
+    for numbers in FORMS.values():
+        if numbers.__name__ == name:
+            return numbers
+    raise ValueError(f"{name!r} is no form of factors")
+
+
+def state_of(kind: str, m: int, n: int, rank: int, bias: bool) -> dict[str, torch.Tensor]:
+    """Return the tensors of a stored layer by name, on the meta device: what a checkpoint has to hold of it."""
+    return from_factors(FORMS[kind].blank(m, n, rank, bias), device="meta").state_dict()
+
+
+def rank_at(form: type[LayerFactors], share: float, m: int, n: int) -> float:
+    """Return the rank, not rounded, at which an [m, n] layer costs `share` of m n in this form."""
+    low, high = 0.0, float(min(m, n))
+    for _ in range(60):  # more halvings than a float64 has bits
+        middle = (low + high) / 2
+        low, high = (middle, high) if form.cost(middle, m, n) < share * m * n else (low, middle)
+    return high
 
 
 def from_factors(
     factors: LayerFactors, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> FactoredLinear:
     """Return the module that carries `factors`, in `dtype` on `device` (None: as the factors are)."""
-    if isinstance(factors, StackedFactors):
-        return LowRankLinear.from_factors(factors, dtype, device)
-    return PivotedLinear.from_factors(factors, dtype, device)
+    return type(factors).module.from_factors(factors, dtype, device)

@@ -8,27 +8,53 @@ A rank of m n / (m + n) or more saves nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from soco_train.forms.base import FactoredLinear, parameter
+from soco_train.forms.base import FactoredLinear, LayerFactors, form, parameter
 
 
 @dataclass(frozen=True)
-class StackedFactors:
+class StackedFactors(LayerFactors):
     """y = up (down x) + bias with up: [m, r], down: [r, n], bias: [m] or None."""
 
+    rounded_as_trained = True
     up: torch.Tensor
     down: torch.Tensor
     bias: torch.Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the dense layer."""
+        return self.up.shape[0], self.down.shape[1]
 
+    @staticmethod
+    def cost(rank: Any, m: Any, n: Any) -> Any:
+        """Return r(m + n); from r = mn/(m + n) on that is no less than dense."""
+        return rank * (m + n)
+
+    @classmethod
+    def blank(cls, m: int, n: int, rank: int, bias: bool) -> StackedFactors:
+        """Return a layer of these sizes on the meta device."""
+        with torch.device("meta"):
+            return cls(torch.empty(m, rank), torch.empty(rank, n), torch.empty(m) if bias else None)
+
+    @classmethod
+    def of(cls, stacked: StackedFactors) -> StackedFactors:
+        """Return the layer itself: this is how it is trained."""
+        return stacked
+
+
+@form(StackedFactors)
 class LowRankLinear(FactoredLinear):
     """y = up(weight x): two MatMuls, r(m + n) numbers. The bias, if there is one, belongs to `up`."""
 
     kind = "stacked"
+    height_part = "up.weight"
+    bias_part = "up.bias"
 
     def __init__(
         self,

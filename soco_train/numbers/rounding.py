@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from soco_train.errors import RecipeError
+from soco_train.forms.registry import find_form
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.settings import BITS, RoundingSettings, Storage
 
@@ -23,9 +24,9 @@ def rounds(settings: RoundingSettings, name: str) -> bool:
 
 def check_rounding(settings: RoundingSettings, storage: Storage) -> None:
     """Raise RecipeError if the factors are stored in another form than is rounded while they are trained."""
-    if settings.weights != "same" and storage == "pivoted":
+    if settings.weights != "same" and not find_form(storage).rounded_as_trained:
         raise RecipeError(
-            "refine.distill.rounding rounds stacked factors, but storage is pivoted, whose numbers are others",
+            f"refine.distill.rounding rounds stacked factors, but storage is {storage}, whose numbers are others",
             fix="storage: stacked, or refine.distill.rounding.weights: same",
             where="recipe: refine.distill.rounding.weights",
         )

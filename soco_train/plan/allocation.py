@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_train.errors import RecipeError
+from soco_train.forms.registry import find_form
 from soco_train.settings import PlanSettings, Storage
 
 Integers = npt.NDArray[np.int64]
@@ -29,12 +30,9 @@ Rank = TypeVar("Rank", int, Integers)
 
 
 def layer_cost(rank: Rank, m: int, n: int, storage: Storage) -> Rank:
-    """Return the parameters of an [m, n] layer stored at `rank`: stacked r(m+n), pivoted r(m+n-r).
-
-    Accepts one rank or an array of ranks. The dense layer costs m·n; the pivoted cost reaches that at r = min(m, n),
-    the stacked cost exceeds it from r = mn/(m+n) on. Source of the pivoted form: PIFA (arXiv 2501.19090).
-    """
-    return rank * (m + n - rank) if storage == "pivoted" else rank * (m + n)
+    """Return the parameters of an [m, n] layer stored at `rank`, one rank or an array of them; dense costs m·n."""
+    cost: Rank = find_form(storage).cost(rank, m, n)
+    return cost
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from soco_train.forms.pivoted import PivotedFactors, pivot_factors
-from soco_train.forms.registry import LayerFactors, LazyLayers, forms_of
+from soco_train.forms.base import LayerFactors
+from soco_train.forms.registry import LazyLayers, find_form, forms_of
 from soco_train.forms.stacked import StackedFactors
 from soco_train.plan.ranks import RankPlan, kept
 from soco_train.settings import Storage
@@ -38,14 +38,9 @@ def make_factors(
     forms = {}
     for name, layer in plan.layers.items():
         if not layer.dense:
-            (m, n), r = scores.layers[name].shape, layer.rank
             biased = biases[name] is not None or scores.layers[name].deviation is not None
-            forms[name] = StackedFactors(_form(m, r), _form(r, n), _form(m) if biased else None)
+            forms[name] = StackedFactors.blank(*scores.layers[name].shape, layer.rank, biased)
     return LazyLayers(forms, make)
-
-
-def _form(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
@@ -64,14 +59,12 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
 
 
 def store_as(factors: Mapping[str, StackedFactors], storage: Storage) -> Mapping[str, LayerFactors]:
-    """Return stacked factors in the form the plan counted on; lossless. Pivots are chosen when a layer is asked for."""
-    if storage == "stacked":
+    """Return stacked factors in the form the plan counted on; lossless. A layer is converted when it is asked for."""
+    form = find_form(storage)
+    if form is StackedFactors:
         return factors
-    forms = {name: _pivoted_form(form) for name, form in forms_of(factors).items()}
-    return LazyLayers(forms, lambda name: pivot_factors(factors[name]))
-
-
-def _pivoted_form(form: StackedFactors) -> PivotedFactors:
-    (m, r), n = form.up.shape, form.down.shape[1]
-    bias = None if form.bias is None else _form(m)
-    return PivotedFactors(_form(r, n), _form(m - r, r), _form(m, dtype=torch.int64), bias)
+    blanks = {
+        name: form.blank(*blank.shape, blank.down.shape[0], blank.bias is not None)
+        for name, blank in forms_of(factors).items()
+    }
+    return LazyLayers(blanks, lambda name: form.of(factors[name]))

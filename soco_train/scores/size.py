@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from soco_train.forms.registry import find_form
 from soco_train.settings import PlanSettings
 
 
@@ -17,8 +18,8 @@ class SoftSize:
     """R̂: the stored size, relative to dense, that the scores are heading for; one figure for each budget.
 
     A budget is what `plan.allocation` divides freely: all layers together, or, if uniform, every layer by itself.
-    shapes: (m, n) per layer; ranks: [k] per layer; a kept deviation counts m numbers. Stacked storage costs r(m+n) per
-    layer, pivoted r(m+n-r) (arXiv 2501.19090). The value has the dense fallback, min(cost, mn); the gradient passes it
+    shapes: (m, n) per layer; ranks: [k] per layer; a kept deviation counts m numbers. What a rank costs is the storage
+    form's to say. The value has the dense fallback, min(cost, mn); the gradient passes it
     straight through, or layers that are cheaper dense could never become smaller.
 
     spans: [budgets], how many components each has; shares: [budgets], its part of all parameters.
@@ -31,18 +32,17 @@ class SoftSize:
         self.budget = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts)).to(device)
         self.layer = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
         self.spans = torch.bincount(self.budget[self.layer]).tolist()
-        self.width = torch.tensor([float(m + n) for m, n in shapes], device=device)
+        self.sides = torch.tensor(shapes, dtype=torch.float32, device=device).T
         self.area = torch.tensor([float(m * n) for m, n in shapes], device=device)
         self.shift = torch.tensor([float(m if deviation else 0) for m, _ in shapes], device=device)
-        self.pivoted = plan.storage == "pivoted"
+        self.cost = find_form(plan.storage).cost
         self.full = torch.zeros(len(parts), device=device).index_add(0, self.budget, self.area)
         self.shares = self.full / self.area.sum()
 
     def __call__(self, gates: torch.Tensor) -> torch.Tensor:
         """gates: [Σk] in [0, 1] → R̂: [budgets]."""
-        rank = torch.zeros_like(self.width).index_add(0, self.layer, gates)
-        cost = rank * (self.width - rank) if self.pivoted else rank * self.width
-        cost = cost + self.shift
+        rank = torch.zeros_like(self.area).index_add(0, self.layer, gates)
+        cost = self.cost(rank, *self.sides) + self.shift
         excess = (cost - self.area).clamp(min=0).detach()
         return torch.zeros_like(self.shares).index_add(0, self.budget, cost - excess) / self.full
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from soco_train.forms.pivoted import PivotedFactors
-from soco_train.forms.registry import LayerFactors, forms_of
-from soco_train.forms.stacked import StackedFactors
+from soco_train.forms.base import LayerFactors
+from soco_train.forms.registry import form_of_class, forms_of, from_factors
 from soco_train.store.bounded import answering
 from soco_train.store.tensorfile import FIX, Pending, Provenance, read_tensors, write_tensors
 
@@ -57,20 +57,14 @@ class Factors:
 
 
 def _layer_factors(kind: str, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:
-    bias = tensors.get(f"{name}:bias")
-    if kind == "StackedFactors":
-        up, down = tensors[f"{name}:up"], tensors[f"{name}:down"]
-        (m, rank), (_, _) = up.shape, down.shape
-        _check(name, down.shape[0] == rank and (bias is None or bias.shape == (m,)))
-        return StackedFactors(up, down, bias)
-    if kind != "PivotedFactors":
-        raise ValueError(f"{name} is of no kind that is known: {kind}")
-    pivot, mix, order = (tensors[f"{name}:{part}"] for part in ("pivot", "mix", "order"))
-    (m,), (rank, _) = order.shape, pivot.shape
-    _check(name, mix.shape == (m - rank, rank) and (bias is None or bias.shape == (m,)))
-    return PivotedFactors(pivot, mix, order, bias)
-
-
-def _check(name: str, agree: bool) -> None:
-    if not agree:
+    numbers = form_of_class(kind)
+    parts: dict[str, Any] = {
+        part.name: tensors.get(f"{name}:bias") if part.name == "bias" else tensors[f"{name}:{part.name}"]
+        for part in fields(numbers)  # type: ignore[arg-type]
+    }
+    layer = numbers(**parts)
+    rank = from_factors(forms_of({name: layer})[name], device="meta").rank
+    blank = numbers.blank(*layer.shape, rank, layer.bias is not None)
+    if any(tensor is not None and tensor.shape != vars(blank)[part].shape for part, tensor in parts.items()):
         raise ValueError(f"the tensors of {name} do not fit together")
+    return layer

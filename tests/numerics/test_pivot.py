@@ -11,7 +11,6 @@ from soco_train.forms.pivoted import (
     LARGEST,
     PivotedFactors,
     _swap_until_small,
-    largest_coefficient,
     pivot_factors,
     unpivot,
 )
@@ -42,7 +41,7 @@ def check(factors: StackedFactors, tolerance: float = 1e-5) -> PivotedFactors:
     assert pivoted.order.dtype == torch.int64
     assert sorted(pivoted.order.tolist()) == list(range(m))
     assert pivoted.pivot.numel() + pivoted.mix.numel() == r * (m + n - r)
-    assert largest_coefficient(pivoted) <= LARGEST * (1 + 1e-6)
+    assert pivoted.growth() <= LARGEST * (1 + 1e-6)
     exact = factors.up.double() @ factors.down.double()
     assert relative_error(unpivot(pivoted), exact) < tolerance
     # The layer as it runs, in fp32: z = pivot x, y[order] = [z ; mix z].
@@ -110,7 +109,7 @@ def test_adversarial_growth_is_swapped_away():
     r = 20
     up = torch.cat([torch.eye(r) - torch.ones(r, r).tril(-1), -torch.ones(4, r)])
     pivoted = check(StackedFactors(up, torch.randn(r, 30), None))
-    assert largest_coefficient(pivoted) <= LARGEST * (1 + 1e-6)
+    assert pivoted.growth() <= LARGEST * (1 + 1e-6)
 
 
 def test_swaps_keep_the_coefficients_exact():
@@ -135,13 +134,13 @@ def test_the_published_size_and_quality_on_a_real_shape():
     assert relative_error(unpivot(pivoted), exact) < 1.3e-6
     half = PivotedFactors(pivoted.pivot.half().float(), pivoted.mix.half().float(), pivoted.order, None)
     assert relative_error(unpivot(half), exact) < 1.2e-3
-    assert largest_coefficient(pivoted) < 1.13
+    assert pivoted.growth() < 1.13
 
 
 def test_pivots_are_chosen_when_a_layer_is_asked_for_and_saved_one_layer_at_a_time(tmp_path, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        "soco_train.refine.cut.pivot_factors", lambda layer: asked.append(layer) or pivot_factors(layer)
+        "soco_train.forms.pivoted.pivot_factors", lambda layer: asked.append(layer) or pivot_factors(layer)
     )
     factors = {name: StackedFactors(spread(24, 7, 1e3), torch.randn(7, 16), torch.randn(24)) for name in ("a", "b")}
     stored = Factors(store_as(factors, "pivoted"), {"seed": 3})

@@ -17,6 +17,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.blocks import quantize_rows
 from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Array, Matrix, Order, Part, Stored
+from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 
@@ -32,6 +33,17 @@ def finish(kind: str) -> Callable[[Finish], Finish]:
         return function
 
     return register
+
+
+def find_finish(kind: str) -> Finish:
+    """Return what follows the first matrix of a form; RecipeError for a form that has no nodes here."""
+    if kind not in FINISH:
+        raise RecipeError(
+            f"layers stored {kind} have no ONNX nodes",
+            fix=f"storage: {' or '.join(name for name in FINISH if name != 'dense')}, or --format hf or dense",
+            where="recipe: storage",
+        )
+    return FINISH[kind]
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,9 @@ class Linears:
         ]
 
     def native_order(self, names: Sequence[str]) -> Order:
-        """Return the order in which the first pivoted layer among `names` gives its outputs without a Gather."""
-        pivoted = [name for name in names if self.source.form(name).kind == "pivoted"]
-        return self.source.read(f"{pivoted[0]}.order")[:] if pivoted else None
+        """Return the order of the first layer among `names` whose form gives its outputs in another than their own."""
+        orders = [f"{name}.{order}" for name in names if (order := self.source.form(name).order)]
+        return self.source.read(orders[0])[:] if orders else None
 
     # unpacked            packed
     #   x                   x
@@ -101,15 +113,15 @@ class Linears:
         """Return x times the first matrices of all `names`."""
         label = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
         # The first matrix of a dense layer is all of it: its rows are the outputs.
-        kinds = [self.source.form(name).kind for name in names]
-        orders = [order if kind == "dense" else None for order, kind in zip(rows, kinds, strict=True)]
+        ranks = [self.source.form(name).rank for name in names]
+        orders = [None if rank else order for order, rank in zip(rows, ranks, strict=True)]
         parts = [self.part(f"{name}.weight", order, columns) for name, order in zip(names, orders, strict=True)]
         with self.graph.scope(label):
             return self.matmul(x, f"{label}.weight", Matrix(parts, columns), names)
 
     def _finished(self, first: ir.Value, name: str, rows: Order) -> ir.Value:
         with self.graph.scope(name):
-            return FINISH[self.source.form(name).kind](self, first, name, rows)
+            return find_finish(self.source.form(name).kind)(self, first, name, rows)
 
     def part(self, name: str, rows: Order, columns: Order = None) -> Part:
         """Return a stored matrix; inputs in another order are other blocks, whose levels are not known."""
@@ -122,7 +134,7 @@ class Linears:
 
     def bias(self, name: str, rows: Order) -> ir.Value | None:
         """Return the bias of the Linear `name`, if there is one."""
-        stored = f"{name}.up.bias" if self.source.form(name).kind == "stacked" else f"{name}.bias"
+        stored = f"{name}.{self.source.form(name).bias}"
         return self.graph.weight(stored, self.read(stored, rows)) if stored in self.source else None
 
     def _biased(self, y: ir.Value, name: str, rows: Order) -> ir.Value:

@@ -20,7 +20,7 @@ from soco_export.report.schema import ModelFigures, PerplexityResults, Results, 
 from soco_export.run.context import RunContext
 from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE, Format
 from soco_export.run.stages.model_card import model_card
-from soco_train.forms.pivoted import PivotedFactors, largest_coefficient
+from soco_train.forms.registry import find_form
 from soco_train.plan.ranks import RankPlan
 from soco_train.store.bounded import read_json
 from soco_train.store.scores import Scores
@@ -113,9 +113,9 @@ def _sizes(context: RunContext) -> SizeFigures:
 
 
 def _largest_coefficient(factors: Path) -> float | None:
-    """Return that of all pivoted layers of the file, None if it has none; reads a layer at a time."""
-    layers = stored_factors(factors).values()
-    return max((largest_coefficient(layer) for layer in layers if isinstance(layer, PivotedFactors)), default=None)
+    """Return that of all layers of the file, None if its forms have none; reads a layer at a time."""
+    found = (layer.growth() for layer in stored_factors(factors).values())
+    return max((growth for growth in found if growth is not None), default=None)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -148,8 +148,8 @@ def _export_notes(context: RunContext) -> Iterator[str]:
     export, weights = _read(context.path("onnx", EXPORT_FILE)), context.recipe.export.weights
     if export["route"] != "builder":
         yield f"the graph was made by {export['route']}: its architecture has no description of ours"
-    if context.recipe.storage == "pivoted" and weights in ("int4", "int2"):
-        yield f"pivoted layers do not bear {weights}: every row but the pivots is a combination of rounded ones"
+    if note := find_form(context.recipe.storage).notes.get(weights):
+        yield note
     if rounding := export.get("rounding"):
         yield rounding_note(rounding)
     if not context.recipe.bench.enabled:
