@@ -15,6 +15,7 @@ from soco_export.onnx.build import write_graph
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
 from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.emit.linear import find_finish
 from soco_export.onnx.inspect import GraphSummary, summarise
 from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
 from soco_export.onnx.settings import ExportSettings
@@ -65,6 +66,8 @@ def export_onnx(
     _check_calibration(settings, calibration)
     if architecture is not None:
         check_tensors(architecture, source)
+        for kind in {source.form(name).kind for name in architecture.linears()}:
+            find_finish(kind)
     rounding = None
     with replacing_folder(out) as partial:
         if architecture is None:

@@ -65,7 +65,7 @@ def find_form(name: str) -> type[LayerFactors]:
 
 
 def form_of_class(name: str) -> type[LayerFactors]:
-    """Return the form whose numbers are of the class `name`, as files of factors have it; ValueError if there is none."""
+    """Return the form whose numbers are of the class `name`, as files have it; ValueError if there is none."""
     for numbers in FORMS.values():
         if numbers.__name__ == name:
             return numbers
