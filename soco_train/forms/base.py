@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from soco_train.settings import STORAGE
-
-if TYPE_CHECKING:
-    from soco_train.forms.stacked import StackedFactors
 
 
 class LayerFactors(ABC):
@@ -51,8 +48,8 @@ class LayerFactors(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, stacked: StackedFactors) -> LayerFactors:
-        """Return the same map, up: [m, r] times down: [r, n], in this form, as exactly as its dtype allows."""
+    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> LayerFactors:
+        """Return the map up (down x) + bias, up: [m, r], down: [r, n], bias: [m] in this form, as its dtype allows."""
 
     @staticmethod
     def cut_bytes(rank: float, m: int, n: int) -> float:

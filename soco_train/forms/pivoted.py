@@ -59,9 +59,9 @@ class PivotedFactors(LayerFactors):
             return cls(torch.empty(rank, n), torch.empty(m - rank, rank), order, torch.empty(m) if bias else None)
 
     @classmethod
-    def of(cls, stacked: StackedFactors) -> PivotedFactors:
+    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> PivotedFactors:
         """Return the same map with r of its rows as pivots."""
-        return pivot_factors(stacked)
+        return pivot_factors(StackedFactors(up, down, bias))
 
     @staticmethod
     def cut_bytes(rank: float, m: int, n: int) -> float:

@@ -43,9 +43,9 @@ class StackedFactors(LayerFactors):
             return cls(torch.empty(m, rank), torch.empty(rank, n), torch.empty(m) if bias else None)
 
     @classmethod
-    def of(cls, stacked: StackedFactors) -> StackedFactors:
-        """Return the layer itself: this is how it is trained."""
-        return stacked
+    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> StackedFactors:
+        """Return the tensors as they are: this is how they are trained."""
+        return cls(up, down, bias)
 
 
 @form(StackedFactors)

@@ -67,4 +67,4 @@ def store_as(factors: Mapping[str, StackedFactors], storage: Storage) -> Mapping
         name: form.blank(*blank.shape, blank.down.shape[0], blank.bias is not None)
         for name, blank in forms_of(factors).items()
     }
-    return LazyLayers(blanks, lambda name: form.of(factors[name]))
+    return LazyLayers(blanks, lambda name: form.of(**vars(factors[name])))

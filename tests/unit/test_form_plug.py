@@ -30,7 +30,6 @@ from soco_export.recipe.load import load_recipe
 from soco_train import method
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors, form, parameter
-from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session
 from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.settings import STORAGE, LayerSettings, PlanSettings, RefineSettings, TrainSettings
@@ -64,9 +63,9 @@ class ScaledFactors(LayerFactors):
             return cls(*numbers, torch.empty(m) if bias else None)
 
     @classmethod
-    def of(cls, stacked: StackedFactors) -> ScaledFactors:
-        norms = stacked.down.norm(dim=1)
-        return cls(stacked.up, norms, stacked.down / norms[:, None], stacked.bias)
+    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> ScaledFactors:
+        norms = down.norm(dim=1)
+        return cls(up, norms, down / norms[:, None], bias)
 
 
 class ScaledLinear(FactoredLinear):
