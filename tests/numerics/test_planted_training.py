@@ -10,6 +10,7 @@ from torch import nn
 from soco_train.data.batches import batch_indices
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn import optimiser
+from soco_train.modules.subject import Session
 from soco_train.plan.ranks import kept
 from soco_train.refine import distill as distillation
 from soco_train.refine.compensate import compensated
@@ -26,12 +27,12 @@ from soco_train.store.scores import LayerScores
 
 def pressed(weight):
     """Return the gradient that one step of phase 3 adds to θ, with λ_s = `weight` and no pressure on the size."""
-    run = object.__new__(trainer._Run)
+    run = object.__new__(trainer._Training)
     theta = nn.Parameter(torch.tensor([0.2, 0.4, 0.6, 0.8]))
     theta.grad = torch.full((4,), 1e-3)
-    run.task = SimpleNamespace(train=TrainSettings(), plan=PlanSettings(keep_params=0.5))
+    run.train, run.plan = TrainSettings(), PlanSettings(keep_params=0.5)
     run.bank = SimpleNamespace(theta=theta, scores=lambda: theta)
-    run.size = SoftSize([(4, 4)], [4], run.task.plan, False, theta.device)
+    run.size = SoftSize([(4, 4)], [4], run.plan, False, theta.device)
     run._size_weights = lambda sizes, target: [0.0] * len(sizes)
     run._add_pressures(Orders(3, 0.5, weight, 0.1, frozen=False))
     return theta.grad - 1e-3
@@ -55,24 +56,24 @@ def test_phase_2_ends_at_peaks_of_the_size_and_not_at_valleys():
 
 
 def test_the_final_support_ranks_above_everything():
-    run = object.__new__(trainer._Run)
+    run = object.__new__(trainer._Training)
     theta = torch.tensor([0.9, 0.05, 0.8, 0.0])
     support = torch.tensor([False, True, True, False])
-    run.task = SimpleNamespace(train=TrainSettings(steps=10))
+    run.train = TrainSettings(steps=10)
     run.bank = SimpleNamespace(
         theta=theta, function=lambda t: t, support=support, deviation=None, names=["a"],
         per_layer=lambda t: {"a": t},
     )  # fmt: skip
     run.died, run.restricted, run.step, run.shapes = torch.full((4,), math.inf), True, 10, [(4, 4)]
-    found = run._scores().layers["a"]
+    found = run.scores().layers["a"]
     assert sorted(kept(found.importance, 2).tolist()) == [1, 2]
     assert found.scale.tolist() == pytest.approx([1.0, 0.05, 0.8, 1.0])
 
 
 def test_the_learning_rate_falls_once_the_support_is_frozen():
-    run = object.__new__(trainer._Run)
+    run = object.__new__(trainer._Training)
     train = TrainSettings(steps=100)
-    run.task, run.timetable = SimpleNamespace(train=train), Timetable.preset(train)
+    run.train, run.timetable = train, Timetable.preset(train)
     freeze, rates = run.timetable.freeze, []
     for run.step in range(100):
         rates.append(run._learning_rate())
@@ -102,34 +103,31 @@ class Toy(nn.Module):
         self.pair = nn.Linear(3, 3)
 
 
-def distilling(monkeypatch, **settings):
+def distilling(tmp_path, **settings):
     """Return a distillation whose model is never run: `_loss` is planted by the test."""
-    monkeypatch.setattr(distillation._Distillation, "_resume", lambda self: None)
-    tokens = torch.arange(24).reshape(6, 4)
-    task = SimpleNamespace(
-        tokens=tokens, settings=DistillSettings(**{"steps": 10, "batch_tokens": 8, "held_out_blocks": 2, **settings}),
-        seed=0, notify=lambda event: None, model=None,
-    )  # fmt: skip
-    return distillation._Distillation(task, {"layer": Toy()}, teacher=lambda tokens: None)
+    settings = DistillSettings(**{"steps": 10, "batch_tokens": 8, "held_out_blocks": 2, **settings})
+    subject = SimpleNamespace(tokens=torch.arange(24).reshape(6, 4), model=None)
+    session = Session(tmp_path, lambda event: None)
+    return distillation._Distillation(subject, settings, session, {"layer": Toy()}, teacher=lambda tokens: None)
 
 
-def test_distillation_never_trains_on_what_it_holds_out(monkeypatch):
-    work = distilling(monkeypatch)
-    seen = {int(row[0]) for step in range(50) for row in work._batch(step)}
+def test_distillation_never_trains_on_what_it_holds_out(tmp_path):
+    work = distilling(tmp_path)
+    seen = {int(row[0]) for step in range(50) for row in work.batch(step)}
     assert seen == {0, 4, 8, 12}
     assert {int(row[0]) for row in work.held_out} == {16, 20}
 
 
-def test_cross_entropy_has_the_weight_that_was_asked_for(monkeypatch):
-    work, given = distilling(monkeypatch, ce_weight=0.7), []
-    work.task.model = lambda input_ids, use_cache: SimpleNamespace(logits=None)
+def test_cross_entropy_has_the_weight_that_was_asked_for(monkeypatch, tmp_path):
+    work, given = distilling(tmp_path, ce_weight=0.7), []
+    work.model = lambda input_ids, use_cache: SimpleNamespace(logits=None)
     monkeypatch.setattr(distillation, "divergence", lambda student, teacher, tokens, weight: given.append(weight))
     work._loss(work.tokens)
     assert given == [0.7]
 
 
-def test_gradients_are_clipped_and_the_rate_follows_its_curve(monkeypatch):
-    work, rates, norms = distilling(monkeypatch, clip=0.5, lr=0.1), [], []
+def test_gradients_are_clipped_and_the_rate_follows_its_curve(tmp_path):
+    work, rates, norms = distilling(tmp_path, clip=0.5, lr=0.1), [], []
 
     def loss(tokens):
         total = 1e4 * sum(parameter.sum() for parameter in work.parameters.values())
@@ -141,7 +139,7 @@ def test_gradients_are_clipped_and_the_rate_follows_its_curve(monkeypatch):
 
     work._loss, work.optimisers[0].step = loss, stepping
     for _ in range(10):
-        work._one_step()
+        work.one_step()
     assert norms == pytest.approx([0.5] * 10, rel=1e-3)
     curve = [0.1 * optimiser.warmup_cosine(step, 10, work.settings.warmup) for step in range(10)]
     assert rates == pytest.approx(curve)
@@ -205,11 +203,11 @@ def test_energy_is_the_square_of_the_singular_value():
 
 
 def masks(step=0):
-    run = object.__new__(acip._Run)
+    run = object.__new__(acip._Masks)
     p = nn.Parameter(torch.tensor([0.5, 0.2, -0.1]))
     p.grad = torch.ones(3)
     run.masks, run.frozen, run.unit, run.step = [p], False, math.nan, step
-    run.task = SimpleNamespace(train=TrainSettings(steps=100))
+    run.train = TrainSettings(steps=100)
     return run, p
 
 
@@ -222,8 +220,8 @@ def test_pressure_on_masks_grows_from_a_tenth_to_a_hundred_typical_gradients():
 
 def test_the_adapter_goes_into_the_factors_at_its_scale():
     layer = SimpleNamespace(p=torch.ones(2), C=torch.full((2, 1), 4.0), A=torch.ones(1, 3))
-    run = object.__new__(acip._Run)
-    run.task, run.died, run.step = SimpleNamespace(train=TrainSettings(steps=10)), torch.full((2,), math.inf), 10
+    run = object.__new__(acip._Masks)
+    run.train, run.died, run.step = TrainSettings(steps=10), torch.full((2,), math.inf), 10
     run.masks, run.layers, run.shapes = [layer.p], {"a": layer}, [(3, 3)]
     left, right = run.scores().layers["a"].correction
     assert torch.equal(left @ right, torch.full((2, 3), 4.0 * acip.ADAPTER_SCALE))
