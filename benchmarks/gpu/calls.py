@@ -1,4 +1,4 @@
-"""The exact calls for a GPU machine that is lent for minutes: what each carries, what it runs, and for how long. Pure.
+"""The exact calls for a GPU machine that is at hand for minutes: what each carries, what it runs, how long. Pure.
 
 Sections run in order of worth, each in the first call that has what it needs; what is still to be carried for the last
 one travels with the calls before it. The limits leave room for the machine's start and for what every call costs.

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from benchmarks.gpu.packing import MIB, PLAN
 from benchmarks.gpu.parcels import Cargo, read_list
 from benchmarks.gpu.source import ROOT, tracked_bytes
@@ -62,27 +64,23 @@ def _wrong_with(document: Mapping[str, Any], options: argparse.Namespace) -> Ite
 
 
 def _absent(there: Path, cargo: Sequence[Cargo]) -> Iterator[str]:
-    """Yield the packages that this one needs, directly or not, and that are neither there nor carried."""
-    carried = [file.name.split("-")[0] for file in cargo if file.name.endswith(".whl")]
-    names = re.split(r"[\s,]+", there.read_text(encoding="utf-8").strip())
-    have = {_plain(name) for name in [*names, *carried]}
-    waiting, seen = ["soco-export", "gguf", "pytest"], {"soco-export"}
-    while waiting:
-        name = waiting.pop()
-        if name not in seen and name not in have:
-            yield f"{name} is neither there nor carried"
-        seen.add(name)
-        waiting += [need for need in _needs(name) if need not in seen]
+    """Yield the packages that this one and what is carried need, and that are neither there nor carried.
+
+    What is there has what it needs.
+    """
+    carried = {_plain(file.name.split("-")[0]) for file in cargo if file.name.endswith(".whl")}
+    have = {_plain(name) for name in re.split(r"[\s,]+", there.read_text(encoding="utf-8").strip())} | carried
+    for name in sorted({need for package in ("soco-export", *carried) for need in _needs(package)} - have):
+        yield f"{name} is neither there nor carried"
 
 
 def _needs(name: str) -> Iterator[str]:
+    """Yield what an installed package asks for without extras; nothing for one that is not installed here."""
     try:
-        found = metadata.requires(name) or []
+        found = [Requirement(text) for text in metadata.requires(name) or []]
     except metadata.PackageNotFoundError:
         return
-    for need in found:
-        if "extra ==" not in need and "platform_system" not in need and "sys_platform" not in need:
-            yield _plain(re.split(r"[\s<>=!~;\[(]", need, maxsplit=1)[0])
+    yield from (_plain(need.name) for need in found if need.marker is None or need.marker.evaluate({"extra": ""}))
 
 
 def _plain(name: str) -> str:

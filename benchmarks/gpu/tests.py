@@ -15,7 +15,7 @@ from benchmarks.gpu.options import CUDA, Options
 from benchmarks.gpu.source import ROOT
 from benchmarks.scale.parts import TimeUp
 
-# the project's own options ask for plug-ins that a machine lent for an hour need not have
+# the project's own options ask for plug-ins that a GPU machine need not have
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
 ASKED = ["-m", "gpu", "tests"] if CUDA else ["-m", "not gpu", "tests/numerics/test_devices.py"]
 
