@@ -106,13 +106,13 @@ def _judge(rule: Rule, name: str, before: Mapping[str, float | None], now: Mappi
     sign = 1 if rule.at_most else -1
     limit = base * (1 + sign * rule.allowed) if rule.relative else base + sign * rule.allowed
     if value is None:
-        return Verdict(name, name, None, limit, False, f"{name} was not measured; the baseline has {base:.4g}")
+        return Verdict(name, name, None, limit, False, f"not measured; the baseline has {base:.4g}")
     ends = apart(name, before, now)
     state = _state(sign, value, limit, ends)
     word = {"passed": "within", "failed": "beyond", "inconclusive": "too uncertain to say whether it is within"}[state]
     allowed = f"{100 * rule.allowed:g} %" if rule.relative else f"{rule.allowed:g}"
     spread = f" ({ends[0]:.4g} … {ends[1]:.4g})" if ends else ""
-    message = f"{name} is {value:.5g}{spread}, the baseline {base:.5g}: {word} the {allowed} it may be worse"
+    message = f"{value:.5g}{spread}, the baseline {base:.5g}: {word} the {allowed} it may be worse"
     return Verdict(name, name, value, limit, state == "passed", message, ends, state == "inconclusive")
 
 
