@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,13 +128,13 @@ def record_outputs(root: Path, outputs: Iterable[str], others: Iterable[str]) ->
     return {name: record for name, record in record_files(root, outputs).items() if name not in owned_by_others}
 
 
-def why_stale(root: Path, record: StageRecord | None, key: str) -> str:
-    """Return why a stage must run (again), "" if what it wrote into `root` can be used as it is."""
+def why_stale(root: Path, record: StageRecord | None, keys: Collection[str]) -> str:
+    """Return why a stage must run (again), "" if what it wrote into `root` under one of `keys` can be used as it is."""
     if record is None:
         return "not run yet"
     if record.status != "done":
         return "was interrupted"
-    if record.key != key:
+    if record.key not in keys:
         return "its settings or inputs changed"
     for name, known in record.outputs.items():
         path = root / name

@@ -82,24 +82,28 @@ class Pipeline(Generic[Context]):
     def why(self, stage: Stage[Context]) -> str:
         """Return why a stage must run, "" if it need not."""
         home = self._home(stage)
-        return why_stale(home.root, home.manifest.stages.get(stage.name), self._key(stage))
+        keys = (self._key(stage), self._key(stage, whole=True))
+        return why_stale(home.root, home.manifest.stages.get(stage.name), keys)
 
     def _home(self, stage: Stage[Context]) -> RunFolder:
         return self.homes.get(stage.name, self.folder)
 
-    def _key(self, stage: Stage[Context]) -> str:
-        home = self._home(stage)
-        values = home.recipe.model_dump(mode="json", by_alias=True)
-        settings = {key: _value(values, key) for key in stage.settings}
-        return stage_key(settings, {name: self._hash(name) for name in stage.reads})
+    def _key(self, stage: Stage[Context], whole: bool = False) -> str:
+        """Hash what a stage reads: of its settings what differs from the default, or, as runs once had it, all.
 
-    def _hash(self, name: str) -> str:
+        A setting that is new since a run was made, and left at its default, leaves the run's stages done.
+        """
+        values = self._home(stage).recipe.model_dump(mode="json", by_alias=True, exclude_defaults=not whole)
+        settings = {key: _value(values, key) for key in stage.settings}
+        return stage_key(settings, {name: self._hash(name, whole) for name in stage.reads})
+
+    def _hash(self, name: str, whole: bool = False) -> str:
         """Name the content of a source or of a stage's output; a cache is named by its key, for it may be gone."""
         if name in self.sources:
             return self.sources[name]()
         stage = next(stage for stage in self.stages if stage.name == name)
         if stage.cache:
-            return self._key(stage)
+            return self._key(stage, whole)
         record = self._home(stage).manifest.stages.get(name, StageRecord(status="running", key=""))
         return stage_key(None, {path: file.sha256 for path, file in record.outputs.items()})
 
@@ -157,7 +161,8 @@ def limits(stage: str, root: Path) -> Iterator[None]:
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
+    """Return a dotted key's value, None where it is left at its default."""
     found: Any = values
     for part in key.split("."):
-        found = found[part]
+        found = None if found is None else found.get(part)
     return found

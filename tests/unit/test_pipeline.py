@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -71,6 +72,27 @@ class TestPipeline:
 
     def test_a_changed_setting_repeats_only_what_depends_on_it(self, tmp_path: Path) -> None:
         run(tmp_path, a_recipe())
+        assert run(tmp_path, a_recipe(gates={"max_ppl_ratio": 9.0})) == ["card"]
+
+    def test_a_new_setting_at_its_default_leaves_a_run_done(self, tmp_path: Path, monkeypatch) -> None:
+        dump = Recipe.model_dump
+
+        def with_more(recipe: Recipe, **options: Any) -> dict[str, Any]:
+            values = dump(recipe, **options)
+            if not options.get("exclude_defaults"):
+                values["train"]["invented_later"] = 1
+            return values
+
+        run(tmp_path, a_recipe())
+        monkeypatch.setattr(Recipe, "model_dump", with_more)
+        assert run(tmp_path, a_recipe()) == []
+
+    def test_a_run_with_the_keys_of_before_is_done(self, tmp_path: Path, monkeypatch) -> None:
+        key = Pipeline._key
+        monkeypatch.setattr(Pipeline, "_key", lambda self, stage, whole=False: key(self, stage, whole=True))
+        run(tmp_path, a_recipe())
+        monkeypatch.undo()
+        assert run(tmp_path, a_recipe()) == []
         assert run(tmp_path, a_recipe(gates={"max_ppl_ratio": 9.0})) == ["card"]
 
     def test_another_model_repeats_everything(self, tmp_path: Path) -> None:
