@@ -5,7 +5,7 @@
 Weights that were read from a Q4_1 file are d · q + m with 16 values of q in each block of 32: what rounds onto that
 grid loses nothing, what rounds onto another loses more than usual. The next token is learnt with AdamW, all weights
 taking part. OUT/off_grid.json says how many blocks were on such a grid before and are after, and how far the weights
-went in steps of it.
+went in steps of it; below a third of a step what was measured is still mostly of that grid.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     moved = [_moved(before[name], linear.weight.detach()) for name, linear in _linears(model)]
     found = {
         "from": options.folder.name,
-        "calibration": blocks.source.replace(str(options.texts[0].parent), ""),
+        "calibration": [text.name for text in options.texts],
         "steps": options.steps,
         "tokens": options.steps * options.batch * options.block,
         "lr": options.lr,
