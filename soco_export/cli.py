@@ -305,6 +305,8 @@ def run(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return signals.code()
     except Exception as error:
+        if signals.received:  # a library has wrapped the interruption in an error of its own
+            return signals.code()
         if hasattr(error, "format_message"):  # the command line was not understood
             console.fault("UsageError", error.format_message(), int(ExitCode.USAGE), fix="soco-export --help")
             error.show(sys.stderr)  # type: ignore[attr-defined]

@@ -33,7 +33,15 @@ def check_storage(name: str) -> str:
     return name
 
 
-Storage = Annotated[str, AfterValidator(check_storage)]
+def _known_storage(name: str) -> str:
+    """Check as `check_storage` does, in pydantic's own error: whoever reads a file turns that into one of ours."""
+    try:
+        return check_storage(name)
+    except RecipeError as error:
+        raise ValueError(error.message) from error
+
+
+Storage = Annotated[str, AfterValidator(_known_storage)]
 
 
 class Section(BaseModel):

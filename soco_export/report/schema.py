@@ -168,8 +168,8 @@ def _check_version(text: str, file: Path) -> None:
     """Raise DataError for results of another version, before their fields are looked at."""
     try:
         found = json.loads(text)
-    except ValueError:
-        return  # what is no JSON is refused by the fields
+    except (ValueError, RecursionError):
+        return  # what is no JSON, or nested beyond reading, is refused by the fields
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version is not None and version != SCHEMA_VERSION:
         raise DataError(

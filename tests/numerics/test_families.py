@@ -106,17 +106,18 @@ HALVED = ["gemma2", "phi4-mini", "cohere", "bloom", "granite", "hunyuan_v1_dense
 
 @pytest.mark.parametrize("name", map(known_here, QUANTISED))
 def test_quantised_weights_run_and_stay_close(name: str, tmp_path: Path) -> None:
-    """A mixture may choose other experts where two are close: correlation, not the largest error."""
+    """A mixture may choose other experts where two are close: the median over positions, not the worst one."""
     model = tiny_model(name)
     folder = save_dense(model, tmp_path / "hf")
     tokens = np.random.default_rng().integers(3, 90, (1, PROMPT + STEPS))
     mask = np.ones_like(tokens)
-    expected = in_transformers(model, tokens, mask, pieces()).ravel()
+    expected = in_transformers(model, tokens, mask, pieces())[0]
     for flavour, weights, closeness in (("standard", "int8", 0.99), ("contrib", "int4", 0.85)):
         settings = ExportSettings(flavour=flavour, weights=weights, pack=True, quantize={"accuracy_level": 1})
         export_onnx(folder, tmp_path / weights, settings)
-        found = in_onnx(tmp_path / weights, tokens, mask, pieces()).ravel()
-        assert np.corrcoef(found, expected)[0, 1] > closeness
+        found = in_onnx(tmp_path / weights, tokens, mask, pieces())[0]
+        by_position = [np.corrcoef(one, other)[0, 1] for one, other in zip(found, expected, strict=True)]
+        assert np.median(by_position) > closeness
 
 
 @pytest.mark.parametrize("name", map(known_here, HALVED))

@@ -133,7 +133,7 @@ def test_a_provider_that_takes_no_node_is_named_with_what_fell_back(folder):
 def test_an_absent_provider_is_refused_with_a_fix(folder):
     with pytest.raises(MachineError, match="CUDAExecutionProvider is not in this onnxruntime") as caught:
         OnnxDecoder(folder, provider="CUDAExecutionProvider")
-    assert "soco-export[gpu]" in caught.value.fix
+    assert "[gpu]" in caught.value.fix
 
 
 def test_bfloat16_outputs_are_read():
