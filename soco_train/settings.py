@@ -38,7 +38,7 @@ def _known_storage(name: str) -> str:
     try:
         return check_storage(name)
     except RecipeError as error:
-        raise ValueError(error.message) from error
+        raise ValueError(f"{error.message}, {error.fix}") from error
 
 
 Storage = Annotated[str, AfterValidator(_known_storage)]

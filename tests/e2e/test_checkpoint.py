@@ -368,7 +368,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_checkpoint(prune(make_model("llama-tied"), "stacked"), None, tmp_path / "hf", max_shard_size="30KB")
     shard = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(DataError, match=f"{shard.name} of 4 shards is missing"):
+    with pytest.raises(DataError, match=rf"{shard.name} of \d+ shards is missing"):
         check_folder(tmp_path / "hf")
 
 

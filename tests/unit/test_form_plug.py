@@ -194,4 +194,4 @@ def test_the_cost_card_and_the_layer_timing_ask_it() -> None:
 def test_a_name_that_no_form_has_is_refused() -> None:
     with pytest.raises(RecipeError, match="unknown storage 'folded'") as refused:
         load_recipe("tiny", ["storage=folded"])
-    assert "scaled" in str(refused.value.fix)
+    assert "scaled" in refused.value.message
