@@ -129,7 +129,7 @@ def test_results_that_were_edited_are_refused(run):
     document["perplexity"]["ratio"] = 1.0
     path.write_text(json.dumps(document), encoding="utf-8")
     for given in (run, path):
-        with pytest.raises(DataError, match="hash"):
+        with pytest.raises(RecipeError, match=r"results\.json \(changed since it was written\)"):
             load_results(given)
     copy = run.parent / "committed.json"
     copy.write_bytes(path.read_bytes())
