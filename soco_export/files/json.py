@@ -12,6 +12,9 @@ from soco_train.store.bounded import read_json
 
 CONFIG_BYTES = 16 << 20
 FIX = "give the folder of a Hugging Face model"
+# fields of which every model needs a number, and those that are tables
+EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"})
+ROPE = frozenset({"rope_parameters", "rope_scaling"})
 # what a config.json may say at most: far above every published model, far below what fills a machine
 LARGEST = {
     "num_hidden_layers": 1000,
@@ -83,7 +86,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:
-    """Raise DataError for a size that is no whole number, or larger than any model's: nothing is built from it."""
+    """Raise DataError for a field of the wrong kind, or a size larger than any model's: nothing is built from it.
+
+    Not every version of transformers looks before it computes.
+    """
+    for key in EPSILONS & fields.keys():
+        value = plain_floats(fields[key])
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DataError(f"config.json sets {key} to {repr(value)[:60]}", fix=f"{key}: a number", where=where)
+    for key in ROPE & fields.keys():
+        if fields[key] is not None and not isinstance(fields[key], dict):
+            raise DataError(f"config.json sets {key} to {repr(fields[key])[:60]}", fix=f"{key}: a table", where=where)
     for key, most in LARGEST.items():
         value = fields.get(key)
         for number in value if isinstance(value, list) else [value]:
