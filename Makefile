@@ -3,7 +3,7 @@ VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
 # What is pure, and what only reads documents, gives the same answer whatever transformers is installed.
-MEETS_TRANSFORMERS := tests/numerics tests/e2e $(shell grep -lrE "transformers|soco_export.model" tests/unit --include='*.py')
+MEETS_TRANSFORMERS := tests/whole $(shell grep -lrE "transformers|soco_export.model|tests.support.(models|decoders)" tests/train tests/export tests/benchmarks --include='*.py')
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help

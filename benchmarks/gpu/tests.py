@@ -17,7 +17,7 @@ from benchmarks.scale.parts import TimeUp
 
 # the project's own options ask for plug-ins that a GPU machine need not have
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-ASKED = ["-m", "gpu", "tests"] if CUDA else ["-m", "not gpu", "tests/numerics/test_devices.py"]
+ASKED = ["-m", "gpu", "tests"] if CUDA else ["-m", "not gpu", "tests/train/test_devices.py"]
 
 
 def parts(options: Options) -> Sequence[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from onnx_models import Decoder
 
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
+from tests.support.decoders import Decoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "My fellow citizens of the Senate"
