@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from soco_export.autoload import install
 
 if TYPE_CHECKING:
-    from soco_export.checkpoint import load_checkpoint, save_checkpoint, save_dense
     from soco_export.checkpoint.layers import apply_factors, merge_dense
+    from soco_export.checkpoint.load import load_checkpoint
+    from soco_export.checkpoint.writer import save_checkpoint, save_dense
     from soco_export.export import export_onnx
 
 __all__ = ["apply_factors", "export_onnx", "load_checkpoint", "merge_dense", "save_checkpoint", "save_dense"]
@@ -20,10 +21,10 @@ __all__ = ["apply_factors", "export_onnx", "load_checkpoint", "merge_dense", "sa
 _HOMES = {
     "apply_factors": "soco_export.checkpoint.layers",
     "export_onnx": "soco_export.export",
-    "load_checkpoint": "soco_export.checkpoint",
+    "load_checkpoint": "soco_export.checkpoint.load",
     "merge_dense": "soco_export.checkpoint.layers",
-    "save_checkpoint": "soco_export.checkpoint",
-    "save_dense": "soco_export.checkpoint",
+    "save_checkpoint": "soco_export.checkpoint.writer",
+    "save_dense": "soco_export.checkpoint.writer",
 }
 
 

@@ -31,7 +31,7 @@ def install() -> None:
 
 def register(table: ModuleType) -> None:
     """Add our quantizer and its configuration to transformers' table, once."""
-    from soco_export.checkpoint.layers import QUANT_METHOD
+    from soco_export.checkpoint.record import QUANT_METHOD
 
     if QUANT_METHOD in table.AUTO_QUANTIZER_MAPPING:
         return

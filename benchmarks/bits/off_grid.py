@@ -32,7 +32,8 @@ CLOSE = 1e-3
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save the folder and say what moved."""
-    from soco_export.checkpoint import load_checkpoint, save_dense
+    from soco_export.checkpoint.load import load_checkpoint
+    from soco_export.checkpoint.writer import save_dense
 
     options = parse(argv)
     torch.manual_seed(options.seed)

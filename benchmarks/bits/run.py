@@ -134,8 +134,9 @@ def models(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Path]
 
 def cut(folder: Path, keep: float, options: argparse.Namespace, work: Path) -> Path:
     """Return the folder of the dense model in `folder` cut to `keep`, nothing trained; scores stay in `work`."""
-    from soco_export.checkpoint import load_checkpoint, save_checkpoint
     from soco_export.checkpoint.layers import apply_factors
+    from soco_export.checkpoint.load import load_checkpoint
+    from soco_export.checkpoint.writer import save_checkpoint
     from soco_train import cut_factors, learn_scores, plan_ranks
 
     model, out = load_checkpoint(folder), work / f"keep-{keep:g}"

@@ -24,8 +24,8 @@ import torch
 
 import soco_train
 from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
-from soco_export.checkpoint import save_checkpoint
 from soco_export.checkpoint.layers import apply_factors, count_parameters, record_layers
+from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items

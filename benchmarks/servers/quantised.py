@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from soco_export.checkpoint import load_checkpoint
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.session import OnnxDecoder

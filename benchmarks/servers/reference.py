@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from soco_export.checkpoint import load_checkpoint
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.evaluate.decoder import TorchDecoder
 
 TIE = 1e-3  # logits; exports agree with PyTorch to about this much

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-import torch
 
 from soco_export.bench.figures import Machine
 
@@ -17,6 +16,8 @@ PACKAGES = ("soco-export", "torch", "transformers", "onnx", "onnxruntime", "onnx
 
 def describe_machine(threads: int) -> Machine:
     """Look at this machine."""
+    import torch
+
     return Machine(
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from soco_export.checkpoint.layers import INSTALL, QUANT_METHOD, factored_layers
+from soco_export.checkpoint.record import INSTALL, QUANT_METHOD
 from soco_export.files.text import fence, markdown, one_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TEMPLATE = "card.md.jinja"
 
@@ -55,6 +57,8 @@ def summarise(
     base_model: hub id, or any other name; dense: the folder will hold the merged weights; params_before: size of the
     original model (None: worked out from the layers' shapes, which takes trained biases for original ones).
     """
+    from soco_export.checkpoint.layers import factored_layers
+
     roles: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
     for name, module in factored_layers(model).items():
         before = module.in_features * module.out_features

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from soco_export.checkpoint.record import quantization_record
 from soco_train.errors import DataError
 from soco_train.forms.base import FactoredLinear, LayerFactors
 from soco_train.forms.registry import LazyLayers, forms_of, from_factors
 from soco_train.modules.layers import replace_module
 from soco_train.store.factors import Factors
-
-QUANT_METHOD = "soco-export"
-INSTALL = "pip install soco-export"
-FORMAT = 1  # of the record in config.json and the tensor names that go with it
 
 
 def stored_factors(path: Path) -> LazyLayers[LayerFactors]:
@@ -100,18 +96,6 @@ def record_layers(model: nn.Module) -> None:
         config.quantization_config = quantization_record(layers)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
-
-
-def quantization_record(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint with these `layers`: name → kind, rank, bias."""
-    kinds = {str(layer["kind"]) for layer in layers.values()}
-    return {
-        "quant_method": QUANT_METHOD,
-        "install": INSTALL,
-        "format": FORMAT,
-        "storage": kinds.pop() if len(kinds) == 1 else "mixed",
-        "layers": layers,
-    }
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,8 +16,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from soco_export.checkpoint.layers import FORMAT, INSTALL, factored_layers, quantization_record
+from soco_export.checkpoint.layers import factored_layers
 from soco_export.checkpoint.reader import check_layer_tensors, checked_record
+from soco_export.checkpoint.record import FORMAT, INSTALL, quantization_record
 from soco_export.files.safetensors import open_shards
 from soco_train.errors import DataError
 from soco_train.forms.base import FORMS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from soco_export.checkpoint.layers import QUANT_METHOD
+from soco_export.checkpoint.record import QUANT_METHOD
 from soco_export.files.json import read_config
 from soco_export.files.safetensors import REPAIR, StoredTensor, is_finite, open_shards, weight_files
 from soco_train.errors import DataError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DENSE, LOW_RANK, SHIPPED = "dense", "low-rank", "shipped"  # the forms of a model that are asked, in this order
+
 
 @dataclass(frozen=True)
 class ParityFigures:

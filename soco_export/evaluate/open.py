@@ -27,7 +27,7 @@ def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder
         )
     import torch
 
-    from soco_export.checkpoint import load_checkpoint
+    from soco_export.checkpoint.load import load_checkpoint
 
     return torch_decoder(load_checkpoint(folder, dtype=torch.float32), name)
 

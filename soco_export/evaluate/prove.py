@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.evaluate.decoder import Decoder
-from soco_export.evaluate.figures import StepParity
+from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
 from soco_export.evaluate.parity import Observation, compare, observe
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.settings import ValidateSettings
@@ -24,7 +24,6 @@ from soco_export.files.atomic import write_atomic
 from soco_train.data.corpus import Blocks
 from soco_train.events import Notify
 
-DENSE, LOW_RANK, SHIPPED = "dense", "low-rank", "shipped"
 STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
 
 

@@ -97,7 +97,7 @@ def calibrate(
     Pivoted layers are left out: their other rows are combinations of what would be rounded. Raises DataError for fewer
     tokens than a layer has inputs.
     """
-    from soco_export.checkpoint import load_checkpoint
+    from soco_export.checkpoint.load import load_checkpoint
 
     model = load_checkpoint(folder).requires_grad_(False)
     layers = _layers(model, settings)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from soco_export.checkpoint.layers import QUANT_METHOD
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
+from soco_export.checkpoint.record import QUANT_METHOD
 from soco_export.files.json import read_config
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.onnx.calibrate import KeptLevels

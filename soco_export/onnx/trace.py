@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from soco_export.checkpoint import load_checkpoint
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.settings import ExportSettings

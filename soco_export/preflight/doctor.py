@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from soco_export.preflight.cuda import cuda_devices
 from soco_train.installed import install_command
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -24,6 +27,8 @@ EXTRAS = {
     "data": ("datasets",),
     "report": ("matplotlib",),
 }
+# by the name of its library, best first
+PROVIDERS = {"tensorrt": "Tensorrt", "cuda": "CUDA", "migraphx": "MIGraphX", "openvino": "OpenVINO", "cpu": "CPU"}
 GIB = 1 << 30
 
 
@@ -81,13 +86,23 @@ def _python() -> list[Finding]:
 
 
 def _torch() -> list[Finding]:
-    import torch
+    """Return version, the CUDA it is built for, and the devices that the driver shows; torch is not imported."""
+    version, cuda = version_of("torch") or "not installed", _cuda_of_torch()
+    found = cuda_devices()
+    if cuda is None or not found.names:
+        return [Finding("torch", "ok", f"{version}, no CUDA device: training runs on the CPU")]
+    if found.version[0] < int(cuda.partition(".")[0]):
+        text = f"{version} is built for CUDA {cuda}, and the driver ends at CUDA {'.'.join(map(str, found.version))}"
+        return [Finding("torch", "warning", text, "update the driver, or install a torch built for an older CUDA")]
+    return [Finding("torch", "ok", f"{version}, CUDA {cuda}: {', '.join(found.names)}")]
 
-    if not torch.cuda.is_available():
-        return [Finding("torch", "ok", f"{torch.__version__}, no CUDA device: training runs on the CPU")]
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    names = ", ".join(f"{device.name} {device.total_memory / GIB:.0f} GiB" for device in devices)
-    return [Finding("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda}: {names}")]
+
+def _cuda_of_torch() -> str | None:
+    """Return the CUDA version that torch is built for, None if for none: what its file version.py says."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    return runpy.run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
 
 
 def _transformers() -> list[Finding]:
@@ -110,10 +125,7 @@ def _runtime() -> list[Finding]:
     if not (cpu or gpu):
         text = "onnxruntime is not installed: export works, validate and bench do not"
         return [Finding("onnxruntime", "problem", text, install_command("cpu"))]
-    import onnxruntime
-
-    providers = ", ".join(onnxruntime.get_available_providers())
-    findings = [Finding("onnxruntime", "ok", f"{onnxruntime.__version__}, built with {providers}")]
+    findings = [Finding("onnxruntime", "ok", f"{gpu or cpu}, built with {', '.join(_providers())}")]
     if cpu and gpu:
         text = f"onnxruntime {cpu} and onnxruntime-gpu {gpu} write the same folder: the one installed last is in use"
         fix = "pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu"
@@ -121,13 +133,20 @@ def _runtime() -> list[Finding]:
     return findings
 
 
+def _providers() -> list[str]:
+    """Return the execution providers that the installed onnxruntime has: the CPU's, and one a library beside it."""
+    found = find_spec("onnxruntime")
+    folder = Path(found.origin).parent / "capi" if found and found.origin else Path()
+    libraries = {path.stem.rpartition("_")[2] for path in folder.glob("*onnxruntime_providers_*")}
+    return [f"{PROVIDERS[name]}ExecutionProvider" for name in PROVIDERS if name in libraries | {"cpu"}]
+
+
 def _machine() -> list[Finding]:
     import psutil
-    import torch
 
     memory = psutil.virtual_memory()
     limit = os.environ.get("OMP_NUM_THREADS")
-    threads = f"{os.cpu_count()} logical, {torch.get_num_threads()} used by torch"
+    threads = f"{os.cpu_count()} logical, {psutil.cpu_count(logical=False)} physical"
     return [
         Finding("memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"),
         Finding("cpu", "ok", threads + (f" (OMP_NUM_THREADS={limit})" if limit else "")),

@@ -11,12 +11,12 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import RunFolder
 from soco_export.run.manifest import stage_key
 from soco_export.run.names import Format
-from soco_train.data.corpus import Blocks, load_blocks
 from soco_train.events import Notify
 
 if TYPE_CHECKING:
     import torch
 
+    from soco_train.data.corpus import Blocks
     from soco_train.modules.subject import Subject
 
 
@@ -26,7 +26,6 @@ class RunContext:
     def __init__(
         self, folder: RunFolder, format: Format, notify: Notify, homes: Mapping[str, RunFolder] | None = None
     ) -> None:
-        quiet_transformers()
         self.folder = folder
         self.format = format
         self.notify = notify
@@ -102,6 +101,8 @@ class RunContext:
     def blocks(self, purpose: Literal["calibration", "evaluation"]) -> Blocks:
         """Return the token blocks for one purpose."""
         if purpose not in self._blocks:
+            from soco_train.data.corpus import load_blocks
+
             settings = self.recipe.data if purpose == "calibration" else self.recipe.evaluation
             self._blocks[purpose] = load_blocks(self.tokenizer(), settings, purpose)
         return self._blocks[purpose]

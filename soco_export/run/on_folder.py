@@ -70,7 +70,8 @@ def _check_out(out: Path, folder: Path, fresh: bool) -> None:
 
 
 def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
-    from soco_export.checkpoint import load_checkpoint, save_dense
+    from soco_export.checkpoint.load import load_checkpoint
+    from soco_export.checkpoint.writer import save_dense
 
     save_dense(load_checkpoint(folder), _tokenizer(recipe, folder), out)
 
@@ -83,7 +84,8 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Any:
 
 def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
     """Measure parity and perplexity of `candidate` against `reference`, and judge them by the gates of that step."""
-    from soco_export.evaluate.prove import DENSE, LOW_RANK, SHIPPED, Questions, prove
+    from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
+    from soco_export.evaluate.prove import Questions, prove
     from soco_train.data.corpus import load_blocks
 
     quiet_transformers()

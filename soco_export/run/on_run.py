@@ -11,7 +11,7 @@ from soco_export.files.records import check_apart
 from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
-from soco_export.run.context import RunContext
+from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder import EVIDENCE_SECTIONS, RunFolder, check_folder, open_folder, read_folder, read_lock
 from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
@@ -121,6 +121,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
     with open_folder(run, recipe, request.argv) as folder:
+        quiet_transformers()
         folder.manifest.stages.pop(stage, None)  # its files stay listed as the run's own
         context = RunContext(folder, there.format, notify)
         Pipeline(folder, stages, context, context.sources(), notify=notify).run()
@@ -195,12 +196,14 @@ def _lead(
             parent = held.enter_context(open_folder(*trained, argv=request.argv))
             homes = _trained_stages(parent)
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
+        quiet_transformers()
         context = RunContext(folder, request.format, notify, homes)
         Pipeline(folder, stages, context, context.sources(), homes, notify).run()
 
 
 def _helping_context(request: Request, recipe: Recipe, root: Path, trained: tuple[Path, Recipe] | None) -> RunContext:
     """Read the folders that the leading process holds, without holding them."""
+    quiet_transformers()
     homes = _trained_stages(read_folder(*trained)) if trained else {}
     return RunContext(read_folder(root, recipe), request.format, silent, homes)
 

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_train.errors import RecipeError
-from soco_train.forms.registry import find_form
 from soco_train.settings import PlanSettings, Storage
 
 Integers = npt.NDArray[np.int64]
@@ -31,6 +30,8 @@ Rank = TypeVar("Rank", int, Integers)
 
 def layer_cost(rank: Rank, m: int, n: int, storage: Storage) -> Rank:
     """Return the parameters of an [m, n] layer stored at `rank`, one rank or an array of them; dense costs m·n."""
+    from soco_train.forms.registry import find_form
+
     cost: Rank = find_form(storage).cost(rank, m, n)
     return cost
 

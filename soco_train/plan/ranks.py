@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from soco_train.errors import DataError
@@ -24,10 +24,12 @@ from soco_train.plan.allocation import (
     uniform_ranks,
 )
 from soco_train.settings import Allocation, PlanSettings, Storage
-from soco_train.store.bounded import parse_object, read_text
-from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.bounded import MADE_ANEW, parse_object, read_text
 
-FIX_PLAN = "delete it and give the same command again: the run makes it anew"
+if TYPE_CHECKING:
+    import torch
+
+    from soco_train.store.scores import LayerScores, Scores
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,20 @@ class RankPlan:
     @staticmethod
     def from_json(text: str) -> RankPlan:
         """Read what `to_json` wrote; DataError if it is something else."""
-        found = parse_object(text, "the rank plan", "plan.json", FIX_PLAN)
+        found = parse_object(text, "the rank plan", "plan.json", MADE_ANEW)
         try:
             return _Plan.model_validate({key: found.get(key) for key in _Plan.model_fields}).plan()
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise DataError(
-                f"this is no rank plan: {place}: {first['msg']}"[:400], fix=FIX_PLAN, where="plan.json"
+                f"this is no rank plan: {place}: {first['msg']}"[:400], fix=MADE_ANEW, where="plan.json"
             ) from error
 
     @staticmethod
     def load(path: Path) -> RankPlan:
         """Read a plan.json; DataError if it cannot be read or is something else."""
-        return RankPlan.from_json(read_text(path, FIX_PLAN))
+        return RankPlan.from_json(read_text(path, MADE_ANEW))
 
 
 class _Layer(BaseModel):
@@ -176,7 +178,7 @@ def plan_ranks(
 
 def kept(importance: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the sorted indices [rank] of the surviving components; among equals the lower index survives."""
-    order = torch.sort(importance, descending=True, stable=True).indices
+    order = importance.sort(descending=True, stable=True).indices
     return order[:rank].sort().values
 
 

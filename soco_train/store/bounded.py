@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from soco_train.errors import DataError
 
+MADE_ANEW = "delete it and give the same command again: the run makes it anew"  # the fix of a damaged file of a run
 MOST_BYTES = 64 << 20
 DEEPEST = 64  # JSON deeper than this is no file of a model, and breaks those who walk it by recursion
 MOST_VALUES = 8_000_000

@@ -12,8 +12,8 @@ import torch
 
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import form_of_class, forms_of, from_factors
-from soco_train.store.bounded import answering
-from soco_train.store.tensorfile import FIX, Pending, Provenance, read_tensors, write_tensors
+from soco_train.store.bounded import MADE_ANEW, answering
+from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Factors:
             layers = {name: _layer_factors(kind, name, tensors) for name, kind in header["layers"].items()}
             return Factors(layers, dict(header["provenance"]))
 
-        return answering("these are no factors", str(path), FIX, make)
+        return answering("these are no factors", str(path), MADE_ANEW, make)
 
 
 def _layer_factors(kind: str, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:

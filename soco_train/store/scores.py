@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from soco_train.store.bounded import answering
-from soco_train.store.tensorfile import FIX, Provenance, read_tensors, write_tensors
+from soco_train.store.bounded import MADE_ANEW, answering
+from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Scores:
             layers = {name: _layer(name, shape, tensors) for name, shape in header["shapes"].items()}
             return Scores(layers, dict(header["provenance"]))
 
-        return answering("these are no scores", str(path), FIX, make)
+        return answering("these are no scores", str(path), MADE_ANEW, make)
 
 
 def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> LayerScores:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from soco_train.store.bounded import answering
-from soco_train.store.tensorfile import FIX, read_tensors, write_tensors
+from soco_train.store.bounded import MADE_ANEW, answering
+from soco_train.store.tensorfile import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SpectrumStore(Mapping[str, Spectrum]):
             raise KeyError(name)
         tensors, _ = read_tensors(self._file(name), "spectrum")
         made: Spectrum = answering(
-            "this is no spectrum", str(self._file(name)), FIX, lambda: _checked(Spectrum(**tensors))
+            "this is no spectrum", str(self._file(name)), MADE_ANEW, lambda: _checked(Spectrum(**tensors))
         )
         return made
 

@@ -18,10 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from soco_train.errors import DataError
-from soco_train.store.bounded import parse_object
+from soco_train.store.bounded import MADE_ANEW, parse_object
 from soco_train.store.header import read_header
-
-FIX = "delete it and give the same command again: the run makes it anew"
 
 DTYPES = {
     torch.float32: "F32",
@@ -93,13 +91,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], hea
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return (tensors, header) of a file written by `write_tensors`; DataError unless it is whole and of `kind`."""
-    text = read_header(path, FIX).metadata.get("header", "{}")
-    header = parse_object(text, f"what {path.name} says of itself", str(path), FIX)
+    text = read_header(path, MADE_ANEW).metadata.get("header", "{}")
+    header = parse_object(text, f"what {path.name} says of itself", str(path), MADE_ANEW)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"cannot read {path.name}: {error}", fix=FIX, where=str(path)) from error
+        raise DataError(f"cannot read {path.name}: {error}", fix=MADE_ANEW, where=str(path)) from error
     if header.get("kind") != kind:
         raise DataError(
             f"{path.name} holds {header.get('kind', 'something else')}, not {kind}",

@@ -19,7 +19,7 @@ from benchmarks.quality import run as command
 from benchmarks.quality.cells import CONTROL, CellResult, Grid, Perplexity, is_random, saliency_tokens, training_tokens
 from benchmarks.quality.laboratory import Laboratory, rotated
 from benchmarks.quality.table import markdown, rows
-from soco_export.checkpoint import load_checkpoint
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.recipe.load import list_recipes, load_recipe

@@ -18,12 +18,12 @@ from soco_export.run.names import CARD_FILE, EXPORT_FILE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
-from soco_train.store.scores import Scores
 
 
 def cut_plan(context: RunContext, out: Path) -> None:
     """Turn the scores into one rank per layer at the recipe's size."""
     from soco_export.run.measured_plan import plan_for
+    from soco_train.store.scores import Scores
 
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     plan = plan_for(context.recipe, scores, context.folder.root, context.notify)
@@ -35,6 +35,7 @@ def make_factors(context: RunContext, out: Path) -> None:
     from soco_train import method
     from soco_train.modules.subject import Session
     from soco_train.plan.ranks import RankPlan
+    from soco_train.store.scores import Scores
 
     plan = RankPlan.load(context.path("plan", "plan.json"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
@@ -67,7 +68,8 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
 
 def write_dense(context: RunContext, out: Path) -> None:
     """Write the pruned model with every product formed, for programs that know nothing of low rank."""
-    from soco_export.checkpoint import load_checkpoint, save_dense
+    from soco_export.checkpoint.load import load_checkpoint
+    from soco_export.checkpoint.writer import save_dense
 
     save_dense(load_checkpoint(context.path("checkpoint", "hf")), context.tokenizer(), out / "dense")
 
@@ -84,7 +86,7 @@ def write_onnx(context: RunContext, out: Path) -> None:
 
 def write_dense_onnx(context: RunContext, out: Path) -> None:
     """Export the model as it was before, by the same route: what the pruned graph is measured against."""
-    from soco_export.checkpoint import save_dense
+    from soco_export.checkpoint.writer import save_dense
     from soco_export.export import export_onnx
     from soco_export.model.source import fetch_folder
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.bench.machine import describe_machine
-from soco_export.checkpoint.layers import stored_factors
-from soco_export.evaluate.figures import PerplexityFigures
-from soco_export.evaluate.prove import DENSE, LOW_RANK, SHIPPED
+from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
 from soco_export.files.json import read_config
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings
@@ -20,11 +18,8 @@ from soco_export.report.schema import ModelFigures, PerplexityResults, Results, 
 from soco_export.run.context import RunContext
 from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE, Format
 from soco_export.run.stages.model_card import model_card
-from soco_train.forms.registry import find_form
 from soco_train.plan.ranks import RankPlan
-from soco_train.store.bounded import read_json
-from soco_train.store.scores import Scores
-from soco_train.store.tensorfile import FIX
+from soco_train.store.bounded import MADE_ANEW, read_json
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
 # What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
@@ -93,6 +88,8 @@ def _model(context: RunContext) -> ModelFigures:
 
 
 def _sizes(context: RunContext) -> SizeFigures:
+    from soco_train.store.scores import Scores
+
     plan = RankPlan.load(context.path("plan", "plan.json"))
     total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
     wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
@@ -114,6 +111,8 @@ def _sizes(context: RunContext) -> SizeFigures:
 
 def _largest_coefficient(factors: Path) -> float | None:
     """Return that of all layers of the file, None if its forms have none; reads a layer at a time."""
+    from soco_export.checkpoint.layers import stored_factors
+
     found = (layer.growth() for layer in stored_factors(factors).values())
     return max((growth for growth in found if growth is not None), default=None)
 
@@ -145,6 +144,8 @@ def _notes(context: RunContext) -> Iterator[str]:
 
 
 def _export_notes(context: RunContext) -> Iterator[str]:
+    from soco_train.forms.registry import find_form
+
     export, weights = _read(context.path("onnx", EXPORT_FILE)), context.recipe.export.weights
     if export["route"] != "builder":
         yield f"the graph was made by {export['route']}: its architecture has no description of ours"
@@ -177,7 +178,7 @@ def _provenance(context: RunContext) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, FIX)
+    return read_json(path, MADE_ANEW)
 
 
 def write_reports(results: Results, context: RunContext, out: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from soco_export.run.context import RunContext
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
-from soco_train.store.scores import Scores
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
 BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
@@ -25,6 +24,7 @@ def learn_scores(context: RunContext, out: Path) -> None:
     from soco_export.checkpoint.layers import count_parameters
     from soco_train import method
     from soco_train.modules.subject import Session
+    from soco_train.store.scores import Scores
 
     recipe, calibration = context.recipe, context.blocks("calibration")
     subject = context.subject(context.path("spectrum", "spectrum"))

@@ -24,8 +24,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, merge_dense, save_checkpoint, save_dense
-from soco_export.checkpoint import check_folder
 from soco_export.checkpoint.layers import count_parameters, factored_layers
+from soco_export.checkpoint.reader import check_folder
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FactoredLinear
 from soco_train.forms.pivoted import PivotedLinear
