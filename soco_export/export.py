@@ -20,7 +20,7 @@ from soco_export.onnx.inspect import GraphSummary, summarise
 from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.trace import export_traced
-from soco_export.runtimes.registry import Layout, check_layouts, write_layouts
+from soco_export.runtimes.registry import Layout, check_runtimes, write_layouts
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 
@@ -59,9 +59,9 @@ def export_onnx(
     """
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
-    check_layouts(settings)
     config = read_config(folder)
     architecture = check_architecture(config, settings)
+    check_runtimes(settings, architecture)
     source = open_weights(folder, architecture)
     _check_calibration(settings, calibration)
     if architecture is not None:

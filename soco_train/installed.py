@@ -38,6 +38,14 @@ def version() -> str:
         return "unknown"
 
 
+def version_of(package: str) -> str | None:
+    """Return the installed version of a distribution, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _origin() -> dict[str, object]:
     try:
         text = metadata.distribution(PACKAGE).read_text("direct_url.json")

@@ -33,8 +33,12 @@ class TaskSettings(Section):
 
 
 class ValidateSettings(Section):
-    """The proof. `provider`: ONNX Runtime execution provider; `threads`: its intra-op threads."""
+    """The proof. `runtime`: what runs the ONNX folder in it (soco_export/runtimes/).
 
+    `provider`: ONNX Runtime execution provider; `threads`: of the runtime, intra-op.
+    """
+
+    runtime: str = "ort"
     provider: str = CPU
     threads: int = Field(default=2, ge=1, le=1024)
     parity: ParitySettings = ParitySettings()

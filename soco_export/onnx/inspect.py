@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
 CACHE = "past_key_values"
@@ -45,6 +47,8 @@ class Ports:
 
 def read_ports(folder: Path) -> Ports:
     """Return the inputs and outputs of `folder`/model.onnx."""
+    import onnx_ir as ir  # here, for the names above are read by who loads no graph
+
     graph = ir.load(folder / MODEL_FILE).graph
     return Ports(
         {v.name: _port(v) for v in graph.inputs if v.name}, {v.name: _port(v) for v in graph.outputs if v.name}
@@ -68,6 +72,8 @@ class GraphSummary:
 
 def summarise(folder: Path) -> GraphSummary:
     """Summarise `folder`/model.onnx without reading its weights."""
+    import onnx_ir as ir
+
     graph = ir.load(folder / MODEL_FILE).graph
     ops = Counter(node.op_type for node in graph)
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]

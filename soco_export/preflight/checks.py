@@ -12,11 +12,10 @@ from pathlib import Path
 
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.cost_card import CostCard, size
-from soco_export.preflight.doctor import version_of
 from soco_export.preflight.inputs import check_held_out, check_lengths, check_plan, check_tasks, check_weights
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
-from soco_train.installed import install_command
+from soco_train.installed import install_command, version_of
 from soco_train.settings import BITS
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -35,6 +34,7 @@ class Machine:
 def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
     from soco_export.model.load import check_model
+    from soco_export.runtimes.registry import check_opens
     from soco_train.learn.optimiser import check_optimiser
 
     check_recipe(recipe, format)
@@ -42,6 +42,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
         check_optimiser(recipe.refine.distill.optimiser)
     if format == "onnx":
         check_provider(recipe)
+        check_opens(recipe.validation.runtime)
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
     check_plan(recipe, shape)
@@ -112,7 +113,8 @@ def check_precision(recipe: Recipe) -> None:
             fix="export.dtype: float16 or bfloat16, or export.flavour: standard",
             where="recipe: export.flavour",
         )
-    if provider == CPU_PROVIDER and dtype != "float32":
+    asked = recipe.validation.runtime == "ort" or recipe.bench.enabled
+    if asked and provider == CPU_PROVIDER and dtype != "float32":
         raise RecipeError(
             f"export.dtype is {dtype}, but {CPU_PROVIDER} runs that unfused and slowly, or not at all",
             fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
@@ -126,11 +128,11 @@ def check_graph(recipe: Recipe) -> None:
     from soco_export.onnx.check import check_architecture
     from soco_export.onnx.describe.config import as_config
     from soco_export.onnx.emit.linear import find_finish
-    from soco_export.runtimes.registry import check_layouts
+    from soco_export.runtimes.registry import check_runtimes
 
-    check_layouts(recipe.export)
     find_finish(recipe.storage)
-    check_architecture(as_config(dense_config(recipe), where=f"model {recipe.name}"), recipe.export)
+    config = as_config(dense_config(recipe), where=f"model {recipe.name}")
+    check_runtimes(recipe.export, check_architecture(config, recipe.export))
 
 
 def check_biases(recipe: Recipe) -> None:

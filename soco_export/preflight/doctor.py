@@ -8,21 +8,17 @@ import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from soco_export.preflight.cuda import cuda_devices
-from soco_train.installed import install_command
+from soco_train.installed import install_command, version_of
 
 Level = Literal["ok", "note", "warning", "problem"]
 SUPPORTED_TRANSFORMERS = ((4, 57), (6, 0))
 EXTRAS = {
-    "cpu": ("onnxruntime",),
     "gpu": ("onnxruntime-gpu",),
-    "genai": ("onnxruntime-genai",),
-    "optimum": ("optimum", "optimum-onnx"),
     "eval": ("lm-eval",),
     "data": ("datasets",),
     "report": ("matplotlib",),
@@ -44,16 +40,8 @@ class Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """Return all findings; `folder` is where runs would be written (its disk is measured)."""
-    checks: list[Callable[[], list[Finding]]] = [_python, _torch, _transformers, _runtime, _machine, _extras]
+    checks: list[Callable[[], list[Finding]]] = [_python, _torch, _transformers, _runtime, _runtimes, _machine, _extras]
     return [finding for check in checks for finding in check()] + _disk(folder)
-
-
-def version_of(package: str) -> str | None:
-    """Return the installed version of a distribution, None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str]:
@@ -139,6 +127,17 @@ def _providers() -> list[str]:
     folder = Path(found.origin).parent / "capi" if found and found.origin else Path()
     libraries = {path.stem.rpartition("_")[2] for path in folder.glob("*onnxruntime_providers_*")}
     return [f"{PROVIDERS[name]}ExecutionProvider" for name in PROVIDERS if name in libraries | {"cpu"}]
+
+
+def _runtimes() -> list[Finding]:
+    """Say which runtimes can start here; an export for the others can be made all the same."""
+    from soco_export.runtimes.registry import RUNTIMES
+
+    found = {name: (runtime.here(), runtime.install) for name, runtime in RUNTIMES.items()}
+    return [
+        Finding(f"target {name}", "ok", here) if here else Finding(f"target {name}", "note", "not here", install)
+        for name, (here, install) in found.items()
+    ]
 
 
 def _machine() -> list[Finding]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import Ratio, render_percentile
-from soco_export.evaluate.open import is_onnx, open_decoder
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
 from soco_export.recipe.difference import flatten
@@ -19,6 +18,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings, Verdict, judge, verdict_text
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request, table
+from soco_export.runtimes.open import is_onnx, open_decoder
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
 

@@ -1,5 +1,5 @@
-"""What each runtime wants beside model.onnx. Importing this package registers the layouts in it."""
+"""Where the export runs. Importing this package registers the runtimes in it."""
 
-from soco_export.runtimes import genai, optimum, triton
+from soco_export.runtimes import genai, optimum, ort, triton
 
-__all__ = ["genai", "optimum", "triton"]
+__all__ = ["genai", "optimum", "ort", "triton"]

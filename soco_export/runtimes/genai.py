@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from soco_export.onnx.inspect import CACHE, MODEL_FILE, read_ports
-from soco_export.runtimes.registry import Layout, layout, special_tokens, write_json
+from soco_export.runtimes.registry import Layout, Runtime, runtime, special_tokens, write_json
+from soco_train.installed import install_command
 
 # onnxruntime-genai decides by this name how it loads; decoders that it does not know load like llama.
 GENAI_TYPES = {
@@ -21,9 +24,21 @@ GENAI_TYPES = {
 }
 
 
-@layout("genai")
-def genai(to: Layout) -> None:
-    """genai_config.json for onnxruntime-genai; the cache is one shared buffer in the contrib flavour only."""
+@runtime("genai")
+class Genai(Runtime):
+    """onnxruntime-genai, which keeps the cache in one buffer: the contrib flavour."""
+
+    packages = ("onnxruntime-genai",)
+    install = install_command("genai")
+    target = ("export.flavour=contrib", "export.layouts=[optimum, genai]")
+
+    def write(self, to: Layout) -> None:
+        """Write genai_config.json."""
+        write_json(to.folder / "genai_config.json", genai_config(to))
+
+
+def genai_config(to: Layout) -> dict[str, Any]:
+    """Return the content of genai_config.json; the cache is one shared buffer in the contrib flavour only."""
     ports = read_ports(to.folder)
     cuda = to.settings.dtype != "float32"
     decoder = {
@@ -52,4 +67,4 @@ def genai(to: Layout) -> None:
     }
     share = to.settings.flavour == "contrib"
     search = {"do_sample": False, "max_length": context, "past_present_share_buffer": share}
-    write_json(to.folder / "genai_config.json", {"model": model, "search": search})
+    return {"model": model, "search": search}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
 from soco_export.files.json import FIX, read_config
-from soco_export.runtimes.registry import Layout, layout, write_json
+from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
+from soco_train.installed import install_command
 from soco_train.store.bounded import read_json
 
 TOKENIZER_FILES = (
@@ -21,16 +23,28 @@ TOKENIZER_FILES = (
 )
 
 
-@layout("optimum")
-def optimum(to: Layout) -> None:
-    """Config, generation config and tokenizer, as ORTModelForCausalLM and AutoTokenizer look for them."""
-    config = read_config(to.source)
+@runtime("optimum")
+class Optimum(Runtime):
+    """ORTModelForCausalLM and AutoTokenizer: config, generation config and tokenizer beside model.onnx."""
+
+    packages = ("optimum", "optimum-onnx")
+    install = install_command("optimum")
+    target = ("export.flavour=standard", "export.layouts=[optimum]")
+
+    def write(self, to: Layout) -> None:
+        """Write config, generation config and tokenizer as transformers looks for them."""
+        write_hugging_face_files(to.source, to.folder)
+
+
+def write_hugging_face_files(source: Path, folder: Path) -> None:
+    """Copy config, generation config and tokenizer of an HF folder, without what concerns weights."""
+    config = read_config(source)
     # The graph holds the factors already: nothing may look for them in safetensors.
     config.pop("quantization_config", None)
-    write_json(to.folder / "config.json", config)
+    write_json(folder / "config.json", config)
     for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (to.source / name).exists():
-            shutil.copyfile(to.source / name, to.folder / name)
-    tokenizer = to.folder / "tokenizer_config.json"
-    if tokenizer.exists() and (to.folder / "tokenizer.json").exists():
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists() and (folder / "tokenizer.json").exists():
         write_json(tokenizer, tokenizer_in_both_forms(read_json(tokenizer, FIX)))

@@ -1,4 +1,8 @@
-"""What each runtime wants beside model.onnx: one decorated writer per layout, called in the order of export.layouts."""
+"""Where the export runs: one decorated class per runtime, which says all that this package knows of it.
+
+`check` is asked before anything is trained, `write` makes what the runtime wants beside model.onnx, `open` runs the
+folder in it, so that the proof measures there; `target` is what `--target NAME` sets, `here` what the doctor asks.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,24 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from soco_export.files.json import FIX
+from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.settings import ExportSettings
-from soco_train.errors import RecipeError
+from soco_train.errors import MachineError, RecipeError
+from soco_train.installed import version_of
 from soco_train.store.bounded import read_json
+
+if TYPE_CHECKING:
+    from soco_export.evaluate.decoder import Decoder
+    from soco_export.evaluate.settings import ValidateSettings
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a writer gets: the HF folder and its config, the folder with model.onnx, and how that was made."""
+    """What `write` gets: the HF folder and its config, the folder with model.onnx, and how that was made."""
 
     source: Path
     folder: Path
@@ -25,33 +35,77 @@ class Layout:
     settings: ExportSettings
 
 
-Writer = Callable[[Layout], None]
-LAYOUTS: dict[str, Writer] = {}
+class Runtime:
+    """A program that runs exported folders; a child overrides what differs from plain ONNX Runtime on a folder.
+
+    `target`: settings in the form of `--set`, gates that it needs off included (`gates.max_export_kl=null`).
+    `packages`: distributions that must be installed to run it on this machine; `install`: what to do if they are not.
+    """
+
+    target: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
+    install: ClassVar[str] = ""
+
+    def check(self, settings: ExportSettings, architecture: Architecture | None) -> None:
+        """Raise RecipeError for what the runtime cannot run; `architecture` is None where the graph is traced."""
+
+    def write(self, to: Layout) -> None:
+        """Write what it wants beside model.onnx."""
+
+    def open(self, folder: Path, settings: ValidateSettings, name: str) -> Decoder | None:
+        """Return the exported folder as a decoder called `name`, None if it cannot be asked from Python."""
+
+    def here(self) -> str | None:
+        """Return what is installed of it, None if it does not run on this machine."""
+        found = {package: version_of(package) for package in self.packages}
+        return ", ".join(f"{name} {version}" for name, version in found.items()) if all(found.values()) else None
 
 
-def layout(name: str) -> Callable[[Writer], Writer]:
-    """Register a writer under a word for export.layouts."""
+RUNTIMES: dict[str, Runtime] = {}
+Kind = TypeVar("Kind", bound=type[Runtime])
 
-    def register(writer: Writer) -> Writer:
-        LAYOUTS[name] = writer
-        return writer
+
+def runtime(name: str) -> Callable[[Kind], Kind]:
+    """Register a runtime under a word for export.layouts, validate.runtime and --target."""
+
+    def register(kind: Kind) -> Kind:
+        RUNTIMES[name] = kind()
+        return kind
 
     return register
 
 
-def check_layouts(settings: ExportSettings) -> None:
-    """Raise RecipeError for a layout that nobody writes."""
+def find_runtime(name: str, where: str) -> Runtime:
+    """Return the runtime of that name; RecipeError if there is none."""
+    if name not in RUNTIMES:
+        raise RecipeError(f"there is no runtime {name!r}", fix=f"use one of {', '.join(RUNTIMES)}", where=where)
+    return RUNTIMES[name]
+
+
+def check_runtimes(settings: ExportSettings, architecture: Architecture | None) -> None:
+    """Raise RecipeError for a name in export.layouts that no runtime has, or for what one of them cannot run."""
     for name in settings.layouts:
-        if name not in LAYOUTS:
-            raise RecipeError(
-                f"there is no layout {name!r}", fix=f"use one of {', '.join(LAYOUTS)}", where="export.layouts"
-            )
+        find_runtime(name, "export.layouts").check(settings, architecture)
 
 
 def write_layouts(to: Layout) -> None:
-    """Run the writers that the settings name."""
+    """Write what the runtimes that the settings name want, in that order."""
     for name in to.settings.layouts:
-        LAYOUTS[name](to)
+        RUNTIMES[name].write(to)
+
+
+def check_opens(name: str) -> None:
+    """Raise unless the proof can be run in the runtime of that name on this machine; needs no model."""
+    found = find_runtime(name, "validate.runtime")
+    if type(found).open is Runtime.open:
+        openers = (other for other, kind in RUNTIMES.items() if type(kind).open is not Runtime.open)
+        raise RecipeError(
+            f"{name} cannot be asked from Python", fix=f"use one of {', '.join(openers)}", where="validate.runtime"
+        )
+    if found.here() is None:
+        raise MachineError(
+            f"{name} is not installed", fix=f"{found.install}, or validate.runtime: ort", where="validate.runtime"
+        )
 
 
 def special_tokens(to: Layout) -> dict[str, Any]:

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from soco_export.files.atomic import link
 from soco_export.onnx.inspect import CACHE, MODEL_FILE, Port, Ports, read_ports
-from soco_export.runtimes.registry import Layout, layout, special_tokens
+from soco_export.runtimes.registry import Layout, Runtime, runtime, special_tokens
 
 TRITON_TYPES = {"INT64": "TYPE_INT64", "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16"}
 
 
-@layout("triton")
-def triton(to: Layout) -> None:
+@runtime("triton")
+class Triton(Runtime):
     """A Triton model repository in `triton/`; the model's files are linked, not copied, where the disk can.
 
     `decoder` is the graph in Triton's ONNX Runtime backend. `generate` is text to text in its Python backend and calls
     `decoder`; it needs a tokenizer.json, and a cache that numpy can hold (no bfloat16).
     """
-    ports = read_ports(to.folder)
-    version = to.folder / "triton" / "decoder" / "1" / MODEL_FILE
-    version.mkdir(parents=True)
-    # Several files make one model: Triton then wants a folder called model.onnx.
-    for name in (MODEL_FILE, f"{MODEL_FILE}.data"):
-        _link(to.folder / name, version / name)
-    sections = [_triton_ports("input", ports.inputs), _triton_ports("output", ports.outputs)]
-    lines = ['name: "decoder"', 'backend: "onnxruntime"', "max_batch_size: 0", *sections]
-    (version.parents[1] / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if (to.source / "tokenizer.json").exists() and ports.inputs[f"{CACHE}.0.key"].dtype != "BFLOAT16":
-        _triton_generate(to, ports)
+
+    install = "install Triton Inference Server: docs/serving.md"
+    target = ("export.flavour=standard", "export.layouts=[optimum, triton]")
+
+    def write(self, to: Layout) -> None:
+        """Write the repository."""
+        ports = read_ports(to.folder)
+        version = to.folder / "triton" / "decoder" / "1" / MODEL_FILE
+        version.mkdir(parents=True)
+        # Several files make one model: Triton then wants a folder called model.onnx.
+        for name in (MODEL_FILE, f"{MODEL_FILE}.data"):
+            link(to.folder / name, version / name)
+        sections = [_triton_ports("input", ports.inputs), _triton_ports("output", ports.outputs)]
+        lines = ['name: "decoder"', 'backend: "onnxruntime"', "max_batch_size: 0", *sections]
+        (version.parents[1] / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if (to.source / "tokenizer.json").exists() and ports.inputs[f"{CACHE}.0.key"].dtype != "BFLOAT16":
+            _triton_generate(to, ports)
+
+    def here(self) -> str | None:
+        """Return where its server is."""
+        return shutil.which("tritonserver")
 
 
 TRITON_GENERATE = """name: "generate"
@@ -76,10 +86,3 @@ def _triton_ports(kind: str, ports: Mapping[str, Port]) -> str:
         for name, port in ports.items()
     ]
     return f"{kind} [\n" + ",\n".join(entries) + "\n]"
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -32,9 +32,9 @@ from benchmarks.scale.parts import Size, TimeUp, random_factors
 from benchmarks.speed import series
 from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.preflight.doctor import version_of
 from soco_export.recipe.load import load_recipe
 from soco_train.events import Event, silent
+from soco_train.installed import version_of
 from soco_train.numbers.rounding import rounded
 from soco_train.settings import DistillSettings, LayerSettings, RoundingSettings
 from tests.support.models import make_model

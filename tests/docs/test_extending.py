@@ -17,7 +17,8 @@ from soco_export.onnx.describe.config import read_config
 from soco_export.onnx.families import FAMILIES, describe, exaone
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
-from soco_export.runtimes import registry as layouts
+from soco_export.runtimes import registry as runtimes
+from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
 from soco_train.scores import closed_form
 from soco_train.scores.registry import SCORERS, train_scores
@@ -28,7 +29,7 @@ from soco_train.spectra.statistics import LayerStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ONNX_PAGE = PAGE.with_name("onnx.md")
-REGISTRIES = (bases._BASES, SCORERS, layouts.LAYOUTS, FAMILIES)
+REGISTRIES = (bases._BASES, SCORERS, runtimes.RUNTIMES, FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +68,16 @@ def test_the_scorer_scores(tmp_path: Path) -> None:
     torch.testing.assert_close(importance, torch.linalg.svdvals(linear.weight.detach()) ** 2 / 12)
 
 
-def test_the_layout_is_written(tmp_path: Path) -> None:
-    define("@layout", layouts)
+def test_the_runtime_refuses_and_writes(tmp_path: Path) -> None:
+    define("@runtime", runtimes)
     settings = ExportSettings(layouts=("labels",))
-    layouts.check_layouts(settings)
+    with pytest.raises(RecipeError, match="one sequence"):
+        runtimes.check_runtimes(settings, None)
+    settings = settings.model_copy(update={"last_token_logits": True})
+    runtimes.check_runtimes(settings, None)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}), encoding="utf-8")
-    fields = dict.fromkeys(inspect.signature(layouts.Layout).parameters)
-    layouts.write_layouts(layouts.Layout(**{**fields, "source": tmp_path, "folder": tmp_path, "settings": settings}))
+    fields = dict.fromkeys(inspect.signature(runtimes.Layout).parameters)
+    runtimes.write_layouts(runtimes.Layout(**{**fields, "source": tmp_path, "folder": tmp_path, "settings": settings}))
     assert (tmp_path / "vocab.txt").read_text(encoding="utf-8") == "a\nb"
 
 

@@ -34,7 +34,7 @@ def prove_run(context: RunContext, out: Path) -> None:
 def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
     """Return how to open each form; the dense model is let go of as soon as it has answered."""
     from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
-    from soco_export.evaluate.open import open_decoder, torch_decoder
+    from soco_export.runtimes.open import open_decoder, torch_decoder
 
     settings = context.recipe.validation
     openers: dict[str, Callable[[], Any]] = {

@@ -144,9 +144,13 @@ def _notes(context: RunContext) -> Iterator[str]:
 
 
 def _export_notes(context: RunContext) -> Iterator[str]:
+    from soco_export.runtimes.registry import find_runtime
     from soco_train.forms.registry import find_form
 
     export, weights = _read(context.path("onnx", EXPORT_FILE)), context.recipe.export.weights
+    runtime = context.recipe.validation.runtime
+    if runtime != "ort":
+        yield f"the proof ran the ONNX folder in {runtime} ({find_runtime(runtime, 'validate.runtime').here()})"
     if export["route"] != "builder":
         yield f"the graph was made by {export['route']}: its architecture has no description of ours"
     if note := find_form(context.recipe.storage).notes.get(weights):

@@ -9,10 +9,10 @@ from soco_export.bench import runner
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import Ratio, summarise
-from soco_export.evaluate import open as opening
 from soco_export.evaluate.tasks import TaskAnswers, compare_answers
 from soco_export.report.tables import speedup
 from soco_export.run.stages import evidence, report
+from soco_export.runtimes import open as opening
 
 
 class Run:

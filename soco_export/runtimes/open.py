@@ -1,4 +1,4 @@
-"""A folder that holds a causal LM, opened for asking: ONNX, a Hugging Face checkpoint of ours, or a dense one."""
+"""A folder that holds a causal LM, opened for asking: ONNX in a runtime, a Hugging Face folder in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from soco_export.evaluate.decoder import Decoder, TorchDecoder
 from soco_export.evaluate.settings import ValidateSettings
+from soco_export.runtimes.registry import check_opens, find_runtime
 from soco_train.errors import RecipeError
 
 
@@ -18,9 +19,13 @@ def is_onnx(folder: Path) -> bool:
 def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder:
     """Open `folder` under `name`; raises RecipeError if it holds no model, and what its reader raises."""
     if is_onnx(folder):
-        from soco_export.evaluate.session import OnnxDecoder
-
-        return OnnxDecoder(folder, settings.provider, settings.threads, name)
+        check_opens(settings.runtime)
+        decoder = find_runtime(settings.runtime, "validate.runtime").open(folder, settings, name)
+        if decoder is None:
+            raise RecipeError(
+                f"{settings.runtime} does not open this export", fix="validate.runtime: ort", where=str(folder)
+            )
+        return decoder
     if not (folder / "config.json").is_file():
         raise RecipeError(
             f"{folder} holds no model", fix="give a Hugging Face or an ONNX folder, or a run", where=str(folder)
