@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
 from soco_export.onnx.check import check_architecture
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import Config, read_config
 from soco_export.onnx.emit.linear import find_finish
 from soco_export.onnx.inspect import GraphSummary, summarise
 from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
@@ -48,11 +48,12 @@ def export_onnx(
     settings: ExportSettings,
     notify: Notify = silent,
     calibration: Callable[[], torch.Tensor] | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> ExportSummary:
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
     calibration: returns token blocks [b, t] of text like that which the model is for; asked where the rule of
-    rounding is `calibrated`.
+    rounding is `calibrated`; provenance: what else to write into the graph's metadata of where the model comes from.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
     not what its config says; both before any weight is read.
@@ -68,17 +69,18 @@ def export_onnx(
         check_tensors(architecture, source)
         for kind in {source.form(name).kind for name in architecture.linears()}:
             find_finish(kind)
+    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
+    metadata = {**_described(config, settings, forms), **(provenance or {})}
     rounding = None
     with replacing_folder(out) as partial:
         if architecture is None:
-            export_traced(folder, partial, settings, notify)
+            export_traced(folder, partial, settings, notify, metadata)
         else:
             rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
-            write_graph(architecture, source, settings, partial, notify)
+            write_graph(architecture, source, settings, partial, notify, metadata)
             if source.kept:
                 source.kept.remove()
         write_layouts(Layout(folder, partial, config, settings))
-    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     return ExportSummary(
         folder=out,
         route="builder" if architecture else "traced",
@@ -88,6 +90,18 @@ def export_onnx(
         graph=summarise(out),
         rounding=rounding,
     )
+
+
+def _described(config: Config, settings: ExportSettings, forms: Mapping[str, int]) -> dict[str, str]:
+    """Return what the folder and the settings say of the graph: family, how layers are stored, types."""
+    blocks = "" if settings.weights == "same" else f", blocks of {settings.quantize.block}, {settings.quantize.rule}"
+    return {
+        "model_type": str(config["model_type"]),
+        "layers": ", ".join(f"{count} {kind}" for kind, count in sorted(forms.items())) or "traced",
+        "flavour": settings.flavour,
+        "dtype": settings.dtype,
+        "weights": f"{settings.weights}{blocks}",
+    }
 
 
 def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch.Tensor] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 CACHE = "past_key_values"
+# Sizes that vary, by the names that transformers.js and optimum look for.
+BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,30 @@ def _port(value: ir.Value) -> Port:
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """`ops`: nodes by kind; `initializer_bytes`: all weights; `flops_per_token`: 2 · m · n over all weight products."""
+    """`ops`: nodes by kind; `initializer_bytes`: all weights; `flops_per_token`: 2 · m · n over all weight products.
+
+    `metadata`: what the file says of where it comes from.
+    """
 
     ops: dict[str, int]
     initializer_bytes: int
     flops_per_token: int
+    metadata: Mapping[str, str]
 
 
 def summarise(folder: Path) -> GraphSummary:
     """Summarise `folder`/model.onnx without reading its weights."""
     import onnx_ir as ir
 
-    graph = ir.load(folder / MODEL_FILE).graph
+    model = ir.load(folder / MODEL_FILE)
+    graph = model.graph
     ops = Counter(node.op_type for node in graph)
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     return GraphSummary(
         ops=dict(sorted(ops.items())),
         initializer_bytes=sum(tensor.nbytes for tensor in tensors),
         flops_per_token=sum(_flops(node) for node in graph),
+        metadata=dict(model.metadata_props),
     )
 
 

@@ -9,6 +9,7 @@ releases.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from torch import nn
 
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.inspect import MODEL_FILE
+from soco_export.onnx.inspect import BATCH, CACHE, MODEL_FILE, PAST, SEQUENCE, TOTAL
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.write.graph import stamp
 from soco_train.errors import MachineError, RecipeError
 from soco_train.events import Event, Notify
 
@@ -89,8 +91,10 @@ def check_fallback(config: Config, settings: ExportSettings) -> None:
         )
 
 
-def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Notify) -> None:
-    """Write `out`/model.onnx by tracing; RecipeError where torch cannot trace the model."""
+def export_traced(
+    folder: Path, out: Path, settings: ExportSettings, notify: Notify, metadata: Mapping[str, str]
+) -> None:
+    """Write `out`/model.onnx by tracing, with `metadata` in it; RecipeError where torch cannot trace the model."""
     notify(Event("export", 0, 1))
     model = load_checkpoint(folder, dtype=getattr(torch, settings.dtype)).eval()
     model.config._attn_implementation = "eager"
@@ -108,6 +112,8 @@ def export_traced(folder: Path, out: Path, settings: ExportSettings, notify: Not
     if program is None:
         raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
     _forget_origin(program.model)
+    _name_sizes(program.model.graph)
+    stamp(program.model, metadata)
     ir.save(program.model, out / MODEL_FILE, external_data=f"{MODEL_FILE}.data")
     notify(Event("export", 1, 1))
 
@@ -151,6 +157,18 @@ def _example_tokens(past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     new = 3
     positions = torch.arange(past, past + new).repeat(2, 1)
     return torch.ones(2, new, dtype=torch.long), torch.ones(2, past + new, dtype=torch.long), positions
+
+
+def _name_sizes(graph: ir.Graph) -> None:
+    """Give the sizes that vary the names that they have in the builder's graphs, wherever they occur."""
+    ports = {value.name: list(value.shape or ()) for value in graph.inputs}
+    (batch, sequence), total = ports["input_ids"], ports["attention_mask"][1]
+    sizes = {batch: BATCH, sequence: SEQUENCE, total: TOTAL, ports[f"{CACHE}.0.key"][2]: PAST}
+    names = {str(size): name for size, name in sizes.items()}
+    produced = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *produced):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(str(size), size) for size in value.shape])
 
 
 def _forget_origin(model: ir.Model) -> None:

@@ -67,6 +67,9 @@ def test_it_writes_runs_the_proof_and_is_in_the_report(tiny_run: Path, tmp_path:
     outcome = export(Request(out=run, set_=settings), tiny_run)
     assert outcome.code == 0, outcome.text
     assert "past_key_values.0.key" in json.loads((run / "onnx" / "toy.json").read_text(encoding="utf-8"))
+    metadata = json.loads((run / "evidence" / "onnx.json").read_text(encoding="utf-8"))["graph"]["metadata"]
+    assert metadata["soco_export.base_model"] == "tiny"
+    assert float(metadata["soco_export.keep_params"]) == load_recipe("tiny").keep_params
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert results["parity"]["export"]["prefill"]["max_logit_difference"] == pytest.approx(SHIFT, abs=0.01)
     assert results["recipe"]["validate"]["runtime"] == "toy"

@@ -15,6 +15,7 @@ from soco_export.onnx.emit.experts import emit_experts
 from soco_export.onnx.emit.linear import Linears
 from soco_export.onnx.emit.mlp import emit_mlp
 from soco_export.onnx.emit.norm import Norms
+from soco_export.onnx.inspect import BATCH, PAST, SEQUENCE, TOTAL
 from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import Graph
@@ -52,27 +53,25 @@ class DecoderBuilder:
         self._logits(hidden)
         for index, present in enumerate(presents):
             for value, part in zip(present, ("key", "value"), strict=True):
-                self.graph.output(
-                    value, f"present.{index}.{part}", self.graph.dtype, self._cache_shape("total_sequence")
-                )
+                self.graph.output(value, f"present.{index}.{part}", self.graph.dtype, self._cache_shape(TOTAL))
         notify(Event("export", self.architecture.layers + 1, self.architecture.layers + 1))
         return self.graph.model("soco-export")
 
     def _inputs(self) -> Inputs:
-        tokens = self.graph.input("input_ids", INT64, ["batch", "sequence"])
-        mask = self.graph.input("attention_mask", INT64, ["batch", "total_sequence"])
+        tokens = self.graph.input("input_ids", INT64, [BATCH, SEQUENCE])
+        mask = self.graph.input("attention_mask", INT64, [BATCH, TOTAL])
         positions = None
         if self.flavour.needs_positions:
-            positions = self.graph.input("position_ids", INT64, ["batch", "sequence"])
+            positions = self.graph.input("position_ids", INT64, [BATCH, SEQUENCE])
         return Inputs(tokens, mask, positions)
 
     def _cache(self, index: int) -> tuple[ir.Value, ir.Value]:
-        shape, name = self._cache_shape("past_sequence"), f"past_key_values.{index}"
+        shape, name = self._cache_shape(PAST), f"past_key_values.{index}"
         key = self.graph.input(f"{name}.key", self.graph.dtype, shape)
         return key, self.graph.input(f"{name}.value", self.graph.dtype, shape)
 
     def _cache_shape(self, time: str) -> list[int | str]:
-        return ["batch", self.architecture.attention.kv_heads, time, self.architecture.attention.head_dim]
+        return [BATCH, self.architecture.attention.kv_heads, time, self.architecture.attention.head_dim]
 
     # input_ids ── rows of the table (── Mul scale)(── Add ── Gather learned positions ── Add offset)(── norm) ── x
     def _embedded(self, inputs: Inputs) -> ir.Value:
@@ -191,5 +190,5 @@ class DecoderBuilder:
             if scales.cap is not None:
                 cap = graph.constant(scales.cap, FLOAT)
                 logits = graph.op("Mul", graph.op("Tanh", graph.op("Div", logits, cap)), cap)
-        time = 1 if self.settings.last_token_logits else "sequence"
-        graph.output(logits, "logits", FLOAT, ["batch", time, self.architecture.vocab])
+        time = 1 if self.settings.last_token_logits else SEQUENCE
+        graph.output(logits, "logits", FLOAT, [BATCH, time, self.architecture.vocab])

@@ -7,7 +7,7 @@ input gives the same bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from soco_export.onnx.write.matrix import CHUNK, Array, Matrix, Stored
 from soco_train.errors import RecipeError
+from soco_train.installed import version
 
 Dim = int | str
 
@@ -155,6 +156,12 @@ class Graph:
     def _unique(self, name: str) -> str:
         self._used[name] += 1
         return name if self._used[name] == 1 else f"{name}_{self._used[name] - 1}"
+
+
+def stamp(model: ir.Model, metadata: Mapping[str, str]) -> None:
+    """Write into the model's metadata which version of this package made it, and what else is known of it."""
+    model.producer_version = version()
+    model.metadata_props.update({f"soco_export.{key}": value for key, value in metadata.items()})
 
 
 def _cast(name: str, array: Array, dtype: ir.DataType) -> Array:

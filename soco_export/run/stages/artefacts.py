@@ -9,15 +9,18 @@ and moves what it wrote into place.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from soco_export.run.context import RunContext
+from soco_export.run.folder import EVIDENCE_SECTIONS
 from soco_export.run.names import CARD_FILE, EXPORT_FILE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
+from soco_train.store.bounded import read_json
 
 
 def cut_plan(context: RunContext, out: Path) -> None:
@@ -79,9 +82,28 @@ def write_onnx(context: RunContext, out: Path) -> None:
     from soco_export.export import export_onnx
 
     summary = export_onnx(
-        context.path("checkpoint", "hf"), out / "onnx", context.recipe.export, context.notify, context.calibration
+        context.path("checkpoint", "hf"),
+        out / "onnx",
+        context.recipe.export,
+        context.notify,
+        context.calibration,
+        provenance(context),
     )
     write_evidence(out / EXPORT_FILE, json.dumps(asdict(summary) | {"folder": "onnx"}, indent=2, default=str) + "\n")
+
+
+def provenance(context: RunContext) -> dict[str, str]:
+    """Return what the pruned graph says of where it comes from; nothing that only measuring and judging read."""
+    card = read_json(context.path("checkpoint", CARD_FILE), "run it again with --fresh")
+    recipe = context.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    made = {key: value for key, value in recipe.items() if key not in EVIDENCE_SECTIONS}
+    return {
+        "base_model": str(card["base_model"]),
+        "keep_params": f"{context.recipe.keep_params:g}",
+        "storage": context.recipe.storage,
+        "params": f"{card['params_before']} to {card['params_after']}",
+        "recipe_sha256": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def write_dense_onnx(context: RunContext, out: Path) -> None:
@@ -95,7 +117,8 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
         save_dense(context.take_stored_model(), context.tokenizer(), source)
     else:
         source = fetch_folder(context.recipe)
-    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify, context.calibration)
+    base = {"base_model": context.recipe.model.id or context.recipe.name}
+    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify, context.calibration, base)
 
 
 def write_evidence(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from soco_export.export import export_onnx
 from soco_export.onnx.inspect import read_ports, summarise
 from soco_export.onnx.read import CheckpointWeights
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import ExportSettings, Flavour
 from soco_train.errors import DataError, RecipeError
 from tests.support.decoders import CONFIGS, factor, save_dense, tiny_model
 
@@ -256,10 +256,33 @@ def test_graph_is_the_golden_one(case, tmp_path: Path) -> None:
     name, settings, kinds = FORMS.get(case) or (*GRAPHS[case], MIXED)
     folder = factor(tiny_model(name), tmp_path / "hf", kinds)
     export_onnx(folder, tmp_path / "onnx", ExportSettings(**settings))
-    found = vars(summarise(tmp_path / "onnx"))
+    found = {key: value for key, value in vars(summarise(tmp_path / "onnx")).items() if key != "metadata"}
     golden = GOLDEN / f"onnx-{case}.json"
     if not golden.exists():
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(json.dumps(found, indent=2) + "\n")
         pytest.fail(f"{golden.name} was not there and has been written: look at it")
     assert found == json.loads(golden.read_text())
+
+
+@pytest.mark.parametrize("flavour", ["standard", "contrib"])
+def test_sizes_have_the_names_that_runtimes_look_for_and_the_file_says_where_it_comes_from(
+    flavour: Flavour, tmp_path: Path
+) -> None:
+    folder = factor(tiny_model("llama"), tmp_path / "hf", MIXED)
+    settings = ExportSettings(flavour=flavour, weights="int8")
+    export_onnx(folder, tmp_path / "onnx", settings, provenance={"base_model": "someone/something"})
+    ports = read_ports(tmp_path / "onnx")
+    assert ports.inputs["input_ids"].shape == ("batch_size", "sequence_length")
+    assert ports.inputs["attention_mask"].shape == ("batch_size", "total_sequence_length")
+    assert ports.inputs["past_key_values.1.value"].shape[::2] == ("batch_size", "past_sequence_length")
+    assert ports.outputs["present.1.value"].shape[::2] == ("batch_size", "total_sequence_length")
+    assert ports.outputs["logits"].shape[:2] == ("batch_size", "sequence_length")
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    told = {entry.key.removeprefix("soco_export."): entry.value for entry in model.metadata_props}
+    assert model.producer_name == "soco-export"
+    assert model.producer_version
+    assert (told["base_model"], told["model_type"], told["flavour"]) == ("someone/something", "llama", flavour)
+    assert told["weights"] == "int8, blocks of 32, nearest"
+    assert "stacked" in told["layers"]
+    assert "pivoted" in told["layers"]

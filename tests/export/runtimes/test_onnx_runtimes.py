@@ -12,6 +12,7 @@ import torch
 
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
+from soco_export.onnx.inspect import read_ports
 from soco_export.onnx.settings import ExportSettings
 from tests.support.decoders import CONFIGS, Decoder, factor, tiny_model
 
@@ -136,6 +137,9 @@ def test_an_architecture_without_description_is_traced(tmp_path: Path, monkeypat
     summary = export_onnx(folder, tmp_path / "onnx", ExportSettings())
     assert summary.route == "traced"
     assert str(tmp_path).encode() not in (tmp_path / "onnx" / "model.onnx").read_bytes()
+    ports = read_ports(tmp_path / "onnx")
+    assert ports.inputs["position_ids"].shape == ("batch_size", "sequence_length")
+    assert ports.outputs["present.1.key"].shape[::2] == ("batch_size", "total_sequence_length")
     decoder, prompt = Decoder(tmp_path / "onnx"), [0, 0, 7, 9, 11]
     tokens = np.array([prompt, [5, 8, 13, 21, 34]])
     mask = np.array([[0, 0, 1, 1, 1], [1] * 5])
