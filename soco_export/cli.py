@@ -32,6 +32,12 @@ SHARED_VERBS = ("train", "train_and_export", "export")
 Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.")]
 Format = Annotated[Literal["onnx", "hf", "dense"], typer.Option(help="ONNX, Hugging Face low rank, or merged dense.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="What will run it: ort, genai, transformers.js, openvino or triton; sets flavour, types and files."
+    ),
+]
 KeepParams = Annotated[float | None, typer.Option(help="Fraction of the selected layers' parameters to keep.")]
 Sizes = Annotated[str | None, typer.Option("--keep-params", help="One or more sizes: 0.9,0.8,0.6.")]
 Aim = Annotated[
@@ -85,6 +91,7 @@ def train_and_export(
     model: Model = None,
     recipe: RecipeFile = None,
     format: Format = "onnx",
+    target: Target = None,
     keep_params: KeepParams = None,
     out: Out = None,
     set_: Set = None,
@@ -141,6 +148,7 @@ def plan(
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
     format: Format = "onnx",
+    target: Target = None,
     keep_params: KeepParams = None,
     out: Out = None,
     set_: Set = None,

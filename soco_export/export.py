@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from soco_export.files.records import check_apart
+from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
@@ -86,7 +86,7 @@ def export_onnx(
         route="builder" if architecture else "traced",
         flavour=settings.flavour,
         forms=dict(forms),
-        bytes=_bytes_on_disk(out),
+        bytes=folder_bytes(out),
         graph=summarise(out),
         rounding=rounding,
     )
@@ -127,9 +127,3 @@ def _calibrated(
     source.kept = KeptLevels(work)
     few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
     return calibrate(source.folder, few, settings, source.kept, notify)
-
-
-def _bytes_on_disk(folder: Path) -> int:
-    """Return the size of all files; linked files count once."""
-    found = [file.stat() for file in folder.rglob("*") if file.is_file()]
-    return sum({file.st_ino: file.st_size for file in found}.values())

@@ -98,3 +98,9 @@ def check_apart(out: Path, inputs: Iterable[Path], where: str = "--out") -> None
                 fix="give a folder beside it: what is read is never written to",
                 where=where,
             )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files under a folder; one that has several names there counts once."""
+    found = (file.stat() for file in folder.rglob("*") if file.is_file())
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())

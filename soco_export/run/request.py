@@ -24,6 +24,7 @@ class Request:
     format: Format = "onnx"
     keep_params: float | None = None
     optimise_for: str | None = None
+    target: str | None = None
     out: Path | None = None
     set_: Sequence[str] | None = None
     dry_run: bool = False
@@ -34,9 +35,27 @@ class Request:
 
     @property
     def overrides(self) -> list[str]:
-        """All settings as `key=value`, flags last: a flag goes before a key."""
+        """All settings as `key=value`: a flag goes before a key, and a key before what `--target` chooses."""
         flags = {"keep_params": self.keep_params, "optimise_for": self.optimise_for, "train.seed": self.seed}
-        return [*(self.set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+        return [
+            *self._of_target(),
+            *(self.set_ or ()),
+            *(f"{key}={value}" for key, value in flags.items() if value is not None),
+        ]
+
+    def _of_target(self) -> tuple[str, ...]:
+        """Return the settings of the runtime that `--target` names; RecipeError if there is none, or nothing for it."""
+        if self.target is None:
+            return ()
+        from soco_export.runtimes.registry import find_runtime
+
+        if self.format != "onnx":
+            raise RecipeError(
+                f"--target {self.target} is a program that runs ONNX, and the format is {self.format}",
+                fix="--format onnx, or no --target",
+                where="--target",
+            )
+        return find_runtime(self.target, "--target").target
 
     def resolve(self) -> Recipe:
         """Return the recipe that the flags mean together; settings go before what `--tiny` shrinks."""

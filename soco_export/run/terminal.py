@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from soco_export.files.records import folder_bytes
 from soco_export.files.text import one_line
 from soco_export.report.gates import verdict_text
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.tables import verdict_sentence
 from soco_export.run.request import Outcome
-from soco_export.run.stages.report import folder_bytes
 from soco_train.errors import ExitCode
 from soco_train.plan.ranks import RankPlan
 

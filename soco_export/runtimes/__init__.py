@@ -1,5 +1,5 @@
 """Where the export runs. Importing this package registers the runtimes in it."""
 
-from soco_export.runtimes import genai, optimum, ort, triton
+from soco_export.runtimes import browser, genai, openvino, optimum, ort, triton
 
-__all__ = ["genai", "optimum", "ort", "triton"]
+__all__ = ["browser", "genai", "openvino", "optimum", "ort", "triton"]

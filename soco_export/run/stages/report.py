@@ -9,6 +9,7 @@ from typing import Any
 from soco_export.bench.machine import describe_machine
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
 from soco_export.files.json import read_config
+from soco_export.files.records import folder_bytes
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings
 from soco_export.report.html import render_html
@@ -115,11 +116,6 @@ def _largest_coefficient(factors: Path) -> float | None:
 
     found = (layer.growth() for layer in stored_factors(factors).values())
     return max((growth for growth in found if growth is not None), default=None)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files under a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults:
