@@ -176,6 +176,7 @@ class RoundingSettings(Section):
     block: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
     keep: tuple[str, ...] = ()
+    dense: bool = Field(default=True, description="layers that stay dense are trained as rounded too")
 
 
 class DistillSettings(Section):

@@ -15,6 +15,7 @@ import torch
 # imported to be registered
 from soco_train.forms import pivoted, stacked
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors
+from soco_train.forms.dense import DenseWeight
 from soco_train.settings import check_storage
 
 __all__ = ["pivoted", "stacked"]
@@ -66,7 +67,8 @@ def find_form(name: str) -> type[LayerFactors]:
 
 def form_of_class(name: str) -> type[LayerFactors]:
     """Return the form whose numbers are of the class `name`, as files have it; ValueError if there is none."""
-    for numbers in FORMS.values():
+    known: tuple[type[LayerFactors], ...] = (*FORMS.values(), DenseWeight)
+    for numbers in known:
         if numbers.__name__ == name:
             return numbers
     raise ValueError(f"{name!r} is no form of factors")

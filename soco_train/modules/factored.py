@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from soco_train import parallel
+from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import substituted
-from soco_train.numbers.rounding import rounded, rounds
+from soco_train.numbers.rounding import rounded, rounds, trains_dense
 from soco_train.settings import RoundingSettings
 
 
@@ -28,50 +30,79 @@ class FactorPair(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
-        z = functional.linear(x, self._seen(self.down, x))
-        return functional.linear(z, self._seen(self.up, x), None if self.bias is None else self.bias.to(x.dtype))
-
-    def _seen(self, factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return (factor if self.rounding is None else rounded(factor, self.rounding)).to(x.dtype)
-
-
-class FactorLinear(nn.Module):
-    """A pruned layer: its pair of factors, or the dense layer in teacher mode.
-
-    The pair is a module of its own so that sharding it (parallel.py) leaves the dense layer, and its passes, alone.
-    """
-
-    def __init__(self, dense: nn.Linear, factors: StackedFactors, rounding: RoundingSettings | None = None) -> None:
-        super().__init__()
-        self.dense = dense.requires_grad_(False)
-        self.pair = FactorPair(factors, dense.weight.device, rounding)
-        self.teaching = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Input [..., n], output [..., m], in the dtype of x."""
-        y: torch.Tensor = self.dense(x) if self.teaching else self.pair(x)
-        return y
+        z = functional.linear(x, _seen(self.down, self.rounding, x))
+        return functional.linear(z, _seen(self.up, self.rounding, x), _bias(self.bias, x))
 
     @torch.no_grad()
     def load(self, factors: StackedFactors) -> None:
         """Take other factors of the same shapes."""
-        self.pair.up.copy_(factors.up)
-        self.pair.down.copy_(factors.down)
-        if self.pair.bias is not None and factors.bias is not None:
-            self.pair.bias.copy_(factors.bias)
+        self.up.copy_(factors.up)
+        self.down.copy_(factors.down)
+        if self.bias is not None and factors.bias is not None:
+            self.bias.copy_(factors.bias)
 
-    def factors(self) -> StackedFactors:
+    def numbers(self) -> StackedFactors:
         """Return the factors as they are now, whole."""
-        bias = None if self.pair.bias is None else _taken(self.pair.bias)
-        return StackedFactors(_taken(self.pair.up), _taken(self.pair.down), bias)
+        return StackedFactors(_taken(self.up), _taken(self.down), None if self.bias is None else _taken(self.bias))
+
+
+class WholeWeight(nn.Module):
+    """The weight of a layer that stays dense as what is trained, in fp32: y = weight x + bias, the weight rounded."""
+
+    def __init__(self, dense: nn.Linear, rounding: RoundingSettings) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.weight = nn.Parameter(dense.weight.detach().to(torch.float32, copy=True))
+        self.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().to(torch.float32, copy=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        return functional.linear(x, _seen(self.weight, self.rounding, x), _bias(self.bias, x))
+
+    def numbers(self) -> DenseWeight:
+        """Return weight and bias as they are now, whole."""
+        return DenseWeight(_taken(self.weight), None if self.bias is None else _taken(self.bias))
+
+
+def _seen(matrix: torch.Tensor, rounding: RoundingSettings | None, x: torch.Tensor) -> torch.Tensor:
+    return (matrix if rounding is None else rounded(matrix, rounding)).to(x.dtype)
+
+
+def _bias(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 def _taken(parameter: nn.Parameter) -> torch.Tensor:
     return parallel.whole(parameter.detach()).cpu().clone()
 
 
+Learnt = TypeVar("Learnt", bound=FactorPair | WholeWeight, covariant=True)
+
+
+class TrainedLinear(nn.Module, Generic[Learnt]):
+    """What is trained of a layer, or the dense layer in teacher mode.
+
+    What is trained is a module of its own so that sharding it (parallel.py) leaves the dense layer, and its passes,
+    alone.
+    """
+
+    def __init__(self, dense: nn.Linear, learnt: Learnt) -> None:
+        super().__init__()
+        self.dense = dense.requires_grad_(False)
+        self.learnt = learnt
+        self.teaching = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        y: torch.Tensor = self.dense(x) if self.teaching else self.learnt(x)
+        return y
+
+
+FactorLinear = TrainedLinear[FactorPair]
+
+
 class RoundedLinear(nn.Module):
-    """A layer that stays dense, as rounding will leave it, or as it is in teacher mode; it is not trained."""
+    """A layer that stays dense and is not trained, as rounding will leave it, or as it is in teacher mode."""
 
     def __init__(self, dense: nn.Linear, rounding: RoundingSettings) -> None:
         super().__init__()
@@ -87,9 +118,16 @@ class RoundedLinear(nn.Module):
 def factored(
     model: nn.Module, linears: Mapping[str, nn.Linear], factors: Mapping[str, StackedFactors]
 ) -> AbstractContextManager[dict[str, FactorLinear]]:
-    """Put FactorLinears in the place of the pruned Linears for the duration of the context, all else frozen."""
+    """Put the factors in the place of the pruned Linears for the duration of the context, all else frozen."""
     pruned = {name: linears[name] for name in factors}
-    return substituted(model, pruned, lambda name, linear: FactorLinear(linear, factors[name]))
+    return substituted(model, pruned, lambda name, linear: _factor_linear(linear, factors[name]))
+
+
+def _factor_linear(dense: nn.Linear, factors: StackedFactors, rounding: RoundingSettings | None = None) -> FactorLinear:
+    return TrainedLinear(dense, FactorPair(factors, dense.weight.device, rounding))
+
+
+Deployed = TrainedLinear[FactorPair | WholeWeight] | RoundedLinear
 
 
 def deployed(
@@ -97,13 +135,15 @@ def deployed(
     linears: Mapping[str, nn.Linear],
     factors: Mapping[str, StackedFactors],
     rounding: RoundingSettings,
-) -> AbstractContextManager[dict[str, FactorLinear | RoundedLinear]]:
-    """As `factored`, and those `linears` that are rounded and have no factors become RoundedLinears."""
+) -> AbstractContextManager[dict[str, Deployed]]:
+    """As `factored`; those `linears` that will be rounded and have no factors are there as rounding leaves them."""
 
-    def make(name: str, linear: nn.Linear) -> FactorLinear | RoundedLinear:
-        if name not in factors:
-            return RoundedLinear(linear, rounding)
-        return FactorLinear(linear, factors[name], rounding if rounds(rounding, name) else None)
+    def make(name: str, linear: nn.Linear) -> Deployed:
+        if name in factors:
+            return _factor_linear(linear, factors[name], rounding if rounds(rounding, name) else None)
+        if trains_dense(rounding, name):
+            return TrainedLinear(linear, WholeWeight(linear, rounding))
+        return RoundedLinear(linear, rounding)
 
     taking_part = {name: linear for name, linear in linears.items() if name in factors or rounds(rounding, name)}
     return substituted(model, taking_part, make)

@@ -1,4 +1,4 @@
-"""Weights as block quantisation will leave them, so that distillation can train the factors that really run.
+"""Weights as block quantisation will leave them, so that distillation can train the numbers that really run.
 
 The rounding is the export's own (soco_train.numbers). The gradient passes straight
 through (arXiv 1308.3432): what is trained, kept and stored are the numbers before rounding.
@@ -20,6 +20,11 @@ from soco_train.settings import BITS, RoundingSettings, Storage
 def rounds(settings: RoundingSettings, name: str) -> bool:
     """Tell whether the layer `name` will be rounded."""
     return settings.weights != "same" and not any(fnmatchcase(name, glob) for glob in settings.keep)
+
+
+def trains_dense(settings: RoundingSettings, name: str) -> bool:
+    """Tell whether the layer `name` is trained as rounded where it stays dense."""
+    return settings.dense and rounds(settings, name)
 
 
 def check_rounding(settings: RoundingSettings, storage: Storage) -> None:

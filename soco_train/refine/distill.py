@@ -1,6 +1,7 @@
 """Distillation of the factors, end to end: the largest single lever after the cut.
 
-`up`, `down` and bias of every pruned layer are trained on KL to the dense model + ce_weight · cross entropy. The dense
+`up`, `down` and bias of every pruned layer are trained on KL to the dense model + ce_weight · cross entropy; with
+`rounding` the weights of layers that stay dense as well, each seen as the export will round it. The dense
 model is the same model with its dense Linears switched back on, so there is no second copy. With
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
@@ -22,13 +23,14 @@ from torch import nn
 from soco_train import parallel
 from soco_train.errors import DataError
 from soco_train.events import Event
+from soco_train.forms.base import LayerFactors
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.learn.loop import Loop
 from soco_train.learn.optimiser import optimisers, warmup_cosine
 from soco_train.learn.recompute import recomputing
 from soco_train.learn.teacher import Teacher
-from soco_train.modules.factored import FactorLinear, RoundedLinear, deployed
+from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
 from soco_train.settings import DistillSettings
@@ -38,10 +40,11 @@ _BEST = "best/"
 
 def distill(
     subject: Subject, factors: Mapping[str, StackedFactors], settings: DistillSettings, session: Session
-) -> dict[str, StackedFactors]:
-    """Train the factors towards the dense model's predictions and return them; resumes from its checkpoint.
+) -> dict[str, LayerFactors]:
+    """Train towards the dense model's predictions and return the factors, and the dense weights if they are trained.
 
-    Raises DataError if the loss is not finite, or if held-out blocks leave nothing to train on.
+    Resumes from its checkpoint. Raises DataError if the loss is not finite, or if held-out blocks leave nothing to
+    train on.
     """
     if len(subject.tokens) <= settings.held_out_blocks:
         raise DataError(
@@ -55,10 +58,10 @@ def distill(
         deployed(subject.model, subject.linears, factors, settings.rounding) as everything,
         recomputing(subject.model, settings.checkpoint_activations),
     ):
-        layers = {name: layer for name, layer in everything.items() if isinstance(layer, FactorLinear)}
-        parallel.agree(parameter for layer in layers.values() for parameter in layer.pair.parameters())
+        layers = {name: layer for name, layer in everything.items() if isinstance(layer, TrainedLinear)}
+        parallel.agree(parameter for layer in layers.values() for parameter in layer.learnt.parameters())
         if settings.shard:
-            parallel.shard(layer.pair for layer in layers.values())
+            parallel.shard(layer.learnt for layer in layers.values())
         teacher = Teacher(
             lambda tokens: _dense_logits(subject.model, everything.values(), tokens), settings.teacher_top, folder
         )
@@ -69,12 +72,10 @@ def distill(
                 work.run()
         else:
             work.run()
-        return {name: layer.factors() for name, layer in layers.items()}
+        return {name: layer.learnt.numbers() for name, layer in layers.items()}
 
 
-def _dense_logits(
-    model: nn.Module, layers: Iterable[FactorLinear | RoundedLinear], tokens: torch.Tensor
-) -> torch.Tensor:
+def _dense_logits(model: nn.Module, layers: Iterable[Deployed], tokens: torch.Tensor) -> torch.Tensor:
     with teaching(layers):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
@@ -92,15 +93,15 @@ class _Distillation(Loop):
         subject: Subject,
         settings: DistillSettings,
         session: Session,
-        layers: Mapping[str, FactorLinear],
+        layers: Mapping[str, TrainedLinear[FactorPair | WholeWeight]],
         teacher: Teacher,
     ) -> None:
         self.model, self.settings, self.teacher = subject.model, settings, teacher
-        self.pairs = [layer.pair for layer in layers.values()]
+        self.learnt = [layer.learnt for layer in layers.values()]
         parameters = {
             f"{name}:{part}": parameter
             for name, layer in layers.items()
-            for part, parameter in layer.pair.named_parameters()
+            for part, parameter in layer.learnt.named_parameters()
         }
         stepping = optimisers(settings.optimiser, parameters.values(), settings.lr)
         learnt = len(subject.tokens) - settings.held_out_blocks
@@ -137,7 +138,7 @@ class _Distillation(Loop):
         with torch.no_grad():
             for name, tensor in self.best.items():
                 self.parameters[name].copy_(tensor)
-        parallel.divide_again(self.pairs)
+        parallel.divide_again(self.learnt)
 
     def one_step(self) -> None:
         """Take a step, and from time to time look at the held-out blocks."""

@@ -65,8 +65,8 @@ def refit(
             for group in flow.readers(number, own):
                 moments = flow.moments(number, own[group[0]])
                 for name in group:
-                    found[name] = solve(own[name].dense, own[name].factors(), moments, settings)
-                    own[name].load(found[name])
+                    found[name] = solve(own[name].dense, own[name].learnt.numbers(), moments, settings)
+                    own[name].learnt.load(found[name])
             flow.advance(number)
             notify(Event("refit", number + 1, len(blocks)))
     return found

@@ -18,7 +18,7 @@ from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write
 
 @dataclass(frozen=True)
 class Factors:
-    """The pruned layers of one size. A participating layer that is not here stays dense."""
+    """The layers of one size, pruned or dense and trained. A participating layer that is not here stays as it was."""
 
     layers: Mapping[str, LayerFactors]
     provenance: Provenance = field(default_factory=dict)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
+from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.modules.factored import factored
@@ -338,19 +339,22 @@ def test_once_its_predictions_are_remembered_the_dense_model_is_not_asked(
     assert not asked, "and it is not asked again"
 
 
-def test_factors_are_trained_beside_all_that_will_be_rounded(subject, cut, tmp_path: Path) -> None:
-    rounding = RoundingSettings(weights="int4", block=16, keep=("*.o_proj",))
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_trained_is_the_model_as_all_of_it_will_be_rounded(subject, cut, dense: bool, tmp_path: Path) -> None:
+    rounding = RoundingSettings(weights="int4", block=16, keep=("*.o_proj",), dense=dense)
     settings = {"evaluate_every": 10, "lr": 3e-3, "patience": 9, "rounding": rounding}
     task, events = distillation(subject, tmp_path, **settings)
     found = distill(subject, {name: layer for name, layer in cut[2].items() if not name.endswith(".v_proj")}, *task)
+    assert {name.endswith(".v_proj") for name in found} == {False, dense}
 
     stored = copy.deepcopy(subject.model)
     for name, linear in subject.linears.items():
-        parts = [found[name].up, found[name].down] if name in found else [linear.weight]
+        layer = found.get(name, DenseWeight(linear.weight, linear.bias))
+        parts = [layer.weight] if isinstance(layer, DenseWeight) else [layer.up, layer.down]
         parts = parts if name.endswith("o_proj") else [rounded(part, rounding) for part in parts]
-        stored.get_submodule(name).weight.data = torch.linalg.multi_dot(parts) if name in found else parts[0]
-        if name in found and found[name].bias is not None:
-            stored.get_submodule(name).bias.data = found[name].bias
+        stored.get_submodule(name).weight.data = parts[0] @ parts[1] if len(parts) == 2 else parts[0]
+        if layer.bias is not None:
+            stored.get_submodule(name).bias.data = layer.bias
     last = subject.tokens[-4:]
     with torch.no_grad():
         expected, _ = divergence(stored(input_ids=last).logits, subject.model(input_ids=last).logits, last)
