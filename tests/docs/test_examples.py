@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -182,3 +183,40 @@ def test_the_workflow_calls_what_is_there() -> None:
     scripts = [command.split()[0] for command in commands if command.startswith("./")]
     assert scripts
     assert all((EXAMPLES / "gate_a_ci_job" / script).is_file() for script in scripts)
+
+
+BROWSER = EXAMPLES / "browser"
+NEEDS_TRANSFORMERS_JS = pytest.mark.skipif(
+    shutil.which("node") is None or not (BROWSER / "node_modules").exists(),
+    reason="no transformers.js here: npm install --prefix examples/browser --ignore-scripts",
+)
+NEEDS_CHROMIUM = pytest.mark.skipif(
+    not Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")).exists(), reason="no Chromium here: CHROMIUM=PATH"
+)
+
+
+@NEEDS_TRANSFORMERS_JS
+@pytest.mark.parametrize(
+    ("weights", "flags"),
+    [
+        pytest.param("same", (), marks=NEEDS_CHROMIUM, id="chromium"),
+        pytest.param("same", ("--node",), id="node"),
+        pytest.param("int4", ("--node",), id="node-int4"),
+    ],
+)
+def test_transformers_js_gives_the_tokens_of_torch(
+    weights: str, flags: tuple[str, ...], tiny_run: Path, tmp_path: Path
+) -> None:
+    check = runpy.run_path(str(BROWSER / "check.py"))["check"]
+    row = check(tiny_run / "hf", tmp_path, weights, 16, flags)
+    assert row["equal"], row
+    assert row["tokensPerSecond"] > 0
+    if not flags:
+        assert row["elsewhere"] == []
+        assert f"{len(row['tokens'])} tokens, " in row["shown"]
+
+
+def test_what_the_browser_said_is_committed_and_was_right() -> None:
+    rows = json.loads((BROWSER / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["dtype"] for row in rows} == {"fp32", "q8", "q4"}
+    assert all(row["engine"].startswith("Chromium") and row["equal"] and not row["elsewhere"] for row in rows)
