@@ -161,10 +161,11 @@ def _example_tokens(past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def _name_sizes(graph: ir.Graph) -> None:
     """Give the sizes that vary the names that they have in the builder's graphs, wherever they occur."""
-    ports = {value.name: list(value.shape or ()) for value in graph.inputs}
-    (batch, sequence), total = ports["input_ids"], ports["attention_mask"][1]
-    sizes = {batch: BATCH, sequence: SEQUENCE, total: TOTAL, ports[f"{CACHE}.0.key"][2]: PAST}
-    names = {str(size): name for size, name in sizes.items()}
+    ports = {value.name: [str(size) for size in value.shape or ()] for value in (*graph.inputs, *graph.outputs)}
+    (batch, sequence), past = ports["input_ids"], ports[f"{CACHE}.0.key"][2]
+    names = {batch: BATCH, sequence: SEQUENCE, past: PAST}
+    # the mask's length, and what the tracer writes for the sum of past and new
+    names |= dict.fromkeys((ports["attention_mask"][1], ports["present.0.key"][2]), TOTAL)
     produced = (value for node in graph.all_nodes() for value in node.outputs)
     for value in (*graph.inputs, *produced):
         if value.shape is not None:
