@@ -61,7 +61,8 @@ def cut_factors(
 
     model: the dense model that `scores` were learnt on, left as it was; `workdir`: the one of `learn_scores`.
     The seed that trained the scores orders the batches here too. The layers that `plan` leaves dense are not in the
-    result. Raises RecipeError for what distillation cannot do, DataError for a loss that is not finite.
+    result, unless they were trained as rounded. Raises RecipeError for what distillation cannot do, DataError for a
+    loss that is not finite.
     """
     layers = {name: model.get_submodule(name) for name in plan.layers}
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}

@@ -75,7 +75,7 @@ def check_recipe(recipe: Recipe, format: str) -> None:
 
 
 def check_quantisation(recipe: Recipe) -> None:
-    """Raise RecipeError if the export would round the factors where or how they were not trained to be rounded.
+    """Raise RecipeError if the export would round what was trained where or how it was not trained to be rounded.
 
     What it rounds less than that is no worse for it.
     """
@@ -85,7 +85,7 @@ def check_quantisation(recipe: Recipe) -> None:
         return
     if calibrates:
         raise RecipeError(
-            f"the factors are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
+            f"the layers are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
             fix="export.quantize.rule: nearest, or refine.distill.rounding.weights: same",
             where="recipe: export.quantize.rule",
         )
@@ -98,8 +98,8 @@ def check_quantisation(recipe: Recipe) -> None:
     for key in (key for key, differs in differences.items() if differs):
         exported = f"export.{key}" if key == "weights" else f"export.quantize.{key}"
         raise RecipeError(
-            f"the factors are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
-            fix="give both the same value and distil so, or round the factors as they are: soco-export export RUN/hf",
+            f"the layers are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
+            fix="give both the same value and distil so, or round them as they are: soco-export export RUN/hf",
             where=f"recipe: {exported}",
         )
 

@@ -180,8 +180,23 @@ def stacked(recipe: Recipe, shape: ModelShape) -> int:
     return int(sum(r * (m + n) for r, (m, n) in zip(_ranks(recipe, shape), shape.linears, strict=True)))
 
 
-def _largest_factor(recipe: Recipe, shape: ModelShape) -> int:
-    return int(max(r * max(pair) for r, pair in zip(_ranks(recipe, shape), shape.linears, strict=True)))
+def _trained(recipe: Recipe, shape: ModelShape) -> list[tuple[float, float]]:
+    """Return the shapes of the matrices that distillation trains: factors, or at full size the rounded weights."""
+    if recipe.keep_params == 1 and _trains_dense(recipe):
+        return list(shape.linears)
+    pairs = zip(_ranks(recipe, shape), shape.linears, strict=True)
+    return [matrix for r, (m, n) in pairs for matrix in ((m, r), (r, n))]
+
+
+def _trains_dense(recipe: Recipe) -> bool:
+    rounding = recipe.refine.distill.rounding
+    return rounding.weights != "same" and rounding.dense
+
+
+def _largest_trained(recipe: Recipe, shape: ModelShape) -> int:
+    """Numbers of the largest matrix that is trained; where dense weights are, the plan may leave any layer dense."""
+    trained = [*_trained(recipe, shape), *(shape.linears if _trains_dense(recipe) else ())]
+    return int(max(m * n for m, n in trained))
 
 
 def _ranks(recipe: Recipe, shape: ModelShape) -> list[float]:
@@ -197,9 +212,9 @@ def _distillation_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     # fp32 factors: value, gradient and moments; and copies in the model's dtype, or rounded, while they are needed
     factors = (2 + KEPT_BY[settings.optimiser]) * DENSE_BYTES * kept
     if settings.optimiser == "muon":
-        factors += MUON_AT_ONCE * _largest_factor(recipe, shape)
+        factors += MUON_AT_ONCE * _largest_trained(recipe, shape)
     if settings.rounding.weights != "same":
-        factors += ROUNDING_AT_ONCE * _largest_factor(recipe, shape)
+        factors += ROUNDING_AT_ONCE * _largest_trained(recipe, shape)
     if width < DENSE_BYTES or settings.rounding.weights != "same":
         factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
@@ -227,9 +242,9 @@ def _distillation_flops(recipe: Recipe, shape: ModelShape) -> float:
 
 
 def _muon_flops(recipe: Recipe, shape: ModelShape) -> float:
-    """FLOPs of a step: five times X ← aX + (bXXᵀ + c(XXᵀ)²)X for each factor X: [r, n] and [m, r]."""
-    shapes = zip(_ranks(recipe, shape), shape.linears, strict=True)
-    return 5 * sum(4.0 * r * r * (m + n) + 4.0 * r**3 for r, (m, n) in shapes)
+    """FLOPs of a step: five times X ← aX + (bXXᵀ + c(XXᵀ)²)X for each trained matrix X, its shorter side first."""
+    sides = (sorted(matrix) for matrix in _trained(recipe, shape))
+    return 5 * sum(4.0 * short**2 * long + 2.0 * short**3 for short, long in sides)
 
 
 def _saved_by_the_rest(shape: ModelShape, width: int) -> int:

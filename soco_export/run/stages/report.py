@@ -129,14 +129,29 @@ def _notes(context: RunContext) -> Iterator[str]:
     """Yield every fallback and every measurement that was left out, with its reason."""
     if context.format == "onnx":
         yield from _export_notes(context)
-    rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
-    plan = RankPlan.from_json(context.path("plan", "plan.json").read_text(encoding="utf-8"))
-    if context.recipe.refine.distill.steps and len(plan.dense_layers) == len(plan.layers):
-        yield "every layer stays dense: there were no factors to distil, and nothing was trained"
-    elif context.recipe.refine.distill.steps and rounding != "same" and (context.format != "onnx" or weights == "same"):
-        yield f"the factors were trained to be rounded to {rounding}, and here they are not"
+    yield from distillation_notes(context)
     if thresholds(context.recipe, context.format) != applicable(context.recipe, context.format):
         yield f"gates on ONNX are not judged: the format is {context.format}"
+
+
+def distillation_notes(context: RunContext) -> Iterator[str]:
+    """Yield what was trained beside the factors, and what it was in for and did not get."""
+    from soco_export.checkpoint.layers import stored_factors
+    from soco_train.forms.dense import DenseWeight
+    from soco_train.forms.registry import forms_of
+
+    if not context.recipe.refine.distill.steps:
+        return
+    rounding, weights = context.recipe.refine.distill.rounding.weights, context.recipe.export.weights
+    trained = forms_of(stored_factors(context.path("factors", "factors.safetensors")))
+    dense = sum(isinstance(form, DenseWeight) for form in trained.values())
+    if not trained:
+        yield "every layer stays dense: there were no factors to distil, and nothing was trained"
+        return
+    if dense:
+        yield f"{dense} layers that stay dense were trained as they are once rounded to {rounding}"
+    if rounding != "same" and (context.format != "onnx" or weights == "same"):
+        yield f"what was trained is meant to be rounded to {rounding}, and here it is not"
 
 
 def _export_notes(context: RunContext) -> Iterator[str]:

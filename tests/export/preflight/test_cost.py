@@ -166,6 +166,30 @@ def test_7b_learns_its_scores_and_distils_to_0_6_on_one_gpu_of_80_gb() -> None:
     assert max(phase.device for phase in estimate(remembered, shape).phases) < 75e9
 
 
+def test_dense_weights_that_are_trained_are_counted() -> None:
+    rounded = {"refine.distill.steps": 100, "refine.distill.rounding.weights": "int4"}
+    recipe = load_recipe("mistral-7b").replace({**rounded, "keep_params": 0.8})
+    shape = measure(recipe)
+    trained, frozen = (
+        {phase.name: phase for phase in estimate(one, shape).phases}["distillation"]
+        for one in (recipe, recipe.replace({"refine.distill.rounding.dense": False}))
+    )
+    assert trained.device > frozen.device, "the largest matrix may be a whole weight"
+    whole = recipe.replace({"keep_params": 1.0, "refine.distill.optimiser": "muon"})
+    assert cost_training.checkpoint_bytes(whole, shape) == pytest.approx(2 * 4 * shape.selected, rel=1e-6)
+    factors = whole.replace({"refine.distill.rounding.dense": False})
+    # a whole weight is dearer to make orthogonal than two factors of as many numbers: its shorter side is longer
+    assert 1.2 < muon_hours(whole, shape) / muon_hours(factors, shape) < 2.5
+
+
+def muon_hours(recipe: Recipe, shape: ModelShape) -> float:
+    hours = [
+        {phase.name: phase.gpu_hours for phase in estimate(one, shape).phases}["distillation"]
+        for one in (recipe, recipe.replace({"refine.distill.optimiser": "adamw"}))
+    ]
+    return hours[0] - hours[1]
+
+
 def test_with_muon_7b_distils_to_0_8_on_one_gpu_of_80_gb() -> None:
     settings = {"refine.distill.steps": 100, "refine.distill.batch_tokens": 4096, "refine.distill.teacher_top": 512}
     recipe = load_recipe("mistral-7b").replace({**settings, "keep_params": 0.8})
