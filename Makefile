@@ -46,8 +46,8 @@ bench-onnx: setup ## measure the tables of benchmarks/speed again (about three q
 mutate: setup ## plant known faults one by one: does a test notice? (some minutes)
 	@$(VENV)/bin/python tools/mutate
 
-bench-bits: setup ## what rounding to int4 and int2 loses on the built-in model, to nearest and calibrated (minutes)
-	@$(VENV)/bin/python -m benchmarks.bits dense=soco_train/builtin/tiny --keep 0.8 0.6 --out benchmarks/bits/results/tiny
+bench-bits: setup ## what int4 and int2 lose on the built-in model: rounded to nearest, calibrated, trained as rounded (minutes)
+	@$(VENV)/bin/python -m benchmarks.bits dense=soco_train/builtin/tiny --keep 0.8 0.6 --rules nearest calibrated trained --out benchmarks/bits/results/tiny
 
 clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,12 +1,14 @@
 """What a rule of rounding loses: each model in fp32, and in blocks of few bits rounded by each rule.
 
-    python -m benchmarks.bits dense=FOLDER --keep 0.8 --out OUT
+    python -m benchmarks.bits dense=FOLDER --keep 0.8 --rules nearest calibrated trained --out OUT
     python -m benchmarks.bits dense=FOLDER --calibrate train.raw --evaluate test.raw --block 2048 --blocks 8 --out OUT
 
 `--keep` cuts FOLDER to a low-rank model without training a step: whitened basis, components by their Fisher
 information in the whole model, cut by price. `loss` is the mean cross entropy of a token, its excess what rounding adds
-to that of the same model in fp32, and a rule has removed the share by which its excess is below nearest's. The token
-table is in int8 everywhere. OUT/bits.json holds every row as soon as it is measured; a row of the same inputs is kept.
+to that of the same model in fp32, and a rule has removed the share by which its excess is below nearest's. `trained`
+is no rule of rounding: the model was distilled as rounding to nearest leaves it (models.py), and beside it stands the
+low-rank model that had the same tokens in fp32. The token table is in int8 everywhere. OUT/bits.json holds every row as
+soon as it is measured; a row of the same inputs is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bits.models import LEARNING, LEARNING_RATES, Found, Subject, tokenizer_of
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
@@ -29,15 +33,20 @@ from soco_export.files.records import record_file
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.run.manifest import stage_key
 from soco_train.data.corpus import load_blocks
-from soco_train.settings import DataSettings, PlanSettings, TrainSettings
+from soco_train.settings import DataSettings, RoundingSettings
 
 GRIDS = ("int4-32", "int4-64", "int4-128", "int2-32")
-RULES = ("nearest", "calibrated")
+RULES = ("nearest", "calibrated", "trained")
+_LEARNING = [LEARNING.model_dump(mode="json"), LEARNING_RATES]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one form. bytes: of model.onnx and its data; seconds: of processor time for the export."""
+    """One model in one form.
+
+    bytes: of model.onnx and its data; seconds: of processor time for training and export; lr: that of a trained one, of
+    those in `tried` with the divergence from the dense model that each ended with on held-out blocks.
+    """
 
     model: str
     grid: str
@@ -50,6 +59,8 @@ class Row:
     calibration_tokens: int
     layer_error_removed: float | None
     key: str
+    lr: float | None = None
+    tried: Mapping[str, float] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.out / "bits.json"
     known = {_name(row): row for row in _read(path)}
     with tempfile.TemporaryDirectory() as work:
-        for model, folder in models(options, Path(work)):
-            key = _key(folder, options)
-            for grid, rule in forms(options):
-                before = known.get((model, grid, rule))
-                if before is None or before.key != key:
-                    known[model, grid, rule] = measure((model, grid, rule), folder, options, key)
+        for model in models(options, Path(work)):
+            key = _key(model.subject.folder, options)
+            for grid, rule in forms(options, model.distilled):
+                own = stage_key([key, _LEARNING], {})[:16] if rule == "trained" or model.distilled else key
+                before = known.get((model.name, grid, rule))
+                if before is None or before.key != own:
+                    known[model.name, grid, rule] = measure((model.name, grid, rule), model, options, own)
                     rows = [asdict(row) for row in known.values()]
                     write_atomic(path, json.dumps({"setting": _setting(options), "rows": rows}, indent=1) + "\n")
                     write_atomic(options.out / "bits.md", markdown(list(known.values()), _setting(options)))
@@ -77,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("models", nargs="+", type=_named, help="NAME=FOLDER, a Hugging Face folder; the first is cut")
     parser.add_argument("--keep", nargs="*", type=float, default=[], help="cut the first model to these sizes as well")
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), help="intBITS-BLOCK")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=["nearest", "calibrated"])
     parser.add_argument("--calibrate", nargs="+", type=Path, help="text files; default: the built-in speeches")
     parser.add_argument("--evaluate", type=Path, help="text file; default: the built-in speeches")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
@@ -120,62 +132,75 @@ def _key(folder: Path, options: argparse.Namespace) -> str:
     return stage_key([options.block, options.blocks, options.tokens], inputs)[:16]
 
 
-def forms(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return (grid, rule) of every row of a model; fp32 has no rule."""
-    return [("fp32", ""), *((grid, rule) for grid in options.grids for rule in options.rules)]
+@dataclass(frozen=True)
+class Model:
+    """What is rounded: a subject as it is cut, or `distilled` in fp32."""
+
+    name: str
+    subject: Subject
+    distilled: bool = False
+
+    @cached_property
+    def found(self) -> Found:
+        """The model before it is rounded."""
+        if self.distilled:
+            return self.subject.trained(RoundingSettings())
+        return Found(self.subject.folder if self.subject.keep == 1 else self.subject.cut(), None, None)
 
 
-def models(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the models and the sizes that the first is cut to."""
-    yield from options.models
-    for keep in options.keep:
-        yield f"{keep:g}", cut(options.models[0][1], keep, options, work)
+def forms(options: argparse.Namespace, distilled: bool) -> list[tuple[str, str]]:
+    """Return (grid, rule) of every row of a model; fp32 has no rule, and what is distilled is not trained again."""
+    rules = [rule for rule in options.rules if rule != "trained" or not distilled]
+    return [("fp32", ""), *((grid, rule) for grid in options.grids for rule in rules)]
 
 
-def cut(folder: Path, keep: float, options: argparse.Namespace, work: Path) -> Path:
-    """Return the folder of the dense model in `folder` cut to `keep`, nothing trained; scores stay in `work`."""
-    from soco_export.checkpoint.layers import apply_factors
-    from soco_export.checkpoint.load import load_checkpoint
-    from soco_export.checkpoint.writer import save_checkpoint
-    from soco_train import cut_factors, learn_scores, plan_ranks
-
-    model, out = load_checkpoint(folder), work / f"keep-{keep:g}"
-    plan = PlanSettings(keep_params=keep, allocation="lagrangian")
-    tokens = _blocks(folder, options, "calibration")[: max(1, options.tokens // options.block)]
-    train = TrainSettings(scorer="fisher", basis="whitened", fisher_blocks=16)
-    scores = learn_scores(model, tokens, work / "cut", train, plan)
-    ranks = plan_ranks(scores, plan)
-    apply_factors(model, cut_factors(model, tokens, scores, ranks, work / "cut"))
-    save_checkpoint(model, _tokenizer(folder), out)
-    return out
+def models(options: argparse.Namespace, work: Path) -> Iterator[Model]:
+    """Yield the models, and the first at the sizes that it is cut to, untrained and distilled."""
+    sizes = [(name, folder, 1.0) for name, folder in options.models]
+    for name, folder, keep in [*sizes, *((f"{keep:g}", options.models[0][1], keep) for keep in options.keep)]:
+        subject = Subject(folder, keep, _blocks(folder, options, "calibration"), options.tokens, work / name)
+        yield Model(name, subject)
+        if keep < 1 and "trained" in options.rules:
+            yield Model(f"{name} distilled", subject, distilled=True)
 
 
-def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace, key: str) -> Row:
-    """Export and score one row."""
+def measure(name: tuple[str, str, str], model: Model, options: argparse.Namespace, key: str) -> Row:
+    """Train if asked, export and score one row."""
     _, grid, rule = name
+    started = time.process_time()
+    found = model.subject.trained(rounding(grid)) if rule == "trained" else model.found
     with tempfile.TemporaryDirectory() as work:
-        out, started = Path(work) / "onnx", time.process_time()
+        out = Path(work) / "onnx"
         summary = export_onnx(
-            folder,
+            found.folder,
             out,
-            settings(grid, rule, options.tokens),
-            calibration=lambda: _blocks(folder, options, "calibration"),
+            settings(grid, "nearest" if rule == "trained" else rule, options.tokens),
+            calibration=lambda: model.subject.text,
         )
         seconds = time.process_time() - started
         size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
-        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), _blocks(folder, options, "evaluation"))
-    rounding = summary.rounding
+        scored = measure_perplexity(
+            OnnxDecoder(out, CPU, options.threads), _blocks(model.subject.folder, options, "evaluation")
+        )
     return Row(
         *name,
         bytes=size,
-        loss=found.loss,
-        perplexity=found.value,
-        tokens=found.tokens,
+        loss=scored.loss,
+        perplexity=scored.value,
+        tokens=scored.tokens,
         seconds=round(seconds, 1),
-        calibration_tokens=rounding.tokens if rounding else 0,
-        layer_error_removed=rounding.removed if rounding else None,
+        calibration_tokens=summary.rounding.tokens if summary.rounding else 0,
+        layer_error_removed=summary.rounding.removed if summary.rounding else None,
         key=key,
+        lr=found.lr,
+        tried=found.divergences,
     )
+
+
+def rounding(grid: str) -> RoundingSettings:
+    """Return what a row is trained for."""
+    weights, _, block = grid.partition("-")
+    return RoundingSettings.model_validate({"weights": weights, "block": int(block)})
 
 
 def settings(grid: str, rule: str, tokens: int) -> ExportSettings:
@@ -192,21 +217,15 @@ def _blocks(folder: Path, options: argparse.Namespace, purpose: Any) -> Any:
     source: Mapping[str, Any] = {"path": tuple(paths)} if paths else {"builtin": "speeches"}
     blocks = options.blocks if purpose == "evaluation" else None
     data = DataSettings(**source, block=options.block, blocks=blocks)
-    return load_blocks(_tokenizer(folder), data, purpose).tokens
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return load_blocks(tokenizer_of(folder), data, purpose).tokens
 
 
 def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
     """Return the table, a model's rows together."""
     known = {_name(row): row for row in rows}
     lines = [
-        "| model | weights | rule | MB | perplexity | excess loss | removed | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | weights | rule | MB | perplexity | excess loss | removed | lr | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         exact, plain = known.get((row.model, "fp32", "")), known.get((row.model, row.grid, "nearest"))
@@ -215,10 +234,15 @@ def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
         if exact and plain and row.rule not in ("", "nearest"):
             removed = f"{1 - (row.loss - exact.loss) / (plain.loss - exact.loss):.0%}"
         cells = (row.model, row.grid, row.rule, f"{row.bytes / 1e6:.1f}", f"{row.perplexity:.5g}", excess, removed)
-        lines.append(f"| {' | '.join(cells)} | {row.seconds:.0f} |")
+        rate = f"{row.lr:g}" if row.lr else ""
+        lines.append(f"| {' | '.join(cells)} | {rate} | {row.seconds:.0f} |")
     said = f"{rows[0].tokens} tokens of {setting['evaluation']} in windows of {setting['block']}"
     calibrated = f"calibrated with {setting['calibration_tokens']} tokens of {setting['calibration']}"
-    return "\n".join([*lines, "", f"Perplexity over {said}; {calibrated}. Seconds of processor time.", ""])
+    tokens = LEARNING.steps * LEARNING.batch_tokens
+    learnt = (
+        f"trained with {tokens} tokens, the best of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)} as learning rate"
+    )
+    return "\n".join([*lines, "", f"Perplexity over {said}; {calibrated}; {learnt}. Seconds of processor time.", ""])
 
 
 if __name__ == "__main__":
