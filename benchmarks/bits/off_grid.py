@@ -126,10 +126,10 @@ def _on_grid(weight: torch.Tensor) -> torch.Tensor:
 
 
 def moves(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return each number's move in steps of the grid of 16 levels that `before` spans its block with; one in 16."""
+    """Return each number's move in steps of the grid of 16 levels that `before` spans its block with; one in 17."""
     blocks = before.reshape(-1, BLOCK)
     step = ((blocks.amax(-1) - blocks.amin(-1)) / (LEVELS - 1)).clamp_min(1e-30)
-    return ((after - before).reshape(-1, BLOCK).abs() / step[:, None]).flatten()[::16]
+    return ((after - before).reshape(-1, BLOCK).abs() / step[:, None]).flatten()[::17]
 
 
 def _perplexity(model: Any, tokenizer: Any, options: argparse.Namespace) -> float:
