@@ -22,6 +22,7 @@ import typer
 from soco_export import signals
 from soco_export.console import NORMAL, QUIET, VERBOSE, Console, say, tolerate_streams
 from soco_export.files.machine import machine_limits
+from soco_export.help import MODEL, OUTPUT, RUN, Verb
 from soco_train import parallel
 from soco_train.errors import ExitCode, SocoError
 from soco_train.installed import version
@@ -29,32 +30,80 @@ from soco_train.installed import version
 # what several processes under torchrun do together; any other verb is the leading one's alone
 SHARED_VERBS = ("train", "train_and_export", "export")
 
-Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.")]
-Format = Annotated[Literal["onnx", "hf", "dense"], typer.Option(help="ONNX, Hugging Face low rank, or merged dense.")]
+Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.", rich_help_panel=MODEL)]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.", rich_help_panel=MODEL)
+]
+Format = Annotated[
+    Literal["onnx", "hf", "dense"],
+    typer.Option(help="ONNX, Hugging Face low rank, or merged dense.", rich_help_panel=MODEL),
+]
 Target = Annotated[
     str | None,
     typer.Option(
-        help="What will run it: ort, genai, transformers.js, openvino or triton; sets flavour, types and files."
+        help="What will run it: ort, genai, transformers.js, openvino or triton; sets flavour, types and files.",
+        rich_help_panel=MODEL,
     ),
 ]
-KeepParams = Annotated[float | None, typer.Option(help="Fraction of the selected layers' parameters to keep.")]
-Sizes = Annotated[str | None, typer.Option("--keep-params", help="One or more sizes: 0.9,0.8,0.6.")]
+KeepParams = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the selected layers' parameters to keep, in (0, 1].",
+        show_default="the recipe's",
+        rich_help_panel=MODEL,
+    ),
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-params",
+        help="One or more sizes: 0.9,0.8,0.6.",
+        show_default="the recipe's",
+        rich_help_panel=MODEL,
+    ),
+]
 Aim = Annotated[
     Literal["params", "latency"] | None,
-    typer.Option(help="latency: layers that were measured to be no faster at their rank stay dense."),
+    typer.Option(
+        help="latency: layers that were measured to be no faster at their rank stay dense.",
+        show_default="the recipe's",
+        rich_help_panel=MODEL,
+    ),
 ]
-Out = Annotated[Path | None, typer.Option(help="Where to write.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe key: key=value. Repeatable.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost; no network, no weights.")]
-Tiny = Annotated[bool, typer.Option("--tiny", help="The same architecture with 2 layers and random weights.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; what the run folder holds is lost.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the training.")]
-Strict = Annotated[bool, typer.Option("--strict", help="A gate that noise leaves undecided counts as failed.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every step, and tracebacks of errors.")]
-RunArgument = Annotated[Path | None, typer.Argument(help="A run folder; default: the model's, or the latest in runs/.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.", show_default="runs/NAME", rich_help_panel=RUN)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any recipe key: key=value. Repeatable.", rich_help_panel=MODEL),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what it would cost; no network, no weights.", rich_help_panel=RUN),
+]
+Tiny = Annotated[
+    bool,
+    typer.Option("--tiny", help="The same architecture with 2 layers and random weights.", rich_help_panel=MODEL),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; what the run folder holds is lost.", rich_help_panel=RUN)
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the training.", show_default="the recipe's", rich_help_panel=MODEL)
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="A gate that noise leaves undecided counts as failed.", rich_help_panel=OUTPUT),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print exactly one JSON document on stdout.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Every step, and tracebacks of errors.", rich_help_panel=OUTPUT)
+]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(help="A run folder.", show_default="the model's, or the latest in runs/"),
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,11 +131,13 @@ def common(
 
     Start with: soco-export train-and-export --model tiny
 
+    Each VERB --help has examples.
+
     Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine, 130 interrupted.
     """
 
 
-@app.command("train-and-export")
+@app.command("train-and-export", cls=Verb)
 def train_and_export(
     model: Model = None,
     recipe: RecipeFile = None,
@@ -108,7 +159,7 @@ def train_and_export(
     _call("train_and_export", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def train(
     model: Model = None,
     recipe: RecipeFile = None,
@@ -127,7 +178,7 @@ def train(
     _call("train", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def plan(
     run: RunArgument = None,
     model: Model = None,
@@ -144,7 +195,7 @@ def plan(
     _call("plan", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
     format: Format = "onnx",
@@ -158,11 +209,14 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run or a Hugging Face folder in another form, or a run at another size."""
+    """Write a run or a Hugging Face folder in another form.
+
+    A run can be written at another size too, from the same scores.
+    """
     _call("export", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def validate(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
     against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,
@@ -173,11 +227,11 @@ def validate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure parity and perplexity, and judge them by the recipe's gates."""
+    """Measure parity and perplexity, and judge them by gates."""
     _call("validate", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def bench(
     folder: Annotated[Path, typer.Argument(help="A run folder, or an ONNX folder.")],
     against: Annotated[Path | None, typer.Option(help="The ONNX folder to compare with, in turns.")] = None,
@@ -192,7 +246,7 @@ def bench(
     _call("bench", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def compare(
     one: Annotated[Path, typer.Argument(help="A results.json, or its run folder.")],
     two: Annotated[Path, typer.Argument(help="Another one.")],
@@ -204,7 +258,7 @@ def compare(
     _call("compare", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def report(
     run: RunArgument = None,
     model: Model = None,
@@ -214,11 +268,14 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Judge a run's results.json again, with other gates if given, and write its reports anew."""
+    """Judge a run again, and write its reports anew.
+
+    Other gates may be given with --set; the next plain report judges by the run's own.
+    """
     _call("report", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def gate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a results.json.")],
     baseline: Annotated[Path | None, typer.Option(help="The results.json to be no worse than, or its run.")] = None,
@@ -230,17 +287,20 @@ def gate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Judge a finished run by its gates, and against a baseline; measures nothing, writes nothing."""
+    """Judge a run by its gates, and against a baseline.
+
+    Measures nothing and writes nothing.
+    """
     _call("gate", locals())
 
 
-@recipes.command("list")
+@recipes.command("list", cls=Verb)
 def recipes_list(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the recipes that come with the package."""
     _call("recipes_list", locals())
 
 
-@recipes.command("show")
+@recipes.command("show", cls=Verb)
 def recipes_show(
     name: Annotated[str, typer.Argument(help="A recipe's name or file.")],
     set_: Set = None,
@@ -252,7 +312,7 @@ def recipes_show(
     _call("recipes_show", locals())
 
 
-@recipes.command("check")
+@recipes.command("check", cls=Verb)
 def recipes_check(
     names: Annotated[list[str] | None, typer.Argument(help="Names or files; default: all that are shipped.")] = None,
     json: Json = False,
@@ -263,7 +323,7 @@ def recipes_check(
     _call("recipes_check", locals())
 
 
-@app.command()
+@app.command(cls=Verb)
 def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Say what this machine can run, and what is missing."""
     _call("doctor", locals())

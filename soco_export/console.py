@@ -12,20 +12,17 @@ import json
 import math
 import os
 import sys
-import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from soco_export.files.text import visible
+from soco_export.progress import Bars, Lines
 from soco_train.errors import SocoError
 from soco_train.events import Event
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class Console:
@@ -35,15 +32,20 @@ class Console:
         self.as_json = as_json
         self.verbosity = verbosity
         self._stdout = sys.stdout
-        self._bars: _Bars | None = None
-        self._lines = _Lines(verbosity)
+        self._bars: Bars | None = None
+        self._lines = Lines(verbosity >= VERBOSE)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Keep stdout for the result and draw bars, where stderr is a terminal, until the work is over."""
+        """Keep stdout for the result and draw bars, where stderr is a terminal, until the work is over.
+
+        What libraries warn their developers of is shown with `--verbose` alone, or where Python was asked to (-W).
+        """
         bars = self.verbosity == NORMAL and sys.stderr.isatty()
-        with contextlib.redirect_stdout(sys.stderr):
-            self._bars = _Bars() if bars else None
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            if self.verbosity < VERBOSE and not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            self._bars = Bars() if bars else None
             try:
                 yield
             finally:
@@ -135,86 +137,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def render_values(values: Mapping[str, float | int | str]) -> str:
-    """Return figures as `phase 2 · KL 0.0312 · tokens/s 5120`; a value without a name is a remark of its own."""
-    return " · ".join(f"{name} {_figure(value)}".strip() for name, value in values.items())
-
-
-def _figure(value: float | int | str) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else value
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class _Lines:
-    """One line when a stage starts or ends, and one every few seconds between: for logs and CI."""
-
-    def __init__(self, verbosity: int) -> None:
-        self.verbosity = verbosity
-        self.stage = ""
-        self.first = (0, 0.0)
-        self.last = 0.0
-
-    def show(self, event: Event) -> None:
-        now = time.monotonic()
-        new = event.stage != self.stage or event.step < self.first[0]
-        if new:
-            self.stage, self.first = event.stage, (event.step, now)
-        finished = event.step >= event.total
-        due = now - self.last >= SECONDS_BETWEEN_LINES or self.verbosity >= VERBOSE
-        if not (new or finished or due):
-            return
-        self.last = now
-        print(visible(self._line(event, now)), file=sys.stderr, flush=True)
-
-    def _line(self, event: Event, now: float) -> str:
-        parts = [f"{event.stage:<11}"]
-        if event.total > 1:
-            parts.append(f"{event.step}/{event.total}")
-        if event.values:
-            parts.append(render_values(event.values))
-        done = event.step - self.first[0]
-        if done > 0 and event.step < event.total:
-            parts.append(f"ETA {_duration((now - self.first[1]) / done * (event.total - event.step))}")
-        return "  ".join(parts)
-
-
-class _Bars:
-    """One bar per stage; finished ones stay on the screen."""
-
-    def __init__(self) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        self.progress: Progress = RichProgress(
-            TextColumn("{task.description:<11}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=RichConsole(stderr=True),
-        )
-        self.tasks: dict[str, TaskID] = {}
-        self.progress.start()
-
-    def show(self, event: Event) -> None:
-        from rich.markup import escape
-
-        figures = escape(visible(render_values(event.values)))
-        if event.stage not in self.tasks:
-            self.tasks[event.stage] = self.progress.add_task(event.stage, total=event.total, figures=figures)
-        self.progress.update(self.tasks[event.stage], completed=event.step, total=event.total, figures=figures)
-
-    def close(self) -> None:
-        self.progress.stop()

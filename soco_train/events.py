@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Mark = Literal["progress", "begun", "done", "skipped"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """`step` of `total` in `stage` is done; `values` are figures worth showing (KL, ratio, tokens/s, …)."""
+    """`step` of `total` in `stage` is done; `values` are figures worth showing (KL, ratio, tokens/s, …).
+
+    `mark`: "begun", "done" and "skipped" are a stage of a run as a whole, and what is told between them is part of it;
+    `record`: figures for the training curve alone.
+    """
 
     stage: str
     step: int
     total: int
     values: Mapping[str, float | int | str] = field(default_factory=dict)
+    mark: Mark = "progress"
+    record: Mapping[str, float] = field(default_factory=dict)
 
 
 Notify = Callable[[Event], None]

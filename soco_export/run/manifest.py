@@ -20,6 +20,7 @@ from soco_train.errors import RecipeError
 from soco_train.store.bounded import read_bytes
 
 MANIFEST = "manifest.json"
+NEW = "not run yet"
 EDITED = (
     "move them elsewhere: the same command then makes what is missing; "
     "a model that you changed is measured by soco-export validate FOLDER --against MODEL"
@@ -131,7 +132,7 @@ def record_outputs(root: Path, outputs: Iterable[str], others: Iterable[str]) ->
 def why_stale(root: Path, record: StageRecord | None, keys: Collection[str]) -> str:
     """Return why a stage must run (again), "" if what it wrote into `root` under one of `keys` can be used as it is."""
     if record is None:
-        return "not run yet"
+        return NEW
     if record.status != "done":
         return "was interrupted"
     if record.key not in keys:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from soco_export.files.atomic import remove
 from soco_export.files.machine import machine_limits
 from soco_export.run.folder import RunFolder, workspaces
-from soco_export.run.manifest import StageRecord, stage_key, why_stale
+from soco_export.run.manifest import NEW, StageRecord, stage_key, why_stale
 from soco_train import parallel
 from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
@@ -64,7 +64,7 @@ class Pipeline(Generic[Context]):
         for stage in self.stages:
             reason = self.why(stage)
             if not reason:
-                self.notify(Event(stage.name, 1, 1, {"": "up to date"}))
+                self.notify(Event(stage.name, 1, 1, {"": "up to date"}, "skipped"))
             elif not stage.cache or any(self.why(reader) for reader in self.stages if stage.name in reader.reads):
                 self._execute(stage, reason)
 
@@ -112,7 +112,7 @@ class Pipeline(Generic[Context]):
         inputs = {name: self._hash(name) for name in stage.reads}
         home.manifest.stages[stage.name] = StageRecord(status="running", key=key, inputs=inputs)
         home.save()
-        self.notify(Event(stage.name, 0, 1, {"": reason}))
+        self.notify(Event(stage.name, 0, 1, {"": "running" if reason == NEW else f"running: {reason}"}, "begun"))
         workspace = self._workspace(stage, key)
         started = time.monotonic()
         with limits(stage.name, home.root):
@@ -123,7 +123,7 @@ class Pipeline(Generic[Context]):
         others = {name for other in self.stages if other is not stage for name in other.writes}
         done = StageRecord(status="done", key=key, inputs=inputs, seconds=round(seconds, 3))
         home.install(workspace, stage.name, done, stage.writes, others)
-        self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}))
+        self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}, "done"))
 
     def _workspace(self, stage: Stage[Context], key: str) -> Path:
         """Return the stage's own folder in unfinished/; those of its earlier tasks go."""

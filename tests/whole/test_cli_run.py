@@ -269,10 +269,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch:
     assert json.loads((RUN / "manifest.json").read_text())["stages"]["scores"]["status"] == "running"
     resumed = soco("train", *SMALL)
     assert resumed.code == 0, resumed.err
-    assert "scores       was interrupted" in resumed.err
+    assert "running: was interrupted" in resumed.err
     assert stages(resumed)["spectrum"] == "up to date"
-    first = next(line for line in resumed.err.splitlines() if line.startswith("train "))
-    assert int(first.split()[1].split("/")[0]) > 1
+    first = next(line for line in resumed.err.splitlines() if line.startswith("scores") and "  train  " in line)
+    assert int(first.split()[2].split("/")[0]) > 1
     straight = soco("train", *SMALL, "--out", "straight")
     assert straight.code == 0, straight.err
     assert (RUN / "scores.safetensors").read_bytes() == Path("straight", "scores.safetensors").read_bytes()

@@ -218,7 +218,8 @@ class TestPipeline:
         for _ in range(2):
             with open_folder(tmp_path, a_recipe()) as folder:
                 Pipeline(folder, (PLAN,), [], {"scores": lambda: "s"}, notify=events.append).run()
-        assert [str(event.values[""]).split(" in ")[0] for event in events] == ["not run yet", "done", "up to date"]
+        assert [str(event.values[""]).split(" in ")[0] for event in events] == ["running", "done", "up to date"]
+        assert [event.mark for event in events] == ["begun", "done", "skipped"]
 
 
 @pytest.mark.parametrize(
