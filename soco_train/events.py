@@ -14,7 +14,7 @@ class Event:
     """`step` of `total` in `stage` is done; `values` are figures worth showing (KL, ratio, tokens/s, …).
 
     `mark`: "begun", "done" and "skipped" are a stage of a run as a whole, and what is told between them is part of it;
-    `record`: figures for the training curve alone.
+    `record`: figures for the training curve alone, beside `values`; None for what is no step of a training.
     """
 
     stage: str
@@ -22,7 +22,7 @@ class Event:
     total: int
     values: Mapping[str, float | int | str] = field(default_factory=dict)
     mark: Mark = "progress"
-    record: Mapping[str, float] = field(default_factory=dict)
+    record: Mapping[str, float] | None = None
 
 
 Notify = Callable[[Event], None]

@@ -9,4 +9,7 @@ Format = Literal["onnx", "hf", "dense"]
 # written by the checkpoint, the export, the proof and the bench
 CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
+# the training curves of the two stages that train
+SCORES_CURVE, FACTORS_CURVE = "evidence/scores.jsonl", "evidence/factors.jsonl"
+KEPT_CURVE = "work/curve.jsonl"
 REPORT_FILES = ("results.json", "report.md", "report.html", "junit.xml", "hf/README.md")

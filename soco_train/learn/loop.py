@@ -128,9 +128,10 @@ class Loop(ABC):
             optimiser.zero_grad(set_to_none=True)
 
     def report(self, values: Mapping[str, float | int]) -> None:
-        """Tell the figures of the step that is done, and the speed so far."""
+        """Tell the figures of the step that is done, the speed so far and, for the curve, the learning rate."""
         speed = self._tokens_done / max(1e-9, time.monotonic() - self._started)
-        self.session.notify(Event(self.stage, self.step, self.steps, {**values, "tokens/s": speed}))
+        record = {"lr": float(self.optimisers[0].param_groups[0]["lr"])} if self.step else {}
+        self.session.notify(Event(self.stage, self.step, self.steps, {**values, "tokens/s": speed}, record=record))
 
     @property
     def _file(self) -> Path:

@@ -275,7 +275,8 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch:
     assert int(first.split()[2].split("/")[0]) > 1
     straight = soco("train", *SMALL, "--out", "straight")
     assert straight.code == 0, straight.err
-    assert (RUN / "scores.safetensors").read_bytes() == Path("straight", "scores.safetensors").read_bytes()
+    for name in ("scores.safetensors", "evidence/scores.jsonl"):
+        assert (RUN / name).read_bytes() == Path("straight", name).read_bytes()
 
 
 def test_an_interrupt_says_that_the_run_can_go_on(tmp_path: Path) -> None:

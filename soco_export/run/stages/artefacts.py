@@ -14,9 +14,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from soco_export.files.curve import recording
 from soco_export.run.context import RunContext
 from soco_export.run.folder import EVIDENCE_SECTIONS
-from soco_export.run.names import CARD_FILE, EXPORT_FILE, Format
+from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
@@ -43,9 +44,10 @@ def make_factors(context: RunContext, out: Path) -> None:
     plan = RankPlan.load(context.path("plan", "plan.json"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     subject = context.subject(context.path("spectrum", "spectrum"))
-    session = Session(out / "work", context.notify, fingerprint=out.name, seed=context.recipe.train.seed)
     origin = {"calibration": context.blocks("calibration").fingerprint}
-    factors = method.cut_factors(subject, scores, plan, context.recipe.refine, session, origin)
+    with recording(context.notify, out / KEPT_CURVE, out / FACTORS_CURVE) as notify:
+        session = Session(out / "work", notify, fingerprint=out.name, seed=context.recipe.train.seed)
+        factors = method.cut_factors(subject, scores, plan, context.recipe.refine, session, origin)
     if parallel.leading():
         factors.save(out / "factors.safetensors")
 
@@ -132,7 +134,7 @@ FACTORS = Stage(
     "factors",
     ("model", "calibration", "spectrum", "scores", "plan"),
     ("refine", "train.seed"),
-    ("factors.safetensors",),
+    ("factors.safetensors", FACTORS_CURVE),
     make_factors,
     shared=True,
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from soco_export.files.curve import recording
 from soco_export.run.context import RunContext
+from soco_export.run.names import KEPT_CURVE, SCORES_CURVE
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
 
@@ -28,8 +30,10 @@ def learn_scores(context: RunContext, out: Path) -> None:
 
     recipe, calibration = context.recipe, context.blocks("calibration")
     subject = context.subject(context.path("spectrum", "spectrum"))
-    session = Session(out / "work", context.notify, f"{calibration.fingerprint} {context.model_hash()}")
-    found = method.learn_scores(subject, recipe.train, recipe.plan, session)
+    fingerprint = f"{calibration.fingerprint} {context.model_hash()}"
+    with recording(context.notify, out / KEPT_CURVE, out / SCORES_CURVE) as notify:
+        session = Session(out / "work", notify, fingerprint)
+        found = method.learn_scores(subject, recipe.train, recipe.plan, session)
     if not parallel.leading():
         return
     origin = {
@@ -45,7 +49,7 @@ SCORES = Stage(
     "scores",
     ("model", "calibration", "spectrum"),
     ("layers", "train", *PLAN_KEYS),
-    ("scores.safetensors",),
+    ("scores.safetensors", SCORES_CURVE),
     learn_scores,
     shared=True,
 )
