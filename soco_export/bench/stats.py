@@ -15,12 +15,15 @@ import numpy as np
 
 from soco_export.bench.bootstrap import median_interval, quantile_interval
 
+DRAWN = (0.05, 0.25, 0.5, 0.75, 0.95)
+
 
 @dataclass(frozen=True)
 class Summary:
     """Percentiles of `n` samples, in the samples' unit; None where n is too small to hold the percentile.
 
-    `*_interval`: low and high end of the percentile's 95 % interval, None where it was not asked for.
+    `*_interval`: low and high end of the percentile's 95 % interval, None where it was not asked for; `quantiles`: at
+    5, 25, 50, 75 and 95 %, to draw the distribution, whatever n.
     """
 
     n: int
@@ -29,6 +32,7 @@ class Summary:
     p99: float | None
     p50_interval: tuple[float, float] | None = None
     p95_interval: tuple[float, float] | None = None
+    quantiles: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ def summarise(samples: Sequence[float]) -> Summary:
 
 def summarise_rounds(rounds: Sequence[Sequence[float]]) -> Summary:
     """Return the percentiles of all samples of a series, with intervals for the median and for p95."""
-    found = summarise([sample for samples in rounds for sample in samples])
+    everything = [sample for samples in rounds for sample in samples]
+    found = summarise(everything)
     return replace(
         found,
+        quantiles=tuple(float(value) for value in np.quantile(everything, DRAWN)),
         p50_interval=None if found.p50 is None else quantile_interval(rounds, 0.5),
         p95_interval=None if found.p95 is None else quantile_interval(rounds, 0.95),
     )

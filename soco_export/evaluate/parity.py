@@ -28,12 +28,16 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observation:
-    """What one decoder said, block by block. prefill: [t, v] each, decode: [steps, v] each, greedy: [tokens] each."""
+    """What one decoder said, block by block. prefill: [t, v] each, decode: [steps, v] each, greedy: [tokens] each.
+
+    prompts: the token ids [t] that each of `greedy` goes on from.
+    """
 
     name: str
     prefill: Sequence[FloatArray]
     decode: Sequence[FloatArray]
     greedy: Sequence[IntArray]
+    prompts: Sequence[IntArray] = ()
 
 
 def observe(
@@ -60,7 +64,7 @@ def observe(
     decoder.release()
     prompts = tokens[: settings.greedy_prompts, :prompt]
     greedy = [decoder.generate(ids[None], settings.greedy_tokens)[0] for ids in prompts]
-    return Observation(decoder.name, prefill, decode, greedy)
+    return Observation(decoder.name, prefill, decode, greedy, list(prompts))
 
 
 def _prompt_length(block: int, settings: ParitySettings) -> int:

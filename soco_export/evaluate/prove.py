@@ -25,6 +25,7 @@ from soco_train.data.corpus import Blocks
 from soco_train.events import Notify
 
 STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
+SAMPLES, PROMPT_SHOWN = 3, 48  # texts kept for the reader, and how many tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,24 @@ def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) ->
         "perplexity": {form: answer["perplexity"] for form, answer in answers.items()},
         "tasks": _tasks(answers),
         "placement": placement,
+        "samples": _samples(observations, questions.tokenizer),
     }
+
+
+def _samples(observations: Mapping[str, Observation], tokenizer: Any) -> list[dict[str, str]]:
+    """Return what the models write after the first prompts, greedily: for a reader, not for a figure."""
+    if DENSE not in observations or tokenizer is None:
+        return []
+    dense, final = observations[DENSE], observations[SHIPPED if SHIPPED in observations else LOW_RANK]
+    texts = zip(dense.prompts, dense.greedy, final.greedy, strict=True)
+    return [
+        {
+            "prompt": tokenizer.decode(prompt[-PROMPT_SHOWN:]),
+            "dense": tokenizer.decode(one),
+            "compressed": tokenizer.decode(two),
+        }
+        for prompt, one, two in list(texts)[:SAMPLES]
+    ]
 
 
 def _parity(observations: Mapping[str, Observation], reference: str, candidate: str) -> dict[str, Any] | None:

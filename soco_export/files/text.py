@@ -11,6 +11,7 @@ UNSEEN = re.compile(
 )
 # An underscore inside a word is no markup (CommonMark 6.2), and names of gates and layers stay legible.
 MARKUP = re.compile(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))")
+COLUMNS = 80  # of a terminal as it is opened
 SHOWN = 2000  # characters of one value: a name of a million would bury what matters
 
 
@@ -23,6 +24,20 @@ def one_line(text: str) -> str:
     r"""Return `text` in one line of bounded length, so that a value cannot look like a line of ours."""
     shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+def folded(line: str, width: int = COLUMNS) -> str:
+    """Return a line of figures in lines of at most `width` columns, broken where one ends: a name or path stays whole.
+
+    What follows the first line is indented.
+    """
+    pieces = re.split(r"(?<= · )|(?<=, )|(?<=[:.] )|(?<= → )", line)
+    lines = [""]
+    for piece in pieces:
+        if lines[-1].strip() and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def fence(text: str) -> str:

@@ -7,15 +7,15 @@ compared, only speed-ups: each of those is a ratio from one interleaved series.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from soco_export.files.text import one_line
 from soco_export.report.baseline import apart, changes, leaves
-from soco_export.report.markdown import render_table
 from soco_export.report.schema import Results
-from soco_export.report.tables import Table, number, verdict_line
+from soco_export.report.tables import Row, number, verdict_line
 
 LESS_IS_BETTER = (
     "perplexity.*.value",
@@ -31,6 +31,7 @@ MORE_IS_BETTER = ("tasks.*.compressed.acc*", "tasks.*.recovery", "parity.*_agree
 COUNTED = ("sizes.*",)
 SAMPLED = ("tasks.*.compressed.acc",)
 Z = 1.96
+WIDEST = 24  # characters of a setting in a comparison
 NOISE = {True: "yes", False: "no", None: "n/a"}
 
 
@@ -81,24 +82,39 @@ def compare_results(one: Results, two: Results) -> Comparison:
     )
 
 
-def render_comparison(comparison: Comparison) -> str:
-    """Return the comparison as Markdown."""
+def render_comparison(comparison: Comparison, names: tuple[str, str] = ("first", "second")) -> str:
+    """Return the comparison as aligned text; `names`: what the two results are called."""
+    differing = [d for d in comparison.figures if d.one != d.two]
     figures = [
-        (d.name, number(d.one), number(d.two), number(d.recovery), NOISE[d.beyond_noise]) for d in comparison.figures
+        (_brief(d.name), number(d.one), number(d.two), number(d.recovery), NOISE[d.beyond_noise]) for d in differing
     ]
-    settings = [(key, str(one), str(two)) for key, (one, two) in comparison.settings.items()]
-    tables = [
-        Table("Verdicts", ("first", "second"), (comparison.verdicts,)),
-        Table(
-            "Figures",
-            ("", "first", "second", "recovery", "beyond noise"),
-            tuple(figures),
-            "Recovery: above 1, the second is better. Beyond noise: n/a where no uncertainty was measured.",
-        ),
-        Table("Settings that differ", ("", "first", "second"), tuple(settings)),
-        Table("What else changed", ("first → second",), tuple((line,) for line in comparison.changed)),
-    ]
-    return "\n\n".join(render_table(table) for table in tables if table.rows) + "\n"
+    settings = [(key, _short(one), _short(two)) for key, (one, two) in comparison.settings.items()]
+    parts = [f"{name}: {verdict}" for name, verdict in zip(names, comparison.verdicts, strict=True)]
+    if figures:
+        parts += ["", *columns(("", *names, "recovery", "> noise"), figures)]
+        parts += ["recovery: above 1, the second is better", "> noise: n/a where no uncertainty was measured"]
+    parts.append(f"{len(comparison.figures) - len(differing)} of {len(comparison.figures)} figures are the same")
+    if settings:
+        parts += ["", "settings that differ", *columns(("", *names), settings)]
+    if comparison.changed:
+        parts += ["", f"what else changed ({names[0]} → {names[1]})", *comparison.changed]
+    return "\n".join(parts) + "\n"
+
+
+def columns(header: Row, rows: Sequence[Row]) -> list[str]:
+    """Return lines of aligned columns: the first to the left, figures to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
+
+
+def _brief(name: str) -> str:
+    return name.removeprefix("latency.workloads.").removeprefix("parity.").removesuffix(".value")
+
+
+def _short(value: Any) -> str:
+    text = one_line(str(value))
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
 
 
 def _direction(name: str) -> int:

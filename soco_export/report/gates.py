@@ -99,7 +99,6 @@ GATES = (
 
 State = Literal["passed", "inconclusive", "failed"]
 WORSE: tuple[State, ...] = ("passed", "inconclusive", "failed")
-SHOWN: Mapping[State, str] = {"passed": "ok    ", "inconclusive": "unsure", "failed": "FAILED"}
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,6 @@ class Verdict:
     def state(self) -> State:
         """Which of the three judgements it is."""
         return "passed" if self.passed else "inconclusive" if self.inconclusive else "failed"
-
-
-def verdict_text(verdict: Verdict) -> str:
-    """Return a judgement as a line for a terminal."""
-    return f"{SHOWN[verdict.state]} {verdict.name}: {verdict.message}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""report.html: the same tables and the plots, in one file that needs nothing else, not even a network."""
+"""report.html: the verdict, what changed, the gates, then pictures and tables, in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from soco_export.files.text import visible
 from soco_export.report.markdown import render_recipe
-from soco_export.report.plots import draw_plots
+from soco_export.report.material import Material
+from soco_export.report.plots import NONE, draw_plots
 from soco_export.report.schema import Results
-from soco_export.report.tables import all_tables, verdict_line
+from soco_export.report.tables import all_tables, changed, figures_sentence, origin, run_table, verdict_line
+from soco_export.report.words import SIGNS, verdict_words
 
 TEMPLATE = "report.html.jinja"
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 
 
-def render_html(results: Results) -> str:
+def render_html(results: Results, material: Material = NONE) -> str:
     """Return report.html."""
-    plots, absence = draw_plots(results)
+    plots, absence = draw_plots(results, material)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -30,8 +32,13 @@ def render_html(results: Results) -> str:
     text: str = environment.get_template(TEMPLATE).render(
         results=results,
         verdict=verdict_line(results),
+        sentence=figures_sentence(results),
         state="none" if not results.verdicts else "passed" if results.passed else "failed",
-        tables=all_tables(results),
+        gates=[(verdict.state, SIGNS[verdict.state], verdict_words(verdict)) for verdict in results.verdicts],
+        origin=origin(results),
+        changed=changed(results),
+        tables=[*all_tables(results), run_table(results, material)],
+        samples=material.samples,
         plots=plots,
         absence=absence,
         recipe=render_recipe(results),

@@ -1,28 +1,41 @@
-"""report.md: one page, the verdict first, then the tables, then the exact recipe."""
+"""report.md and comment.md: verdict, what changed and gates on the first screen; figures and recipe folded away."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import yaml
 
 from soco_export.files.text import fence, markdown
+from soco_export.report.material import Material
 from soco_export.report.schema import Results
-from soco_export.report.tables import Row, Table, all_tables, verdict_line
+from soco_export.report.tables import Row, Table, all_tables, changed, figures_sentence, origin, run_table, verdict_line
+from soco_export.report.words import SIGNS, verdict_words
 
 
-def render_markdown(results: Results) -> str:
-    """Return report.md."""
-    parts = [f"# {markdown(results.model.name)}: {verdict_line(results)}", _origin(results)]
-    parts += [render_table(table) for table in all_tables(results)]
+def render_markdown(results: Results, material: Material | None = None) -> str:
+    """Return report.md, as GitHub shows it in a job's summary."""
+    details = [render_table(table) for table in (*all_tables(results), run_table(results, material or Material()))]
     recipe = render_recipe(results)
-    parts.append(f"## Recipe\n\n{fence(recipe)}yaml\n{recipe}{fence(recipe)}")
+    parts = [
+        *_first_screen(results),
+        *(f"> {markdown(note)}" for note in results.notes),
+        _folded("All figures", "\n\n".join(details)),
+        _folded("Recipe, every setting resolved", f"{fence(recipe)}yaml\n{recipe}{fence(recipe)}"),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def render_table(table: Table) -> str:
+def render_comment(results: Results) -> str:
+    """Return comment.md, the body of a comment on a pull request: the first screen of report.md."""
+    return "\n\n".join([*_first_screen(results), *(f"> {markdown(note)}" for note in results.notes)]) + "\n"
+
+
+def render_table(table: Table, level: int = 3) -> str:
     """Return one table with its title and note."""
     rule = tuple("---" for _ in table.columns)
     lines = [_row(table.columns), _row(rule), *(_row(row) for row in table.rows)]
-    body = f"## {table.title}\n\n" + "\n".join(lines)
+    body = f"{'#' * level} {table.title}\n\n" + "\n".join(lines)
     return f"{body}\n\n{markdown(table.note)}" if table.note else body
 
 
@@ -31,17 +44,27 @@ def render_recipe(results: Results) -> str:
     return str(yaml.safe_dump(dict(results.recipe), sort_keys=False, allow_unicode=True))
 
 
+def _first_screen(results: Results) -> Iterator[str]:
+    yield f"## {markdown(results.model.name)}: {verdict_line(results)}"
+    sentence = figures_sentence(results)
+    if sentence:
+        yield markdown(sentence)
+    yield render_table(changed(results))
+    if results.verdicts:
+        gates = [f"- {SIGNS[verdict.state]} {markdown(verdict_words(verdict))}" for verdict in results.verdicts]
+        yield "\n".join(["### Gates\n", *gates])
+    yield markdown(origin(results))
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
 def _row(cells: Row) -> str:
     return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
 def _cell(text: str) -> str:
-    """Return a cell as it is to be read; what is bold as a whole stays bold."""
-    bold = text.startswith("**") and text.endswith("**") and len(text) > 4
-    return f"**{markdown(text[2:-2])}**" if bold else markdown(text)
-
-
-def _origin(results: Results) -> str:
-    model = results.model
-    revision = f" at {model.revision}" if model.revision else ""
-    return markdown(f"{model.architecture} from {model.source}{revision}, written as {results.format}.")
+    """Return a cell as it is to be read; what is bold at its beginning stays bold."""
+    bold, _, rest = text[2:].partition("**") if text.startswith("**") else ("", "", text)
+    return f"**{markdown(bold)}**{markdown(rest)}" if bold else markdown(text)

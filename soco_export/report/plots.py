@@ -1,41 +1,83 @@
-"""Plots of the results as inline SVG; without matplotlib (extra `report`) the report says so and goes on."""
+"""Plots of a run as inline SVG; without matplotlib (extra `report`) the report says so and goes on.
+
+Lines and text take the colour of the page's text, so that one picture serves light and dark; each has a title and a
+description for those who do not see it, ids of its own, and scales with the page.
+"""
 
 from __future__ import annotations
 
 import io
-import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from soco_export.files.text import visible
+from soco_export.report.draw import curves, frontier, latency, ranks
+from soco_export.report.draw.style import INK, STYLE
+from soco_export.report.material import Material
 from soco_export.report.schema import Results
 
 ABSENT = "No plots: matplotlib is not installed (pip install matplotlib)."
+NONE = Material()
 NOTHING = "No plots: nothing that can be drawn was measured."
+IDS = re.compile(r'(?<=[ (])((?:xlink:)?href="#|id="|url\(#)')
+SIZE = re.compile(r'<svg[^>]*? viewBox="([^"]+)"[^>]*>')
 
 
 @dataclass(frozen=True)
 class Plot:
-    """`svg`: an <svg> element that stands alone."""
+    """`svg`: an <svg> element that stands alone; `text`: what it shows, in a sentence."""
 
     title: str
+    text: str
     svg: str
 
 
-def draw_plots(results: Results) -> tuple[list[Plot], str]:
+@dataclass(frozen=True)
+class Picture:
+    """`draw(results, material, figure)` draws into a matplotlib figure, and returns what it shows ("": nothing)."""
+
+    title: str
+    draw: Callable[[Results, Material, Any], str]
+
+
+PICTURES = (
+    Picture("Ranks that were kept", ranks.draw),
+    Picture("Learning the scores", curves.draw_scores),
+    Picture("Distilling the factors", curves.draw_distillation),
+    Picture("Time beside the dense model", latency.draw),
+    Picture("Size against quality", frontier.draw),
+)
+
+
+def draw_plots(results: Results, material: Material = NONE) -> tuple[list[Plot], str]:
     """Return the plots, and why there are none ("" if there are)."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         return [], ABSENT
-    plots = []
-    for title, draw in PLOTS.items():
-        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-        axes = figure.subplots()
-        if draw(results, axes):
-            axes.invert_yaxis()  # bars from top to bottom in the tables' order
-            plots.append(Plot(title, svg(figure)))
+    plots: list[Plot] = []
+    with rc_context(STYLE):
+        for picture in PICTURES:
+            figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+            text = picture.draw(results, material, figure)
+            if text:
+                plots.append(_plot(picture.title, text, figure, f"plot{len(plots) + 1}"))
     return plots, "" if plots else NOTHING
+
+
+def _plot(title: str, text: str, figure: Any, name: str) -> Plot:
+    """Return the figure with ids that begin with `name`, in the colours of the page, as wide as its place."""
+    raw = svg(figure)
+    raw = IDS.sub(lambda found: f"{found[1]}{name}-", raw).replace(INK, "currentColor")
+    labels = f'<title id="{name}-title">{escape(visible(title))}</title>'
+    labels += f'<desc id="{name}-desc">{escape(visible(text))}</desc>'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+    head += f'aria-labelledby="{name}-title {name}-desc" width="100%" viewBox="'
+    return Plot(title, text, SIZE.sub(lambda found: f'{head}{found[1]}">{labels}', raw, count=1))
 
 
 def svg(figure: Any) -> str:
@@ -45,53 +87,6 @@ def svg(figure: Any) -> str:
     text = io.StringIO()
     # A fixed salt and no date: the same results give the same file.
     with rc_context({"svg.hashsalt": "soco-export", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def _speedups(results: Results, axes: Any) -> bool:
-    """Bars of speed-up with their intervals; the line at 1 is the dense model."""
-    works = dict(results.latency.workloads) if results.latency else {}
-    ratios = [work.speedup for work in works.values()]
-    spread = [[r.value - r.low for r in ratios], [r.high - r.value for r in ratios]]
-    if ratios:
-        axes.barh(list(works), [r.value for r in ratios], xerr=[[max(e, 0.0) for e in side] for side in spread])
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xlabel("dense time / pruned time")
-    return bool(ratios)
-
-
-def _divergences(results: Results, axes: Any) -> bool:
-    """Mean KL of each step on a logarithmic axis: what pruning cost against what the export cost."""
-    steps = {"compression": results.parity.compression, "export": results.parity.export}
-    bars = {
-        f"{name}, {part}": kl
-        for name, step in steps.items()
-        if step is not None
-        for part, kl in (("prefill", step.prefill.mean_kl), ("decode", step.decode.mean_kl))
-        if kl > 0 and math.isfinite(kl)
-    }
-    if bars:
-        axes.barh(list(bars), list(bars.values()))
-        axes.set_xscale("log")
-        axes.set_xlabel("mean KL (nats)")
-    return bool(bars)
-
-
-def _perplexities(results: Results, axes: Any) -> bool:
-    """Perplexity of each form."""
-    found = results.perplexity
-    if found is None:
-        return False
-    forms = {"dense": found.dense, "low-rank": found.low_rank, "ONNX": found.onnx}
-    bars = {name: form.value for name, form in forms.items() if form is not None}
-    axes.barh(list(bars), list(bars.values()))
-    axes.set_xlabel("perplexity")
-    return True
-
-
-PLOTS: dict[str, Callable[[Results, Any], bool]] = {
-    "Speed-up over the dense ONNX model, with 95 % intervals": _speedups,
-    "What each step costs": _divergences,
-    "Perplexity on the same blocks": _perplexities,
-}
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    found = text.getvalue()[text.getvalue().index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.DOTALL)

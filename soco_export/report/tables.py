@@ -9,11 +9,10 @@ from soco_export.bench.figures import LatencyFigures, MemoryFigures, WorkloadFig
 from soco_export.bench.stats import Ratio, Summary, render_percentile
 from soco_export.evaluate.figures import ParityFigures, TaskComparison
 from soco_export.report.gates import WORSE
+from soco_export.report.material import Material
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
 
 Row = tuple[str, ...]
-NOT_MEASURED = "not measured"
-JUDGED = {"passed": "yes", "inconclusive": "unsure", "failed": "**NO**"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,18 @@ def verdict_line(results: Results) -> str:
 def verdict_sentence(results: Results) -> str:
     """Return verdict and figures in a sentence; a speed-up counts only where its interval excludes 1.
 
-    "PASSED: 3 of 3 gates. 0.69 × the bytes, decode 1.13 × as fast, perplexity 1.045 × dense."
+    "PASSED: 3 of 3 gates. 0.69 × the bytes, decode 1.13 × as fast on 2 threads, perplexity 1.045 × dense on …."
     """
+    found = figures_sentence(results)
+    return f"{verdict_line(results)}. {found}" if found else f"{verdict_line(results)}."
+
+
+def figures_sentence(results: Results) -> str:
+    """Return size, speed and quality beside the dense model in a sentence, "" if nothing was measured."""
     parts = [*_bytes_part(results), *_speed_part(results)]
     if results.perplexity:
-        parts.append(f"perplexity {results.perplexity.ratio:.3f} × dense")
-    return f"{verdict_line(results)}. {', '.join(parts)}." if parts else f"{verdict_line(results)}."
+        parts.append(f"perplexity {results.perplexity.ratio:.3f} × dense on {results.perplexity.text}")
+    return f"{', '.join(parts)}." if parts else ""
 
 
 def _bytes_part(results: Results) -> Iterator[str]:
@@ -56,17 +61,77 @@ def _bytes_part(results: Results) -> Iterator[str]:
 
 
 def _speed_part(results: Results) -> Iterator[str]:
-    for name, work in (results.latency.workloads if results.latency else {}).items():
-        if name.startswith("decode"):
-            ratio = work.speedup
-            sure = not ratio.low <= 1 <= ratio.high
-            yield f"decode {ratio.value:.2f} × as fast" if sure else "decode as fast as dense, within the noise"
+    latency = results.latency
+    for name, work in (latency.workloads if latency else {}).items():
+        if latency and name.startswith("decode"):
+            value, low, high = work.speedup.value, work.speedup.low, work.speedup.high
+            where = f"on {latency.threads} thread{'s' if latency.threads != 1 else ''}"
+            after = f" after {number(work.past)} tokens" if _decodes(latency) > 1 else ""
+            if low <= 1 <= high:
+                yield f"decode{after} as fast as dense, within the noise ({low:.2f} to {high:.2f} ×) {where}"
+            else:
+                yield f"decode{after} {value:.2f} × as fast {where}"
+
+
+def _decodes(latency: LatencyFigures) -> int:
+    return sum(name.startswith("decode") for name in latency.workloads)
+
+
+def changed(results: Results) -> Table:
+    """Return what the reader wants first: the dense model beside what ships, and the ratio."""
+    sizes, found = results.sizes, results.perplexity
+    rows = [_before_after("parameters", sizes.params_before, sizes.params_after)]
+    if "onnx-dense" in sizes.bytes and "onnx" in sizes.bytes:
+        rows.append(_bytes_row("bytes on disk (ONNX)", sizes.bytes["onnx-dense"], sizes.bytes["onnx"]))
+    if found:
+        final = found.onnx or found.low_rank
+        rows.append(("perplexity", number(found.dense.value), number(final.value), f"{found.ratio:.3f} ×"))
+    for name, task in results.tasks.items():
+        kept = "n/a" if task.recovery is None else f"{task.recovery:.3f} ×"
+        rows.append((f"{name}, accuracy", percent(task.dense.acc), percent(task.compressed.acc), kept))
+    for work in (results.latency.workloads if results.latency else {}).values():
+        kind = f"decode after {number(work.past)} tokens" if work.past else f"prefill of {number(work.tokens)} tokens"
+        speeds = (f"{number(work.dense_tokens_per_s)} tok/s", f"{number(work.compressed_tokens_per_s)} tok/s")
+        rows.append((kind, *speeds, f"{work.speedup.value:.2f} ×{beyond(work.speedup)}"))
+    if results.memory:
+        peaks = size(results.memory.dense.peak), size(results.memory.compressed.peak)
+        rows.append(("peak memory", *peaks, f"{results.memory.ratio:.3f} ×"))
+    note = "Speeds: within the noise where the 95 % interval of the ratio contains 1." if results.latency else ""
+    return Table("What changed", ("", "dense", "this model", "ratio"), tuple(rows), note)
+
+
+def origin(results: Results) -> str:
+    """Return which model this is, and in which form."""
+    model = results.model
+    revision = f" at {model.revision}" if model.revision else ""
+    return f"{model.architecture} from {model.source}{revision}, written as {results.format}."
+
+
+def run_table(results: Results, material: Material) -> Table:
+    """Return how the run came about: when, by which command, from which text and seed, and how long it took."""
+    found = results.provenance
+    calibration = found.get("calibration") or {}
+    rows: list[Row] = [
+        ("begun", str(found.get("started", ""))),
+        ("command", material.command),
+        ("seed", str(found.get("seed", ""))),
+        ("calibration text", str(calibration.get("text", ""))),
+    ]
+    seconds: Mapping[str, float] = found.get("seconds") or {}
+    rows += [(f"stage {name}", f"{taken:,.1f} s") for name, taken in seconds.items()]
+    if seconds:
+        rows.append(("together", f"{sum(seconds.values()):,.1f} s"))
+    return Table("Run", ("", ""), tuple(row for row in rows if row[1]))
+
+
+def beyond(found: Ratio) -> str:
+    """Return " (within the noise)" for a ratio whose interval contains 1."""
+    return " (within the noise)" if found.low <= 1 <= found.high else ""
 
 
 def all_tables(results: Results) -> list[Table]:
-    """Return every table that has something to show, verdicts first."""
+    """Return every table of details that has something to show; verdicts and what changed come before them."""
     tables = [
-        _gates(results),
         _sizes(results.sizes),
         _perplexity(results.perplexity),
         _parity(results.parity),
@@ -119,25 +184,11 @@ def percent(share: float) -> str:
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %" if share < 1 else f"{100 * share:.2f} %"
 
 
-def _gates(results: Results) -> Table:
-    rows = [
-        (
-            JUDGED[verdict.state],
-            verdict.name,
-            NOT_MEASURED if verdict.figure is None else number(verdict.figure),
-            number(verdict.threshold),
-            verdict.message,
-        )
-        for verdict in results.verdicts
-    ]
-    return Table("Gates", ("passed", "gate", "figure", "threshold", "what was found"), tuple(rows))
-
-
 def _sizes(sizes: SizeFigures) -> Table:
     rows = [
         _before_after("parameters, all", sizes.params_before, sizes.params_after),
         _before_after("parameters, selected layers", sizes.selected_before, sizes.selected_after),
-        *((f"on disk: {name}", "", size(count), "") for name, count in sizes.bytes.items()),
+        *_bytes_rows(sizes.bytes),
     ]
     left = f"{sizes.layers_dense} of {sizes.layers} selected layers left dense"
     largest = sizes.largest_coefficient
@@ -147,7 +198,20 @@ def _sizes(sizes: SizeFigures) -> Table:
 
 
 def _before_after(name: str, before: int, after: int) -> Row:
-    return name, number(before), number(after), number(after / before) if before else "n/a"
+    return name, number(before), number(after), f"{after / before:.3f} ×" if before else "n/a"
+
+
+def _bytes_rows(folders: Mapping[str, int]) -> Iterator[Row]:
+    """Yield a row per form: a folder NAME-dense is the dense model in the form of the folder NAME."""
+    for name, count in folders.items():
+        if f"{name}-dense" in folders:
+            yield _bytes_row(f"on disk: {name}", folders[f"{name}-dense"], count)
+        elif not name.endswith("-dense"):
+            yield f"on disk: {name}", "", size(count), ""
+
+
+def _bytes_row(name: str, before: int, after: int) -> Row:
+    return name, size(before), size(after), f"{after / before:.3f} ×" if before else "n/a"
 
 
 def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
@@ -314,5 +378,4 @@ def _machine(results: Results) -> Table:
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())))
     for provider, operators in results.placement.items():
         rows.append((provider, ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))))
-    rows += [("note", note) for note in results.notes]
     return Table("Machine", ("", ""), tuple(rows))

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from soco_export.report.baseline import changes, judge_against, parse_tolerances
-from soco_export.report.gates import Verdict, verdict_text
+from soco_export.report.gates import Verdict
+from soco_export.report.words import verdict_terminal
 from soco_export.run.bound import load_results
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
@@ -33,9 +34,9 @@ def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> 
     failed = sum(verdict.state == "failed" for verdict in verdicts)
     head = f"FAILED: {failed} of {len(verdicts)} checks" if failed else f"PASSED: {len(verdicts)} checks, none failed"
     lines = [head if verdicts else "NOT JUDGED: the recipe sets no gate, and there is no baseline"]
-    lines += [verdict_text(verdict) for verdict in own]
+    lines += [verdict_terminal(verdict) for verdict in own]
     if baseline is not None:
-        lines += [f"against {baseline}:", *map(verdict_text, against)]
+        lines += [f"against {baseline}:", *map(verdict_terminal, against)]
         lines += [f"changed since: {line}" for line in differences] or ["nothing else changed since"]
     undecided = tuple(f"{verdict.name}: {verdict.message}" for verdict in verdicts if verdict.inconclusive)
     return Outcome(document, "\n".join(lines), ExitCode.GATE if failed else ExitCode.OK, undecided)

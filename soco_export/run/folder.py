@@ -1,7 +1,8 @@
 """The run folder: held by one process, bound to one recipe, never taken over from a stranger.
 
     runs/tiny/  manifest.json  recipe.lock.yaml  spectrum/  scores.safetensors  plan.json  factors.safetensors
-                hf/  onnx/  onnx-dense/  evidence/  results.json  report.md  report.html  junit.xml  unfinished/
+                hf/  onnx/  onnx-dense/  evidence/  results.json  report.md  report.html  comment.md  junit.xml
+                unfinished/
 
 Everything that is not finished lies in unfinished/ and is moved to its name when it is whole. Only files that the
 manifest lists, as it lists them, are ever replaced or deleted, and no link is followed.
@@ -33,7 +34,18 @@ HELD = "run.held"
 PROFILE = "latency.json"
 CONTENT = (
     *("spectrum", "scores.safetensors", "plan.json", "factors.safetensors", "hf", "dense", "onnx", "onnx-dense"),
-    *("evidence", PROFILE, "results.json", "report.md", "report.html", "junit.xml", UNFINISHED, LOCK, MANIFEST),
+    *(
+        "evidence",
+        PROFILE,
+        "results.json",
+        "report.md",
+        "report.html",
+        "comment.md",
+        "junit.xml",
+        UNFINISHED,
+        LOCK,
+        MANIFEST,
+    ),
 )
 PARTIAL = re.compile(r"\.(manifest\.json|recipe\.lock\.yaml|latency\.json)\.\d+\.partial")
 # Sections that say how a result is looked at; changing them in an existing run only repeats the looking.

@@ -12,4 +12,4 @@ PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
 # the training curves of the two stages that train
 SCORES_CURVE, FACTORS_CURVE = "evidence/scores.jsonl", "evidence/factors.jsonl"
 KEPT_CURVE = "work/curve.jsonl"
-REPORT_FILES = ("results.json", "report.md", "report.html", "junit.xml", "hf/README.md")
+REPORT_FILES = ("results.json", "report.md", "report.html", "comment.md", "junit.xml", "hf/README.md")

@@ -15,7 +15,8 @@ from soco_export.files.replacing import check_replaceable
 from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.report.gates import GATES, GateSettings, Verdict, judge, verdict_text
+from soco_export.report.gates import GATES, GateSettings, Verdict, judge
+from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request, table
 from soco_export.runtimes.open import is_onnx, open_decoder
@@ -138,7 +139,7 @@ def _judged(measured: Mapping[str, Any], lines: Sequence[str], verdicts: tuple[V
     """Return what was measured and found, with the judgements and the exit code they give."""
     failed = any(verdict.state == "failed" for verdict in verdicts)
     document = {**measured, "verdicts": [asdict(verdict) for verdict in verdicts]}
-    text = "\n".join([*lines, *map(verdict_text, verdicts)])
+    text = "\n".join([*lines, *map(verdict_terminal, verdicts)])
     undecided = tuple(f"{verdict.name}: {verdict.message}" for verdict in verdicts if verdict.inconclusive)
     return Outcome(document, text, ExitCode.GATE if failed else ExitCode.OK, undecided)
 

@@ -1,4 +1,4 @@
-"""What a finished run says on stdout: sizes, quality, speed, verdicts, and where to read on."""
+"""What a finished run says on stdout: the verdict first, then sizes, quality, speed, gates, and where to read on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soco_export.files.records import folder_bytes
-from soco_export.files.text import one_line
-from soco_export.report.gates import verdict_text
+from soco_export.files.text import folded, one_line
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.tables import verdict_sentence
+from soco_export.report.words import verdict_terminal
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
 from soco_train.plan.ranks import RankPlan
@@ -21,7 +21,7 @@ def run_outcome(root: Path) -> Outcome:
     results = Results.load(root / RESULTS_FILE)
     document = {"run": str(root), **json.loads(results.model_dump_json())}
     code = ExitCode.OK if results.passed else ExitCode.GATE
-    return Outcome(document, "\n".join(_lines(results, root)), code, results.undecided)
+    return Outcome(document, "\n".join(map(folded, _lines(results, root))), code, results.undecided)
 
 
 def _lines(results: Results, root: Path) -> Iterator[str]:
@@ -32,10 +32,11 @@ def _lines(results: Results, root: Path) -> Iterator[str]:
     yield from _cost(results)
     yield from (f"note: {one_line(note)}" for note in results.notes)
     for verdict in results.verdicts:
-        yield verdict_text(verdict)
+        yield verdict_terminal(verdict)
     if (root / "spectrum").is_dir():
         spare = folder_bytes(root / "spectrum") / 1e6
-        yield f"other sizes, same scores: soco-export export {root} --keep-params … (reads spectrum/, {spare:,.1f} MB)"
+        yield f"other sizes, same scores (reads spectrum/, {spare:,.1f} MB):"
+        yield f"  soco-export export {root} --keep-params …"
     yield f"{root / 'report.md'} · {root / 'report.html'} · {root / RESULTS_FILE}"
 
 

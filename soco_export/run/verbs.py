@@ -84,7 +84,8 @@ def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> 
     from soco_export.run.bound import load_results
 
     comparison = compare_results(load_results(one), load_results(two))
-    return Outcome(comparison.document(), render_comparison(comparison).rstrip("\n"))
+    names = (one.name, two.name) if one.name != two.name else ("first", "second")
+    return Outcome(comparison.document(), render_comparison(comparison, names).rstrip("\n"))
 
 
 def report(request: Request, run: Path | None = None, notify: Notify = silent) -> Outcome:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from soco_export.bench.machine import describe_machine
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
+from soco_export.files.curve import read_curve
 from soco_export.files.json import read_config
 from soco_export.files.records import folder_bytes
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
-from soco_export.report.markdown import render_markdown
+from soco_export.report.markdown import render_comment, render_markdown
+from soco_export.report.material import Material, Sample
 from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
 from soco_export.run.context import RunContext
-from soco_export.run.names import BENCH_FILE, CARD_FILE, EXPORT_FILE, PROOF_FILE, Format
+from soco_export.run.names import (
+    BENCH_FILE,
+    CARD_FILE,
+    EXPORT_FILE,
+    FACTORS_CURVE,
+    PROOF_FILE,
+    SCORES_CURVE,
+    Format,
+)
 from soco_export.run.stages.model_card import model_card
 from soco_train.plan.ranks import RankPlan
 from soco_train.store.bounded import MADE_ANEW, read_json
@@ -197,14 +208,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_reports(results: Results, context: RunContext, out: Path) -> None:
-    """Write results.json, report.md, report.html, junit.xml and the model card."""
+    """Write results.json, report.md, report.html, comment.md, junit.xml and the model card."""
     (out / "hf").mkdir(exist_ok=True)
     summary = context.path("checkpoint", CARD_FILE).read_text(encoding="utf-8")
+    material = gather(context)
     results.save(out / "results.json")
     for name, text in {
-        "report.md": render_markdown(results),
-        "report.html": render_html(results),
-        "junit.xml": render_junit(results),
+        "report.md": render_markdown(results, material),
+        "report.html": render_html(results, material),
+        "comment.md": render_comment(results),
+        "junit.xml": render_junit(results, material.command),
         "hf/README.md": model_card(context.recipe, summary, results),
     }.items():
         (out / name).write_text(text, encoding="utf-8")
+
+
+def gather(context: RunContext) -> Material:
+    """Return what the reports show beside the figures; a run made before curves were kept has none."""
+    curves = [context.path("scores", SCORES_CURVE), context.path("factors", FACTORS_CURVE)]
+    samples = _read(context.path("proof", PROOF_FILE)).get("samples", [])
+    return Material(
+        layers=RankPlan.load(context.path("plan", "plan.json")).layers,
+        curves=[row for path in curves if path.exists() for row in read_curve(path)],
+        samples=[Sample(**sample) for sample in samples],
+        command=shlex.join(["soco-export", *context.folder.manifest.argv[1:]]),
+    )

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
-from soco_export.bench.stats import paired_ratio, summarise
+from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
 from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
 from soco_export.report.gates import GateSettings, Verdict
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
-from soco_export.report.markdown import render_markdown
+from soco_export.report.markdown import render_comment, render_markdown
+from soco_export.report.material import FrontierPoint, Material, Sample
 from soco_export.report.schema import (
     ModelFigures,
     ParityResults,
@@ -26,14 +27,35 @@ from soco_export.report.schema import (
     Results,
     SizeFigures,
 )
-from soco_export.report.tables import headline, number, percent, size, verdict_line, verdict_sentence
+from soco_export.report.tables import all_tables, headline, number, percent, size, verdict_line, verdict_sentence
+from soco_export.report.words import PLAIN, SIGNS, verdict_words
 from soco_export.run.stages.report import _largest_coefficient, slower
 from soco_train.errors import DataError
 from soco_train.forms.pivoted import pivot_factors
 from soco_train.forms.stacked import StackedFactors
+from soco_train.plan.ranks import LayerPlan
 from soco_train.store.factors import Factors
 
 GATES = GateSettings(max_export_kl=1e-4, max_ppl_ratio=1.5, min_decode_speedup=1.0)
+
+
+CURVES = [
+    *({"stage": "train", "step": step, "phase": step // 5, "kl": 1 / step, "soft": 0.9, "hard": 0.8, "lr": 0.1}
+      for step in range(1, 15)),
+    *({"stage": "distill", "step": step, "kl": 1 / step, "lr": 0.1} for step in range(1, 9)),
+    {"stage": "distill", "step": 9, "kl": 0.1, "held-out loss": 0.2, "lr": 0.1},
+]  # fmt: skip
+MATERIAL = Material(
+    layers={
+        f"model.layers.{layer}.{part}": LayerPlan((8, 8), 8 if layer else 2, bool(layer), 32, "")
+        for layer in range(3)
+        for part in ("mlp.up_proj", "mlp.experts.0.w1", "mlp.experts.1.w1")
+    },
+    curves=CURVES,
+    samples=[Sample("once upon", "a <b> c", "a b d")],
+    command="soco-export train-and-export --model smol",
+    frontier=[FrontierPoint("0.8", 0.8, 1.1, chosen=True), FrontierPoint("0.6", 0.6, 1.3)],
+)
 
 
 def parity(rng, scale):
@@ -43,7 +65,7 @@ def parity(rng, scale):
 
 def workload(rng, tokens, past):
     times = rng.uniform(1, 2, (2, 30, 1))
-    flat = [summarise(list(rounds[:, 0])) for rounds in times]
+    flat = [summarise_rounds(rounds) for rounds in times]
     return WorkloadFigures(tokens, past, *flat, 100.0, 150.0, paired_ratio(times[0] * 1.5, times[1]))
 
 
@@ -204,17 +226,54 @@ def test_the_verdict_sentence_claims_no_speed_within_the_noise(results, low, val
 
 
 def test_markdown_has_the_verdict_first_and_whole_tables(results):
-    text = render_markdown(results.judged(GATES))
-    assert text.splitlines()[0].startswith("# smol: ")
+    text = render_markdown(results.judged(GATES), MATERIAL)
+    assert text.splitlines()[0].startswith("## smol: ")
+    first, _, folded = text.partition("<details>")
+    assert len(first.splitlines()) < 40
+    assert all(f"- {SIGNS[verdict.state]} " in first for verdict in results.judged(GATES).verdicts)
+    assert "keep_params: 0.8" in folded
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block}) == 1
     assert "n/a (n=30)" in text
     assert "Skipped prefill_512: the model's context ends at 256 tokens." in text
     assert "31 of 210 selected layers left dense" in text
-    assert "attention is unfused" in text
-    assert "keep_params: 0.8" in text
+    assert "> attention is unfused" in first
+    assert "soco-export train-and-export" in text
+
+
+def test_the_comment_is_the_first_screen(results):
+    judged = results.judged(GATES)
+    comment = render_comment(judged)
+    assert render_markdown(judged).startswith(comment.rstrip("\n"))
+    assert "<details>" not in comment
+    assert len(comment.splitlines()) < 40
+
+
+def test_what_is_dense_stands_under_dense(results):
+    sizes = results.sizes.model_copy(update={"bytes": {"hf": 7_000_000, "onnx": 8_000_000, "onnx-dense": 10_000_000}})
+    rows = {row[0]: row[1:] for row in all_tables(results.model_copy(update={"sizes": sizes}))[0].rows}
+    assert rows["on disk: onnx"] == ("10.0 MB", "8.0 MB", "0.800 ×")
+    assert rows["on disk: hf"] == ("", "7.0 MB", "")
+    assert "on disk: onnx-dense" not in rows
+
+
+@pytest.mark.parametrize("name", GateSettings.model_fields)
+def test_every_gate_has_words_with_both_numbers(name):
+    at_most = name.startswith("max")
+    for figure in (0.5, 0.5000001, 3.25):
+        threshold = 0.5
+        passed = figure <= threshold if at_most else figure >= threshold
+        words = verdict_words(Verdict(name, "x", figure, threshold, passed, "message"))
+        assert "message" not in words
+        assert ("not at" in words) == (not passed)
+        found, _, limit = words.removeprefix(PLAIN[name][0] + ": ").partition(", ")
+        assert (found.split()[0] == limit.split()[-2 if PLAIN[name][1] else -1]) == (figure == threshold)
+    assert "not measured" in verdict_words(Verdict(name, "x", None, 0.5, False, ""))
+    unsure = Verdict(name, "x", 0.6, 0.5, False, "", interval=(0.4, 0.7), inconclusive=True)
+    assert "0.4 to 0.7" in verdict_words(unsure)
+    assert "too uncertain" in verdict_words(unsure)
 
 
 def test_markdown_of_a_run_that_measured_little(results):
@@ -233,15 +292,17 @@ class Tags(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.links, self.seen = [], [], set()
+        self.open, self.links, self.seen, self.ids = [], [], set(), []
 
     def handle_starttag(self, tag, attrs):
         self.seen.add(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
         self.links += [value for name, value in attrs if name in ("src", "href") or name.endswith(":href")]
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
         self.links += [value for name, value in attrs if name in ("src", "href") or name.endswith(":href")]
 
     def handle_endtag(self, tag):
@@ -265,7 +326,7 @@ def test_only_pivoted_storage_has_a_largest_coefficient(results, tmp_path):
 
 
 def test_html_stands_alone_and_escapes(results):
-    text = render_html(results.judged(GATES))
+    text = render_html(results.judged(GATES), MATERIAL)
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
@@ -273,8 +334,11 @@ def test_html_stands_alone_and_escapes(results):
     assert not {"link", "script", "img", "iframe"} & tags.seen
     assert "url(http" not in text
     assert "A &lt;fast&gt; CPU" in text
-    assert text.count("<svg") == 3
-    assert "<strong>" in text
+    assert text.count("<svg") == 5
+    assert len(tags.ids) == len(set(tags.ids))
+    assert text.count("<desc") == text.count('role="img"') == 5
+    assert "#010203" not in text
+    assert "a &lt;b&gt; c" in text
 
 
 def test_html_says_why_there_are_no_plots(results, monkeypatch):
@@ -298,7 +362,8 @@ def test_junit_has_one_case_per_gate_and_names_figure_and_threshold(results):
     assert int(root.get("failures")) == int(suite.get("failures")) == len(failed)
     assert {name for name, case in cases.items() if case.find("failure") is not None} == failed
     failure = cases["max_bytes_ratio"].find("failure")
-    assert failure.get("message") == "sizes.bytes_ratio is 0.84, above 0.5"
+    assert failure.get("message").startswith("bytes on disk beside the dense model: 0.84 ×, not at most 0.5 ×")
+    assert "sizes.bytes_ratio is 0.84, above 0.5" in failure.get("message")
     assert failure.text == "sizes.bytes_ratio = 0.84, threshold max_bytes_ratio = 0.5"
 
 
@@ -328,7 +393,8 @@ def test_recovery_is_above_one_where_the_second_is_better(results):
     assert recovery["tasks.copa.recovery"] == pytest.approx(1.25)
     assert comparison.settings == {"train.steps": (200, 400), "train.lr": (None, 0.1)}
     text = render_comparison(comparison)
-    assert "| train.steps | 200 | 400 |" in text
+    assert ["train.steps", "200", "400"] in [line.split() for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
     json.dumps(comparison.document())
 
 
