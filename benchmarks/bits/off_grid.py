@@ -133,8 +133,8 @@ def moves(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def _perplexity(model: Any, tokenizer: Any, options: argparse.Namespace) -> float:
-    from soco_export.evaluate.open import torch_decoder
     from soco_export.evaluate.perplexity import measure_perplexity
+    from soco_export.runtimes.open import torch_decoder
 
     data = DataSettings(path=options.evaluate, block=options.block, blocks=options.blocks)
     blocks = load_blocks(tokenizer, data, "evaluation").tokens

@@ -27,8 +27,9 @@ from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, 
 from soco_export.checkpoint.layers import apply_factors, count_parameters, record_layers
 from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.items import Item, load_items
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.tasks import Item, TaskAnswers, answer_task, compare_answers, load_items
+from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
 from soco_export.files.atomic import write_atomic
 from soco_export.model.load import load_model
 from soco_export.recipe.recipe import Recipe
@@ -179,7 +180,7 @@ class Laboratory:
     def _perplexities(self, name: str) -> dict[str, Perplexity]:
         decoder = TorchDecoder(self.model, name)
         found = {text: measure_perplexity(decoder, blocks.tokens, self.notify) for text, blocks in self.texts.items()}
-        return {text: Perplexity(**asdict(figures)) for text, figures in found.items()}
+        return {text: Perplexity(f.value, f.loss, f.tokens) for text, f in found.items()}
 
     def _answers(self, name: str) -> dict[str, TaskAnswers]:
         decoder = TorchDecoder(self.model, name)

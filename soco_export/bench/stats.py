@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from soco_export.bench.bootstrap import median_interval, quantile_interval
+from soco_export.evaluate.bootstrap import median_interval, quantile_interval
 
 DRAWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -37,29 +37,50 @@ class StepParity:
 
 @dataclass(frozen=True)
 class PerplexityFigures:
-    """`value` = exp(`loss`); `loss`: mean negative log-likelihood in nats over the `tokens` scored."""
+    """`value` = exp(`loss`); `loss`: mean negative log-likelihood in nats over the `tokens` scored.
+
+    `blocks`: the mean loss of each block, in nats, in the text's order; `interval`: low and high end of the 95 %
+    interval of `value`, as far as the text is a sample of its kind; None for a single block.
+    """
 
     value: float
     loss: float
     tokens: int
+    blocks: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """Accuracy of one model on one task. `acc_norm`: likelihood per byte of the choice; `stderr` is of `acc`."""
+    """Accuracy of one model on one task, a share of 1; `stderr` is of `acc`.
+
+    `acc`: by the likelihood of a choice; `acc_norm`: by likelihood per character; `acc_bytes`: per byte of UTF-8.
+    """
 
     items: int
     acc: float
     acc_norm: float
     stderr: float | None
+    acc_bytes: float | None = None
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """Dense against compressed. `agreement`: same pick; `flips`: right ↔ wrong changed; `recovery`: acc ratio."""
+    """Dense against compressed on the same items. Shares of 1; intervals are at 95 %, from the items that changed.
+
+    `agreement`: same pick, `kappa`: beyond chance (1 the same, 0 chance, None undefined); `flips`: right ↔ wrong,
+    of them `lost` right → wrong and `gained` wrong → right; `recovery`: compressed.acc / dense.acc; `difference`:
+    compressed.acc − dense.acc.
+    """
 
     dense: TaskFigures
     compressed: TaskFigures
     agreement: float
     flips: float
     recovery: float | None
+    lost: float | None = None
+    gained: float | None = None
+    kappa: float | None = None
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    recovery_interval: tuple[float, float] | None = None

@@ -1,7 +1,8 @@
 """Perplexity over fixed blocks, the same way for every decoder.
 
-The first token of a block is context only. A block whose loss is not finite is an error, never skipped: dropping the
-worst blocks would be the quietest way to a good figure.
+The protocol: the text is cut into windows that do not overlap, nothing is put before them, and the first token of each
+is context only. A block whose loss is not finite is an error, never skipped: dropping the worst blocks would be the
+quietest way to a good figure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.figures import PerplexityFigures
+from soco_export.evaluate.paired import perplexity_interval
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
@@ -25,7 +27,7 @@ def measure_perplexity(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify =
     tokens = np.asarray(blocks, dtype=np.int64)
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise DataError(f"cannot score blocks of shape {tokens.shape}", fix="give n ≥ 1 blocks of ≥ 2 tokens")
-    total, scored = 0.0, 0
+    means: list[float] = []
     for index, block in enumerate(tokens):
         losses = token_losses(decoder.logits(block[None])[0, :-1], block[1:])
         if not np.isfinite(losses).all():
@@ -34,11 +36,12 @@ def measure_perplexity(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify =
                 fix="check the weights for NaN and the dtype for overflow (float16 ends at 65504)",
                 where=f"evaluation block {index} of {len(tokens)}, token {int(np.argmin(np.isfinite(losses))) + 1}",
             )
-        total, scored = total + float(losses.sum()), scored + len(losses)
+        means.append(float(losses.mean()))
         notify(
-            Event(f"perplexity: {decoder.name}", index + 1, len(tokens), {"perplexity": float(np.exp(total / scored))})
+            Event(f"perplexity: {decoder.name}", index + 1, len(tokens), {"perplexity": float(np.exp(np.mean(means)))})
         )
-    return PerplexityFigures(value=float(np.exp(total / scored)), loss=total / scored, tokens=scored)
+    loss, scored = float(np.mean(means)), len(tokens) * (tokens.shape[1] - 1)
+    return PerplexityFigures(float(np.exp(loss)), loss, scored, tuple(means), perplexity_interval(means))
 
 
 def token_losses(logits: FloatArray, targets: IntArray) -> npt.NDArray[np.float64]:

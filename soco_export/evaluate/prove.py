@@ -16,10 +16,11 @@ from typing import Any
 
 from soco_export.evaluate.decoder import Decoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
+from soco_export.evaluate.items import load_items
 from soco_export.evaluate.parity import Observation, compare, observe
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.settings import ValidateSettings
-from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers, load_items
+from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
 from soco_export.files.atomic import write_atomic
 from soco_train.data.corpus import Blocks
 from soco_train.events import Notify
@@ -30,13 +31,17 @@ SAMPLES, PROMPT_SHOWN = 3, 48  # texts kept for the reader, and how many tokens 
 
 @dataclass(frozen=True)
 class Questions:
-    """What every model is asked: `blocks` of evaluation text, and the tasks of `settings`; answers go to `folder`."""
+    """What every model is asked: `blocks` of evaluation text, and the tasks of `settings`; answers go to `folder`.
+
+    `context`: the longest text that the model reads, in tokens; None: any.
+    """
 
     settings: ValidateSettings
     blocks: Blocks
     tokenizer: Any
     folder: Path
     notify: Notify
+    context: int | None = None
 
 
 def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) -> dict[str, Any]:
@@ -94,7 +99,10 @@ def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any
         tasks = {}
         for task in questions.settings.tasks:
             name = task.name or task.path.stem
-            tasks[name] = asdict(answer_task(decoder, questions.tokenizer, load_items(task), name, questions.notify))
+            answers = answer_task(
+                decoder, questions.tokenizer, load_items(task), name, questions.notify, questions.context
+            )
+            tasks[name] = asdict(answers)
         write_atomic(path, json.dumps({"perplexity": asdict(figures), "tasks": tasks}))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -15,6 +15,8 @@ FIX = "give the folder of a Hugging Face model"
 # fields of which every model needs a number, and those that are tables
 EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"})
 ROPE = frozenset({"rope_parameters", "rope_scaling"})
+# where a config.json says how many tokens its model reads
+CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 # what a config.json may say at most: far above every published model, far below what fills a machine
 LARGEST = {
     "num_hidden_layers": 1000,
@@ -83,6 +85,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     for part in (fields, fields.get("text_config")):
         check_sizes(part if isinstance(part, dict) else {}, str(path))
     return fields
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return for how many tokens a config.json says that the model has positions, None if it does not say."""
+    parts = (config.get("text_config"), config)
+    found = [part.get(key) for part in parts if isinstance(part, Mapping) for key in CONTEXT_KEYS]
+    return next((length for length in found if isinstance(length, int)), None)
 
 
 def check_sizes(fields: Mapping[str, Any], where: str) -> None:

@@ -48,7 +48,7 @@ def check_held_out(recipe: Recipe, blocks: int) -> None:
 
 def check_tasks(recipe: Recipe) -> None:
     """Raise DataError for a task whose file is missing, unreadable or none."""
-    from soco_export.evaluate.tasks import load_items
+    from soco_export.evaluate.items import load_items
 
     for task in recipe.validation.tasks:
         load_items(task)

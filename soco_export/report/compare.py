@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.text import one_line
 from soco_export.report.baseline import apart, changes, leaves
 from soco_export.report.schema import Results
@@ -54,13 +55,15 @@ class Difference:
 class Comparison:
     """`figures`: those with a better side; `settings`: recipe keys that differ, as (first's, second's) value.
 
-    `changed`: what else differs, a line each: versions, machine, data.
+    `changed`: what else differs, a line each: versions, machine, data;
+    `texts`: what perplexity was measured on, where both have it.
     """
 
     verdicts: tuple[str, str]
     figures: tuple[Difference, ...]
     settings: Mapping[str, tuple[Any, Any]]
     changed: tuple[str, ...] = ()
+    texts: tuple[str, str] | None = None
 
     def document(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -71,13 +74,15 @@ def compare_results(one: Results, two: Results) -> Comparison:
     """Compare two runs' results."""
     first, second = one.figures(), two.figures()
     names = [name for name in dict.fromkeys((*first, *second)) if _direction(name)]
-    figures = tuple(_difference(name, first, second) for name in names)
+    text = _of_text(one, two)
+    figures = tuple(_difference(name, first, second, text.get(name)) for name in names)
     keys = (dict(leaves(one.recipe, "")), dict(leaves(two.recipe, "")))
     changed = [key for key in dict.fromkeys((*keys[0], *keys[1])) if keys[0].get(key) != keys[1].get(key)]
     return Comparison(
         verdicts=(verdict_line(one), verdict_line(two)),
         figures=tuple(d for d in figures if d.one is not None or d.two is not None),
         settings={key: (keys[0].get(key), keys[1].get(key)) for key in changed},
+        texts=_named(one, two),
         changed=tuple(line for line in changes(two, one) if not line.startswith("recipe ")),
     )
 
@@ -93,6 +98,7 @@ def render_comparison(comparison: Comparison, names: tuple[str, str] = ("first",
     if figures:
         parts += ["", *columns(("", *names, "recovery", "> noise"), figures)]
         parts += ["recovery: above 1, the second is better", "> noise: n/a where no uncertainty was measured"]
+        parts += _texts(comparison.texts)
     parts.append(f"{len(comparison.figures) - len(differing)} of {len(comparison.figures)} figures are the same")
     if settings:
         parts += ["", "settings that differ", *columns(("", *names), settings)]
@@ -117,17 +123,52 @@ def _short(value: Any) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
 
 
+def _named(one: Results, two: Results) -> tuple[str, str] | None:
+    found = one.perplexity, two.perplexity
+    names = [f"{p.text}, {p.block} tokens a window, {p.fingerprint[:12]}" for p in found if p is not None]
+    return (names[0], names[1]) if len(names) == len(found) else None
+
+
+def _texts(texts: tuple[str, str] | None) -> list[str]:
+    if texts is None:
+        return []
+    if texts[0] == texts[1]:
+        return [f"perplexity of {texts[0]}"]
+    return ["perplexity is of two texts and no comparison:", *(f"  {text}" for text in texts)]
+
+
 def _direction(name: str) -> int:
     if any(fnmatchcase(name, pattern) for pattern in LESS_IS_BETTER):
         return -1
     return int(any(fnmatchcase(name, pattern) for pattern in MORE_IS_BETTER))
 
 
-def _difference(name: str, first: Mapping[str, float | None], second: Mapping[str, float | None]) -> Difference:
+def _of_text(one: Results, two: Results) -> dict[str, bool]:
+    """Return which perplexities differ by more than chance in the choice of the text, of runs on the same blocks."""
+    first, second = one.perplexity, two.perplexity
+    if first is None or second is None or (first.fingerprint, first.block) != (second.fingerprint, second.block):
+        return {}
+    found = {}
+    for form in ("dense", "low_rank", "onnx"):
+        figures = getattr(first, form), getattr(second, form)
+        ends = perplexity_ratio(*figures)[1] if all(figures) else None
+        if ends:
+            found[f"perplexity.{form}.value"] = not ends[0] <= 1 <= ends[1]
+    # Beside the same dense model the ratio differs as what ships does.
+    shipped = "perplexity.onnx.value" if first.onnx and second.onnx else "perplexity.low_rank.value"
+    same = first.dense.blocks == second.dense.blocks and bool(first.onnx) == bool(second.onnx)
+    return {**found, **({"perplexity.ratio": found[shipped]} if same and shipped in found else {})}
+
+
+def _difference(
+    name: str, first: Mapping[str, float | None], second: Mapping[str, float | None], beyond: bool | None
+) -> Difference:
     one, two = first.get(name), second.get(name)
     upper, lower = (two, one) if _direction(name) > 0 else (one, two)
     recovery = upper / lower if upper is not None and lower else None
-    return Difference(name, one, two, recovery, _beyond_noise(name, one, two, (first, second)))
+    if beyond is None:
+        beyond = _beyond_noise(name, one, two, (first, second))
+    return Difference(name, one, two, recovery, beyond)
 
 
 def _beyond_noise(

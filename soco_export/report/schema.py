@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
 from soco_export.evaluate.figures import PerplexityFigures, StepParity, TaskComparison
+from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.atomic import write_atomic
 from soco_export.report.gates import GateSettings, Verdict, judge
 from soco_train.errors import DataError
@@ -71,10 +72,26 @@ class ParityResults(Part):
     export: StepParity | None = None
 
 
+class PerplexityProtocol(Part):
+    """How perplexity was measured, lengths in tokens: `windows` of `window` tokens, one begun every `stride`.
+
+    `scored`: the last so many tokens of a window are predicted, from all before them in it; `bos`: whether BOS stands
+    before each window; `join`: how the parts of the text were put together before it was cut.
+    """
+
+    windows: int
+    window: int
+    stride: int
+    scored: int
+    bos: bool
+    join: str
+
+
 class PerplexityResults(Part):
     """Perplexity of each form on the same blocks. `ratio`: what ships (ONNX, else low-rank) / dense.
 
-    `text`: where the blocks come from; `block`: their length in tokens; `fingerprint`: of the token ids.
+    `text`: where the blocks come from; `block`: their length in tokens; `fingerprint`: sha256 of the token ids, so of
+    text and tokenizer; `ratio_interval`: its 95 % interval, from the blocks' differences; None for a single block.
     """
 
     text: str
@@ -84,6 +101,8 @@ class PerplexityResults(Part):
     low_rank: PerplexityFigures
     onnx: PerplexityFigures | None = None
     ratio: float
+    ratio_interval: tuple[float, float] | None = None
+    protocol: PerplexityProtocol | None = None
 
     @staticmethod
     def of(
@@ -91,12 +110,25 @@ class PerplexityResults(Part):
         text: str,
         fingerprint: str,
         block: int,
+        join: str = "",
     ) -> PerplexityResults:
         """Put (dense, low-rank, ONNX or None) together and take the ratio."""
         dense, low_rank, onnx = forms
-        ratio = (onnx or low_rank).value / dense.value
+        ratio, interval = perplexity_ratio(dense, onnx or low_rank)
+        # As measure_perplexity has it: windows that do not overlap, nothing put before them, the first token given.
+        protocol = PerplexityProtocol(
+            windows=dense.tokens // (block - 1), window=block, stride=block, scored=block - 1, bos=False, join=join
+        )
         return PerplexityResults(
-            text=text, fingerprint=fingerprint, block=block, dense=dense, low_rank=low_rank, onnx=onnx, ratio=ratio
+            text=text,
+            fingerprint=fingerprint,
+            block=block,
+            dense=dense,
+            low_rank=low_rank,
+            onnx=onnx,
+            ratio=ratio,
+            ratio_interval=interval,
+            protocol=protocol,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from soco_export.bench.figures import LatencyFigures, MemoryFigures, WorkloadFigures
 from soco_export.bench.stats import Ratio, Summary, render_percentile
 from soco_export.evaluate.figures import ParityFigures, TaskComparison
+from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.report.gates import WORSE
 from soco_export.report.material import Material
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
@@ -179,6 +180,12 @@ def size(count: int) -> str:
     return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
 
 
+def ratio_text(value: float, ends: tuple[float, float] | None, digits: int = 3) -> str:
+    """Return a ratio with its interval: "1.045 × (1.031–1.060)"."""
+    interval = f" ({ends[0]:.{digits}f}–{ends[1]:.{digits}f})" if ends else ""
+    return f"{value:.{digits}f} ×{interval}"
+
+
 def percent(share: float) -> str:
     """Return a share for people; only an exact 1 shows as 100 %."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %" if share < 1 else f"{100 * share:.2f} %"
@@ -218,14 +225,35 @@ def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
     if perplexity is None:
         return None
     forms = {"dense": perplexity.dense, "low-rank": perplexity.low_rank, "ONNX": perplexity.onnx}
-    base = perplexity.dense.value
     rows = [
-        (name, number(form.value), number(form.value / base), number(form.loss), number(form.tokens))
+        (
+            name,
+            _with_ends(number(form.value), form.interval),
+            _with_ends(number(form.value / perplexity.dense.value), perplexity_ratio(perplexity.dense, form)[1]),
+            number(form.loss),
+            number(form.tokens),
+        )
         for name, form in forms.items()
         if form is not None
     ]
-    note = f"{perplexity.text}, blocks of {perplexity.block} tokens (fingerprint {perplexity.fingerprint[:12]})."
-    return Table("Perplexity", ("", "perplexity", "/ dense", "loss (nats)", "tokens"), tuple(rows), note)
+    return Table("Perplexity", ("", "perplexity", "/ dense", "loss (nats)", "tokens"), tuple(rows), _text(perplexity))
+
+
+def _text(perplexity: PerplexityResults) -> str:
+    """Say on which text, by which protocol, and what the intervals are."""
+    told = perplexity.protocol
+    cut = f"blocks of {perplexity.block} tokens"
+    if told:
+        bos = "BOS before each" if told.bos else "no BOS"
+        cut = f"{told.windows} windows of {told.window} tokens, stride {told.stride}, {bos}, the first token given"
+        cut += f"; {told.join}" if told.join else ""
+    note = f"{perplexity.text}: {cut} (fingerprint {perplexity.fingerprint[:12]})."
+    uncertain = " In brackets 95 % intervals over windows; of a ratio, over the windows' differences to dense."
+    return note + (uncertain if perplexity.ratio_interval else "")
+
+
+def _with_ends(text: str, ends: tuple[float, float] | None) -> str:
+    return f"{text} ({number(ends[0])}{'–' if ends[0] >= 0 else ' to '}{number(ends[1])})" if ends else text
 
 
 def _parity(parity: ParityResults) -> Table:
@@ -260,16 +288,21 @@ def _tasks(tasks: Mapping[str, TaskComparison]) -> Table:
             name,
             f"{number(task.dense.acc)} ± {number(task.dense.stderr)}",
             f"{number(task.compressed.acc)} ± {number(task.compressed.stderr)}",
-            number(task.recovery),
+            _with_ends(number(task.difference), task.difference_interval),
+            _with_ends(number(task.recovery), task.recovery_interval),
             f"{number(task.dense.acc_norm)} → {number(task.compressed.acc_norm)}",
-            percent(task.agreement),
-            percent(task.flips),
+            percent(task.agreement) + (f" (κ {task.kappa:.2f})" if task.kappa is not None else ""),
+            percent(task.flips) if task.lost is None else f"{percent(task.lost)}, {percent(task.gained or 0.0)}",
             number(task.dense.items),
         )
         for name, task in tasks.items()
     ]
-    columns = ("task", "dense", "pruned", "recovery", "per byte", "same answer", "right ↔ wrong", "items")
-    return Table("Tasks", columns, tuple(rows))
+    columns = ("task", "dense", "pruned", "change", "recovery", "per character", "same answer", "lost, gained", "items")
+    note = (
+        "Accuracy ± standard error. Lost: right → wrong; gained: wrong → right. In brackets 95 % intervals from those "
+        "items, for both models answered the same ones. κ: Cohen's kappa, the same answer beyond chance."
+    )
+    return Table("Tasks", columns, tuple(rows), note)
 
 
 def _latency(latency: LatencyFigures | None) -> Table | None:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import Ratio, render_percentile
+from soco_export.evaluate.figures import PerplexityFigures
+from soco_export.evaluate.paired import perplexity_ratio
+from soco_export.files.json import context_length, read_config
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
+from soco_export.files.text import one_line
 from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings, Verdict, judge
+from soco_export.report.tables import ratio_text
 from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request, table
@@ -94,15 +99,20 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
-        questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify)
+        longest = context_length(read_config(reference)) if recipe.validation.tasks else None
+        questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify, longest)
         folders = dict(zip(forms, (reference, candidate), strict=True))
         openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
         proof = prove(openers, questions)
-    ratio = proof["perplexity"][forms[1]]["value"] / proof["perplexity"][forms[0]]["value"]
+    figures = [PerplexityFigures(**proof["perplexity"][form]) for form in forms]
+    ratio, interval = perplexity_ratio(*figures)
     perplexity = {
-        "reference": proof["perplexity"][forms[0]],
-        "candidate": proof["perplexity"][forms[1]],
+        "text": blocks.source,
+        "fingerprint": blocks.fingerprint,
+        "reference": asdict(figures[0]),
+        "candidate": asdict(figures[1]),
         "ratio": ratio,
+        "ratio_interval": interval,
     }
     measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity}
     gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
@@ -130,7 +140,8 @@ def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdi
     values = f"{perplexity['reference']['value']:.4g} → {perplexity['candidate']['value']:.4g}"
     lines = [
         table((step, "mean KL", "same token", "max logit difference"), rows),
-        f"perplexity: {values} ({perplexity['ratio']:.4f} ×)",
+        f"perplexity: {values} ({ratio_text(perplexity['ratio'], perplexity['ratio_interval'], 4)}, "
+        f"{one_line(perplexity['text'])}, {len(perplexity['reference']['blocks'])} windows)",
     ]
     return _judged(measured, lines, verdicts)
 

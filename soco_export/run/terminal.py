@@ -9,7 +9,7 @@ from pathlib import Path
 from soco_export.files.records import folder_bytes
 from soco_export.files.text import folded, one_line
 from soco_export.report.schema import RESULTS_FILE, Results
-from soco_export.report.tables import verdict_sentence
+from soco_export.report.tables import ratio_text, verdict_sentence
 from soco_export.report.words import verdict_terminal
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
@@ -45,7 +45,8 @@ def _quality(results: Results) -> Iterator[str]:
     if found:
         forms = {"dense": found.dense, "low rank": found.low_rank, "ONNX": found.onnx}
         parts = [f"{form} {figures.value:.4g}" for form, figures in forms.items() if figures]
-        yield f"perplexity: {' · '.join(parts)} ({found.ratio:.3f} × dense, {one_line(found.text)})"
+        ratio = ratio_text(found.ratio, found.ratio_interval)
+        yield f"perplexity: {' · '.join(parts)} ({ratio} dense, {one_line(found.text)})"
     for step, parity in (("dense → low rank", results.parity.compression), ("export", results.parity.export)):
         if parity:
             same = min(parity.prefill.token_agreement, parity.decode.token_agreement)

@@ -116,6 +116,16 @@ def describe_source(settings: DataSettings, purpose: Purpose) -> str:
     return ", ".join(str(path) for path in _files(settings))
 
 
+def describe_join(settings: DataSettings, purpose: Purpose) -> str:
+    """Return how the parts of a text are put together before it is cut, in one line."""
+    if settings.hub is not None:
+        return "rows joined by an empty line"
+    kinds = {settings.format if settings.format != "auto" else _kind(path) for path in _paths(settings, purpose)}
+    names = {"jsonl": "documents, each ended by an empty line", "wikitext": "rows joined by an empty line"}
+    parts = [names.get(kind, "the text as it is") for kind in sorted(kinds)]
+    return "; ".join(parts) + ("; windows of several texts take turns" if len(_paths(settings, purpose)) > 1 else "")
+
+
 def check_source(settings: DataSettings, purpose: Purpose) -> None:
     """Find missing or unreadable files and a missing `datasets` package before anything expensive starts."""
     if settings.hub is not None:

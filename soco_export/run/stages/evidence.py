@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.json import context_length, read_config
 from soco_export.run.context import RunContext
 from soco_export.run.names import BENCH_FILE, PROOF_FILE, REPORT_FILES, Format
 from soco_export.run.pipeline import Stage
@@ -24,8 +25,9 @@ def prove_run(context: RunContext, out: Path) -> None:
 
     work = out / "work"
     work.mkdir(exist_ok=True)
+    longest = context_length(read_config(context.path("checkpoint", "hf")))
     questions = Questions(
-        context.recipe.validation, context.blocks("evaluation"), context.tokenizer(), work, context.notify
+        context.recipe.validation, context.blocks("evaluation"), context.tokenizer(), work, context.notify, longest
     )
     proof = prove(_openers(context), questions)
     write_evidence(out / PROOF_FILE, json.dumps(proof, indent=2) + "\n")

@@ -130,10 +130,13 @@ def _largest_coefficient(factors: Path) -> float | None:
 
 
 def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults:
+    from soco_train.data.corpus import describe_join
+
     blocks = context.blocks("evaluation")
+    join = describe_join(context.recipe.evaluation, "evaluation")
     onnx = PerplexityFigures(**forms[SHIPPED]) if context.format == "onnx" else None
     figures = (PerplexityFigures(**forms[DENSE]), PerplexityFigures(**forms[LOW_RANK]), onnx)
-    return PerplexityResults.of(figures, blocks.source, blocks.fingerprint, blocks.tokens.shape[1])
+    return PerplexityResults.of(figures, blocks.source, blocks.fingerprint, blocks.tokens.shape[1], join)
 
 
 def _notes(context: RunContext) -> Iterator[str]:

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soco_export.bench import bootstrap
-from soco_export.bench.bootstrap import block_length, median_interval, picks, quantile_interval, student
 from soco_export.bench.stats import Ratio, paired_ratio, summarise_rounds
+from soco_export.evaluate import bootstrap
+from soco_export.evaluate.bootstrap import block_length, median_interval, picks, quantile_interval, student
 
 
 def remembering(rng, n, memory, spread=0.1):

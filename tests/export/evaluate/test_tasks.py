@@ -1,21 +1,20 @@
-import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from soco_export.evaluate.decoder import Decoder, TorchDecoder
-from soco_export.evaluate.settings import TaskSettings
+from soco_export.evaluate.items import Item
 from soco_export.evaluate.tasks import (
-    Item,
     TaskAnswers,
     answer_task,
     compare_answers,
-    load_items,
+    encode_pair,
     score_choices,
     summarise_answers,
 )
-from soco_train.errors import DataError, RecipeError
+from soco_train.errors import DataError
 from tests.support.graphs import ToyModel
 
 LETTERS = " abcdefghijklmnopqrstuv"  # 23 characters: one id each, as many as the toy model has
@@ -73,7 +72,7 @@ def test_answers_and_accuracy(table):
     items = [Item("go", (" up", " deeper and deeper"), 0), Item("a", (" b", " c", " d"), 2), Item("h", (" i", " j"), 1)]
     answers = answer_task(Bigrams(table), tokenizer, items, "toy")
     wanted = [np.argmax([log_likelihood(table, i.context, c) for c in i.choices]) for i in items]
-    norm = [np.argmax([log_likelihood(table, i.context, c) / len(c.strip()) for c in i.choices]) for i in items]
+    norm = [np.argmax([log_likelihood(table, i.context, c) / len(c[1:]) for c in i.choices]) for i in items]
     assert list(answers.picked) == wanted
     assert list(answers.right) == [pick == item.label for pick, item in zip(wanted, items, strict=True)]
     assert list(answers.right_norm) == [pick == item.label for pick, item in zip(norm, items, strict=True)]
@@ -96,7 +95,7 @@ def test_flips_count_changes_both_ways_though_accuracy_stands_still():
     compressed = TaskAnswers("t", (1, 1, 0, 3), (False, True, True, False), (True,) * 4)
     comparison = compare_answers(dense, compressed)
     assert comparison.recovery == 1.0
-    assert comparison.flips == 0.5
+    assert (comparison.flips, comparison.lost, comparison.gained) == (0.5, 0.25, 0.25)
     assert comparison.agreement == 0.25
     hopeless = TaskAnswers("t", (0,), (False,), (False,))
     assert compare_answers(hopeless, hopeless).recovery is None
@@ -109,60 +108,88 @@ def test_a_sick_likelihood_is_an_error(table):
         score_choices(Bigrams(table), tokenizer, Item("c", ("e", "f"), 0))
 
 
-ROWS = [
-    ({"context": "A", "choices": [" b", " c"], "label": 1}, Item("A", (" b", " c"), 1)),
-    ({"context": "It was a", "continuation": "dog", "x": 1}, Item("It was a", (" dog",), 0)),
-    (
-        {"id": "1", "question": "Why?", "choices": {"text": ["so", "no"], "label": ["A", "B"]}, "answerKey": "B"},
-        Item("Question: Why?\nAnswer:", (" so", " no"), 1),
-    ),
-    ({"goal": "win", "sol1": "run", "sol2": "sit", "label": 0}, Item("Question: win\nAnswer:", (" run", " sit"), 0)),
-    ({"ind": 3, "query": "He", "endings": ["ran", "sat"], "label": 1}, Item("He", (" ran", " sat"), 1)),
-    (
-        {"premise": "It broke.", "choice1": "It fell.", "choice2": "I slept.", "question": "cause", "label": 0},
-        Item("It broke because", (" it fell.", " i slept."), 0),
-    ),
-    (
-        {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
-        Item("Q: C. Q?\nA:", (" x", " y", " z"), 2),
-    ),
-]
+class Tokens:
+    """A tokenizer of words with their leading space, of three characters at most, which merges across borders."""
+
+    def __init__(self, bos, eos=None):
+        self.bos_token_id, self.eos_token_id = bos, eos
+        self.bos_token = None if bos is None else "^"
+
+    def __call__(self, text, add_special_tokens=True):
+        pieces = re.findall(r" ?[^ ]{1,2}|\^| ", text)
+        ids = [2 + sum(map(ord, piece)) % 21 for piece in pieces]
+        return {"input_ids": [self.bos_token_id] * (add_special_tokens and self.bos_token_id is not None) + ids}
 
 
-def test_formats_are_known_by_their_fields(tmp_path):
-    for row, wanted in ROWS:
-        path = tmp_path / "task.jsonl"
-        path.write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
-        assert load_items(TaskSettings(path=path)) == [wanted, wanted]
-        assert load_items(TaskSettings(path=path, limit=1)) == [wanted]
+class Harness:
+    """lm-evaluation-harness 0.4.13 as its rules say, in double: one continuation at a time, no padding."""
+
+    def __init__(self, model, tokenizer, max_length):
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+
+    def encode(self, text, **options):
+        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
+            options["add_special_tokens"] = False
+        return self.tokenizer(text, **options)["input_ids"]
+
+    def loglikelihood(self, context, continuation):
+        if context == "":
+            prefix = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else 1
+            tokens = self.encode(continuation, add_special_tokens=False)
+            before, after = ([prefix], tokens) if tokens[0] != prefix else (tokens[:1], tokens[1:])
+        else:
+            spaces = len(context) - len(context.rstrip())
+            if spaces:
+                context, continuation = context[:-spaces], context[-spaces:] + continuation
+            before = self.encode(context)
+            after = self.encode(context + continuation)[len(before) :]
+        ids = torch.tensor([(before + after)[-(self.max_length + 1) :][:-1]])
+        with torch.no_grad():
+            logits = self.model(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None]).logits.double()
+        log_p = torch.log_softmax(logits[0, -len(after) :], -1)
+        greedy = bool((log_p.argmax(-1) == torch.tensor(after)).all())
+        return log_p[torch.arange(len(after)), torch.tensor(after)].sum().item(), greedy
 
 
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ('{"context": "a", "choices": ["b"], "label": 1}', "1"),
-        ('{"context": "a", "continuation": "b"}\nnonsense', "2"),
-        ('{"unknown": 1}', "1"),
-        ("[1]", "1"),
-        ('{"context": 3, "choices": null, "label": 0}', "1"),
-        ('{"context": "a", "choices": [" b", ""], "label": 0}', "1"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, text, where):
-    path = tmp_path / "task.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"no task item|is no JSON|not an object") as caught:
-        load_items(TaskSettings(path=path))
-    assert caught.value.where == f"{path}:{where}"
+def random_text(rng, most):
+    words = ["".join(rng.choice(list("abcdeéü"), rng.integers(1, 6))) for _ in range(rng.integers(1, most))]
+    return " ".join(words)
 
 
-def test_files_that_are_absent_empty_or_not_utf8_are_refused(tmp_path):
-    path = tmp_path / "task.jsonl"
-    with pytest.raises(RecipeError, match="cannot read"):
-        load_items(TaskSettings(path=path))
-    path.write_text("\n", encoding="utf-8")
-    with pytest.raises(DataError, match="no items"):
-        load_items(TaskSettings(path=path))
-    path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(DataError, match="UTF-16"):
-        load_items(TaskSettings(path=path))
+@pytest.mark.parametrize(("bos", "eos"), [(0, 1), (None, 1)])
+def test_items_are_answered_as_the_harness_answers_them(bos, eos):
+    rng = np.random.default_rng()
+    model, tokenizer, longest = ToyModel(int(rng.integers(2**31))), Tokens(bos, eos), 24
+    harness = Harness(model, tokenizer, longest)
+    items = []
+    for number in range(60):
+        context = ["", "^" + random_text(rng, 9), random_text(rng, 9) + "  ", random_text(rng, 30)][number % 4]
+        choices = tuple(" " + random_text(rng, 6) for _ in range(rng.integers(2, 5)))
+        items.append(Item(context, choices, int(rng.integers(len(choices)))))
+    answers = answer_task(TorchDecoder(model), tokenizer, items, "toy", context=longest)
+    for index, item in enumerate(items):
+        wanted = np.array([harness.loglikelihood(item.context, choice)[0] for choice in item.choices])
+        found, greedy = score_choices(TorchDecoder(model), tokenizer, item, longest)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        assert list(greedy) == [harness.loglikelihood(item.context, choice)[1] for choice in item.choices]
+        texts = [choice[1:] for choice in item.choices]
+        assert answers.picked[index] == wanted.argmax()
+        for right, size in (("right_norm", map(len, texts)), ("right_bytes", (len(t.encode()) for t in texts))):
+            per_size = wanted / np.array(list(size))
+            assert getattr(answers, right)[index] == (per_size.argmax() == item.label)
+
+
+def test_a_context_too_long_loses_its_beginning_and_a_choice_too_long_is_refused():
+    model, tokenizer = ToyModel(3), Tokens(0)
+    short, long = " ab cd ef gh", "qu rs tu vw xy za ab cd ef gh"
+    one, two = (score_choices(TorchDecoder(model), tokenizer, Item(c, (" ij",), 0), 4)[0] for c in (short, long))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    with pytest.raises(DataError, match="a choice has 5 tokens, and the model has positions for 4"):
+        score_choices(TorchDecoder(model), tokenizer, Item(short, (" ij kl mn op qr",), 0), 4)
+
+
+def test_what_melts_into_the_context_is_still_scored():
+    pairs = Tokens(None, 1)
+    first, last = pairs("abcd")["input_ids"]
+    assert encode_pair(pairs, "abc", "d") == ([first], [last])
+    assert encode_pair(pairs, "a", "b") == ([1], pairs("ab")["input_ids"])

@@ -398,6 +398,51 @@ def test_recovery_is_above_one_where_the_second_is_better(results):
     json.dumps(comparison.document())
 
 
+def measured(results, rng, worse, fingerprint="ab"):
+    """The same dense model, and what ships `worse` nats worse on every block, give or take."""
+    dense = np.linspace(2, 4, 32)
+    forms = [
+        PerplexityFigures(math.exp(np.mean(losses)), float(np.mean(losses)), 32 * 511, tuple(losses))
+        for losses in (dense, dense + 0.1, dense + 0.1 + worse + rng.normal(0, 0.002, 32))
+    ]
+    return results.model_copy(update={"perplexity": PerplexityResults.of(tuple(forms), "a text", fingerprint, 512)})
+
+
+def test_perplexities_on_the_same_blocks_are_compared_block_by_block(results, rng):
+    first = measured(results, rng, 0)
+    for worse, beyond in ((0.01, True), (0, False)):
+        # The chance of a difference that is none is 5 %; two runs of the very same model have exactly none.
+        second = measured(results, rng, worse) if worse else first
+        found = {d.name: d.beyond_noise for d in compare_results(first, second).figures}
+        assert found["perplexity.onnx.value"] == found["perplexity.ratio"] == beyond
+        assert found["perplexity.dense.value"] is False
+    assert "a text, 512 tokens a window" in render_comparison(compare_results(first, first))
+    other = compare_results(first, measured(results, rng, 0.01, "cd"))
+    assert {d.name: d.beyond_noise for d in other.figures}["perplexity.ratio"] is None
+    assert "Perplexity is of two texts and no comparison" in render_comparison(other)
+
+
+def test_the_protocol_of_a_perplexity_is_stored_and_shown_with_its_interval(results, rng):
+    found = measured(results, rng, 0.02)
+    protocol = found.perplexity.protocol
+    assert (protocol.windows, protocol.window, protocol.stride, protocol.scored) == (32, 512, 512, 511)
+    low, high = found.perplexity.ratio_interval
+    assert 1.11 < low < math.exp(0.12) < high < 1.15
+    text = render_markdown(found)
+    assert "32 windows of 512 tokens, stride 512, no BOS" in text
+    assert f"({number(low)}–{number(high)})" in text
+
+
+def test_changed_answers_are_shown_both_ways(results):
+    task = replace(
+        results.tasks["copa"], lost=0.04, gained=0.01, kappa=0.81, difference=-0.03, difference_interval=(-0.06, 0.01)
+    )
+    text = render_markdown(results.model_copy(update={"tasks": {"copa": task}}))
+    assert "4.00 %, 1.00 %" in text
+    assert "(κ 0.81)" in text
+    assert "-0.03 (-0.06 to 0.01)" in text
+
+
 def test_what_only_one_result_has_has_no_recovery(results):
     comparison = compare_results(results, results.model_copy(update={"tasks": {}}))
     lost = next(d for d in comparison.figures if d.name == "tasks.copa.recovery")

@@ -13,6 +13,7 @@ from soco_export.evaluate.tasks import TaskAnswers, compare_answers
 from soco_export.report.tables import speedup
 from soco_export.run.stages import evidence, report
 from soco_export.runtimes import open as opening
+from soco_train.settings import DataSettings
 
 
 class Run:
@@ -56,7 +57,9 @@ def test_dense_is_timed_against_what_ships(monkeypatch, tmp_path):
 def test_perplexity_of_onnx_is_its_own():
     forms = {name: {"value": value, "loss": 1.0, "tokens": 9} for name, value in
              (("dense", 10.0), ("low-rank", 12.0), ("shipped", 15.0))}  # fmt: skip
-    found = report._perplexity(Run(), forms)
+    run = Run()
+    run.recipe = SimpleNamespace(evaluation=DataSettings(builtin="speeches"))
+    found = report._perplexity(run, forms)
     assert (found.dense.value, found.low_rank.value, found.onnx.value, found.ratio) == (10.0, 12.0, 15.0, 1.5)
 
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
+from soco_export.evaluate.items import FORMATS, load_items
 from soco_export.evaluate.settings import TaskSettings
-from soco_export.evaluate.tasks import FORMATS, load_items
 from soco_train.data.corpus import check_source, load_blocks
 from soco_train.data.reading import CHUNK, read_lines, read_text
 from soco_train.errors import DataError, SocoError

@@ -1,6 +1,7 @@
-"""Uncertainty of a median over a time series, by the moving-block bootstrap, purely.
+"""Uncertainty of a median or a mean over a series, by the moving-block bootstrap, purely.
 
-Rounds of a benchmark follow one another: what slows one down (another process, the clock) slows its neighbours too.
+Rounds of a benchmark follow one another: what slows one down (another process, the clock) slows its neighbours too, and
+the windows of a text go on where the one before ends.
 Resampling single rounds takes them as independent and promises too much; whole blocks of neighbours keep what they have
 in common (Künsch 1989; Politis and Romano 1992, circular blocks).
 """
@@ -50,14 +51,25 @@ def picks(n: int, block: int, resamples: int, seed: int) -> npt.NDArray[np.int64
 def median_interval(series: Reals, seed: int = 0) -> tuple[float, float, float, int]:
     """Return the median of a series, the ends of its 95 % interval, and the block length.
 
-    series: [n], in the order of time. With few blocks the interval is stretched as Student's t is beside the normal.
+    series: [n], in the order of time.
     """
-    n, block = len(series), block_length(series)
-    middle = float(np.median(series))
-    medians = np.median(series[picks(n, block, RESAMPLES, seed)], axis=1)
-    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    stretch = student(n / block - 1) / NORMAL
-    return middle, middle - stretch * (middle - float(low)), middle + stretch * (float(high) - middle), block
+    block = block_length(series)
+    medians = np.median(series[picks(len(series), block, RESAMPLES, seed)], axis=1)
+    return float(np.median(series)), *_ends(float(np.median(series)), medians, len(series) / block), block
+
+
+def mean_interval(series: Reals, seed: int = 0) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a series' mean; series: [n] in its order, n ≥ 2."""
+    block = block_length(series)
+    means = series[picks(len(series), block, RESAMPLES, seed)].mean(axis=1)
+    return _ends(float(series.mean()), means, len(series) / block)
+
+
+def _ends(middle: float, resampled: Reals, blocks: float) -> tuple[float, float]:
+    """Return the ends of an interval; of few blocks it is stretched as Student's t is beside the normal."""
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    stretch = student(blocks - 1) / NORMAL
+    return middle - stretch * (middle - float(low)), middle + stretch * (float(high) - middle)
 
 
 def quantile_interval(rounds: Sequence[Sequence[float]], share: float, seed: int = 0) -> tuple[float, float]:
