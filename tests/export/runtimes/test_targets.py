@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx_models import factor, tiny_model
 
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
@@ -17,6 +16,7 @@ from soco_export.run.request import Request
 from soco_export.runtimes.browser import TYPES
 from soco_export.runtimes.registry import RUNTIMES
 from soco_train.errors import RecipeError
+from tests.support.decoders import factor, tiny_model
 
 ISSUED = ("ort", "genai", "transformers.js", "openvino", "triton")
 MIXED = {"q_proj": ("stacked", 20), "up_proj": ("pivoted", 24)}
