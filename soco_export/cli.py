@@ -31,6 +31,10 @@ from soco_train.installed import version
 SHARED_VERBS = ("train", "train_and_export", "export")
 
 Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.", rich_help_panel=MODEL)]
+Moved = Annotated[
+    str | None,
+    typer.Option("--model", help="Where a run's dense model lies now, if it was moved.", rich_help_panel=MODEL),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.", rich_help_panel=MODEL)
 ]
@@ -198,6 +202,7 @@ def plan(
 @app.command(cls=Verb)
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
+    model: Moved = None,
     format: Format = "onnx",
     target: Target = None,
     keep_params: KeepParams = None,
@@ -220,6 +225,7 @@ def export(
 def validate(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
     against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,
+    model: Moved = None,
     recipe: RecipeFile = None,
     set_: Set = None,
     strict: Strict = False,
@@ -235,6 +241,7 @@ def validate(
 def bench(
     folder: Annotated[Path, typer.Argument(help="A run folder, or an ONNX folder.")],
     against: Annotated[Path | None, typer.Option(help="The ONNX folder to compare with, in turns.")] = None,
+    model: Moved = None,
     recipe: RecipeFile = None,
     set_: Set = None,
     strict: Strict = False,

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from soco_train import stopping
+
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 ENDINGS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 
@@ -33,6 +35,7 @@ def leave_at_once() -> None:
 def raising() -> Iterator[None]:
     """Within this context the signals raise KeyboardInterrupt; after it the exit code is settled.
 
+    A training finishes its step and saves before it raises; a second signal does not wait for that.
     SIGTERM has no exception of its own: libraries catch KeyboardInterrupt, tidy up, and raise a new one.
     """
     _handle(_raise)
@@ -44,7 +47,8 @@ def raising() -> Iterator[None]:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     received.append(number)
-    raise KeyboardInterrupt
+    if not stopping.wish():
+        raise KeyboardInterrupt
 
 
 def _handle(handler: Any) -> None:

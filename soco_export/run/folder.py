@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from soco_export.files.atomic import remove, write_atomic
-from soco_export.files.records import check_apart
+from soco_export.files.records import check_apart, record_file
 from soco_export.preflight.doctor import versions
 from soco_export.recipe.difference import differences
 from soco_export.recipe.load import load_recipe, lock
@@ -188,12 +188,30 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
             where=error.where,
         ) from error
     changed = [key for key in differences(there, recipe) if key.split(".")[0] not in EVIDENCE_SECTIONS]
+    if "model.path" in changed and recipe.model.path is not None:
+        _check_moved(recipe.model.path, manifest)
+        changed.remove("model.path")
     if changed:
         shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise RecipeError(
             f"{root} holds another run: {shown} differ{'s' if len(changed) == 1 else ''}",
             fix="give another --out, or --fresh to start over there (its results are then lost)",
             where=str(root / LOCK),
+        )
+
+
+def _check_moved(folder: Path, manifest: Manifest) -> None:
+    """Raise RecipeError unless `folder` holds the files, by name and hash, that the run has read as its dense model."""
+    known = {Path(name).name: record.sha256 for name, record in manifest.inputs.items()}
+    found = {path.name: path for path in (folder / "config.json", *folder.glob("*.safetensors")) if path.is_file()}
+    other = [
+        name for name in {**known, **found} if name not in found or record_file(found[name]).sha256 != known.get(name)
+    ]
+    if known and other:
+        raise RecipeError(
+            f"{folder} holds another model than the run was made from: {', '.join(sorted(other)[:3])} differ",
+            fix="give the folder to which the run's dense model was moved, or another --out for this model",
+            where=str(folder),
         )
 
 

@@ -16,7 +16,7 @@ from soco_export.run.folder import EVIDENCE_SECTIONS, RunFolder, check_folder, o
 from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
-from soco_export.run.request import Outcome, Request
+from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.artefacts import ARTEFACTS, PLAN
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
@@ -59,7 +59,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     That folder is `request.out`, or keep-SIZE inside the run; spectrum and scores stay where they are.
     Raises RecipeError if the settings differ in what the scores depend on.
     """
-    recipe = read_lock(run)
+    recipe = run_recipe(run, request)
     changed = recipe.override(request.overrides)
     stages = (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format])
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
@@ -114,7 +114,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     """Repeat one measuring stage of an existing run (`proof` or `bench`), and report."""
     if request.recipe is not None:
         raise RecipeError("a run has its recipe already", fix="change single keys with --set", where="--recipe")
-    recipe = read_lock(run).override(request.overrides)
+    recipe = run_recipe(run, request).override(request.overrides)
     there = replace(request, format=run_format(run))
     check(there, recipe, run)
     stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import LOCK
+from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.names import Format
 from soco_train.errors import ExitCode, RecipeError
 
@@ -94,6 +94,34 @@ def find_run(run: Path | None, request: Request) -> Path:
             f"there is no run in {RUNS}", fix="give the run's folder, or train one: soco-export train --model tiny"
         )
     return locks[-1].parent
+
+
+def run_recipe(run: Path, request: Request) -> Recipe:
+    """Return the recipe of the run in `run`, its dense model taken from the folder `--model` to which it was moved.
+
+    Raises RecipeError if there is no such folder. Whether it holds the same model is asked when the run is opened.
+    """
+    recipe = read_lock(run)
+    if request.model is None:
+        return recipe
+    if recipe.model.weights != "pretrained" or not (Path(request.model) / "config.json").is_file():
+        reason = f"{request.model} holds no config.json"
+        if recipe.model.weights != "pretrained":
+            reason = f"the dense model of {run} lies in no folder: its weights are {recipe.model.weights}"
+        raise RecipeError(
+            reason, fix="with a run, --model names the folder to which its dense model was moved", where="--model"
+        )
+    return recipe.replace({"model.path": request.model}, where="--model")
+
+
+def check_no_model(request: Request) -> None:
+    """Raise RecipeError for a `--model` where folders are given that are no runs: it would not be read."""
+    if request.model is not None:
+        raise RecipeError(
+            "--model says where a run's dense model lies, and this folder is no run",
+            fix="leave --model out; the dense model to compare with is --against",
+            where="--model",
+        )
 
 
 def parse_sizes(text: str | None, default: float) -> list[float]:

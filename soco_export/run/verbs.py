@@ -15,7 +15,7 @@ from pathlib import Path
 from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.manifest import check_unchanged
-from soco_export.run.request import Outcome, Request, find_run, parse_sizes
+from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
 
@@ -53,6 +53,7 @@ def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
         return from_run(request, folder, notify)
     from soco_export.run.on_folder import export_folder
 
+    check_no_model(request)
     return export_folder(request, folder, notify)
 
 
@@ -64,6 +65,7 @@ def validate(request: Request, folder: Path, against: Path | None = None, notify
         return again(request, folder, "proof", notify)
     from soco_export.run.on_folder import prove_folders
 
+    check_no_model(request)
     return prove_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
 
 
@@ -75,6 +77,7 @@ def bench(request: Request, folder: Path, against: Path | None = None, notify: N
         return again(request, folder, "bench", notify)
     from soco_export.run.on_folder import bench_folders
 
+    check_no_model(request)
     return bench_folders(load_recipe(request.recipe or "base", request.overrides), against, folder, notify)
 
 

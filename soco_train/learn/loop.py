@@ -10,13 +10,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
-from soco_train import parallel
+from soco_train import parallel, stopping
 from soco_train.data.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event
@@ -85,12 +86,18 @@ class Loop(ABC):
         return self.step < self.steps
 
     def run(self) -> None:
-        """Take the remaining steps, saving between them."""
+        """Take the remaining steps, saving between them, and at once where somebody wants this process to stop.
+
+        Several processes do not wait for each other's wishes: a save needs all of them at the same step.
+        """
         self._started = time.monotonic()
-        while self.goes_on():
-            self.one_step()
-            if self.step % self.pace.checkpoint_every == 0 and self.goes_on():
-                self.save()
+        with stopping.listening() if not parallel.launched() else nullcontext():
+            while self.goes_on():
+                self.one_step()
+                if stopping.wished() or (self.step % self.pace.checkpoint_every == 0 and self.goes_on()):
+                    self.save()
+                if stopping.wished():
+                    raise KeyboardInterrupt
 
     def batch(self, step: int) -> torch.Tensor:
         """Return the whole batch [b, t] of a step."""

@@ -1,5 +1,6 @@
 """Score training on a small random model: it reaches its budget, it helps, it resumes to the same bits."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from soco_export import signals
+from soco_train import stopping
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.learn.divergence import divergence
@@ -122,6 +125,39 @@ def test_a_killed_run_continues_to_the_same_bits(model, tokens, tmp_path: Path, 
         assert torch.equal(layer.importance, found.layers[name].importance)
         assert torch.equal(layer.scale, found.layers[name].scale)
         assert torch.equal(layer.deviation, found.layers[name].deviation)
+
+
+@pytest.mark.parametrize("last", [10, STEPS])
+def test_a_signal_finishes_the_step_saves_it_and_loses_nothing(
+    model, tokens, tmp_path: Path, monkeypatch, last
+) -> None:
+    """SIGTERM during step `last`: the checkpoint is of that step, and what is learnt in the end has the same bits."""
+    monkeypatch.setattr(signals, "received", [])
+    expected = train_scores(*task(model, tokens, tmp_path / "whole")[0])
+    (subject, train, plan, session), _ = task(model, tokens, tmp_path / "stopped")
+
+    def terminate(event: Event) -> None:
+        if (event.stage, event.step) == ("train", last):
+            signals._raise(signal.SIGTERM, None)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_scores(subject, train, plan, replace(session, notify=terminate))
+    resumed, events = task(model, tokens, tmp_path / "stopped")
+    found = train_scores(*resumed)
+    assert [event.step for event in events if event.stage == "train"] == list(range(last + 1, STEPS + 1))
+    for name, layer in expected.layers.items():
+        assert torch.equal(layer.importance, found.layers[name].importance)
+        assert torch.equal(layer.scale, found.layers[name].scale)
+
+
+def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "received", [])
+    with stopping.listening():
+        signals._raise(signal.SIGTERM, None)
+        with pytest.raises(KeyboardInterrupt):
+            signals._raise(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):  # nothing trains: nothing is waited for
+        signals._raise(signal.SIGTERM, None)
 
 
 def test_a_size_that_cuts_nothing_trains_to_the_end(model, tokens, tmp_path: Path) -> None:
