@@ -2,8 +2,8 @@
 VENV := .venv
 VENV_OPTIMUM := .venv-optimum
 DEMO := runs/demo
-# What is pure, and what only reads documents, gives the same answer whatever transformers is installed.
-MEETS_TRANSFORMERS := tests/whole $(shell grep -lrE "transformers|soco_export.model|tests.support.(models|decoders)" tests/train tests/export tests/benchmarks --include='*.py')
+# As many processes as the machine has cores, at most four: each imports torch and transformers once.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 RUN := $(DEMO)
 
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ tour: demo ## put the demo's output into README.md
 
 test: setup ## run the tests
 	@echo "== running the tests"
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python $(PYTEST)
 
 check: setup ## format, lint, types, import direction, dependencies
 	@echo "== ruff, mypy, import-linter, deptry"
@@ -33,7 +33,7 @@ check: setup ## format, lint, types, import direction, dependencies
 
 test-compat: setup-optimum ## run the tests that meet transformers once more with 4.57 and optimum, in an environment of their own
 	@echo "== running the tests that meet transformers with transformers 4.57 and optimum"
-	@$(VENV_OPTIMUM)/bin/python -m pytest $(MEETS_TRANSFORMERS)
+	@$(VENV_OPTIMUM)/bin/python $(PYTEST) -m "transformers or optimum"
 
 check-servers: setup ## start every server installed here on RUN (runs/demo), compare with PyTorch, then 16 clients
 	@$(VENV)/bin/python -m benchmarks.servers --run $(RUN)

@@ -1,8 +1,9 @@
-"""What every test runs under: one thread, no network, and one finished run of the built-in model for all of them."""
+"""What every test runs under: one thread, no network, a seed, and one finished run of the built-in model for all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,10 @@ os.environ.update(
 )
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
+
+from tests.support.fresh import SEED, seed_all
 
 # How long an example takes says more about the machine's other work than about the code.
 settings.register_profile("unhurried", deadline=None)
@@ -45,14 +49,53 @@ def short() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of one finished run of the built-in model, to ONNX; read it, never write into it."""
+def tiny_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of one finished run of the built-in model, to ONNX; read it, never write into it.
+
+    Every worker has a copy: a verb on a run locks its folder.
+    """
     from soco_export.run.verbs import Request, train_and_export
 
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    outcome = train_and_export(Request(model="tiny", out=folder, set_=[*SHORT, "gates.max_ppl_ratio=null"]))
-    assert outcome.code == 0, outcome.text
-    return folder
+    first = shared / "first-run"
+    with FileLock(f"{first}.lock"):
+        if not (first / "done").exists():
+            asked = Request(model="tiny", out=first / "tiny", set_=[*SHORT, "gates.max_ppl_ratio=null"])
+            outcome = train_and_export(asked)
+            assert outcome.code == 0, outcome.text
+            (first / "done").touch()
+    return Path(shutil.copytree(first / "tiny", tmp_path_factory.mktemp("runs") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all workers of one pytest have in common; what is made in it is made under a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis draw from the run's seed too."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = SEED
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say how to have the same random input again."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        session.config.get_terminal_writer().line(f"random input: SOCO_TEST_SEED={SEED}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    """Seed a fixture by its own name, so that it is the same whichever test asks for it first."""
+    seed_all(f"{request.node.nodeid} {fixturedef.argname}[{request.param_index}]")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Seed a test by its own name."""
+    seed_all(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

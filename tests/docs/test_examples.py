@@ -85,6 +85,7 @@ def torch_continuation(tiny_run: Path) -> str:
     return str(tokenizer.decode(found[0], skip_special_tokens=True)).strip()
 
 
+@pytest.mark.transformers
 def test_quickstart(tmp_path: Path) -> None:
     done = run(sys.executable, EXAMPLES / "quickstart.py", "--out", tmp_path / "run", "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -103,6 +104,7 @@ def test_pick_a_size(tiny_run: Path, tmp_path: Path) -> None:
     assert parameters[0] > parameters[1]
 
 
+@pytest.mark.transformers
 def test_plain_onnxruntime_gives_the_tokens_of_torch(tiny_run: Path) -> None:
     assert generate("onnxruntime_generate.py", tiny_run) == torch_continuation(tiny_run)
 

@@ -70,6 +70,7 @@ def test_a_dry_run_needs_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.transformers
 def test_the_transformers_snippet_loads(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     names: dict[str, Any] = {}

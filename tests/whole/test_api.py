@@ -15,6 +15,8 @@ from soco_export.run.folder import read_lock
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 
+pytestmark = pytest.mark.transformers
+
 
 def test_the_api_learns_and_cuts_what_the_command_line_does(tiny_run: Path, tmp_path: Path) -> None:
     recipe = read_lock(tiny_run)

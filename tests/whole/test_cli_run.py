@@ -35,6 +35,7 @@ def stages(ran: Ran) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
+@pytest.mark.transformers
 class TestFinishedRun:
     def test_holds_everything_and_nothing_unfinished(self, tiny_run: Path) -> None:
         names = {path.name for path in tiny_run.iterdir()}
@@ -161,6 +162,7 @@ class TestPlan:
         assert "keep_params 0.0001 leaves less than the smallest rank" in ran.err
 
 
+@pytest.mark.transformers
 class TestExport:
     def test_another_size_without_training_again(self, run: Path) -> None:
         before = contents(run)
@@ -209,6 +211,7 @@ class TestExport:
 
 
 class TestFolders:
+    @pytest.mark.transformers
     def test_validate_one_against_another(self, tiny_run: Path) -> None:
         few = ("--set", "evaluation.blocks=1", "--set", "evaluation.block=64", "--set", "validate.threads=1")
         ran = soco("validate", tiny_run / "onnx", "--against", tiny_run / "hf", *few)
@@ -295,6 +298,7 @@ def test_a_run_in_use_is_left_alone(tiny_run: Path, run: Path, quick: list[str])
     assert "in use by another process" in ran.err
 
 
+@pytest.mark.transformers
 def test_the_tiny_variant_of_a_large_model(tmp_path: Path, short: tuple[str, ...]) -> None:
     flags = [part for setting in short for part in ("--set", setting)]
     ran = soco("train-and-export", "--model", "mistral-7b", "--tiny", *flags, "--out", tmp_path / "run", "--json")

@@ -92,6 +92,7 @@ def test_what_is_json_is_read_as_it_is(value: dict[str, Any]) -> None:
     assert parse_object(json.dumps(value, ensure_ascii=False).encode(), "it", "here", FIX) == value
 
 
+@pytest.mark.transformers
 @given(st.binary())
 def test_any_bytes_give_a_value_or_our_error(data: bytes) -> None:
     with suppress(DataError):
@@ -103,6 +104,7 @@ def test_infinity_in_either_form_is_a_number(tmp_path: Path) -> None:
     assert plain_floats(read_config(tmp_path)) == {"a": float("inf"), "b": float("-inf"), "c": [{"d": 1}]}
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     "fields",
     [
@@ -391,6 +393,7 @@ BEFORE_TRAINING = {
 }
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("case", BEFORE_TRAINING)
 def test_what_can_be_known_is_said_before_a_folder_is_made(tmp_path: Path, case: str) -> None:
     from soco_export.run.verbs import Request, train_and_export
@@ -440,6 +443,7 @@ BAD_MODELS: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], 
 }
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_a_model_that_is_not_whole_is_refused_before_a_folder_is_made(tmp_path: Path, case: str) -> None:
     from soco_export.run.verbs import Request, train_and_export

@@ -36,6 +36,8 @@ from soco_train.settings import STORAGE, LayerSettings, PlanSettings, RefineSett
 from soco_train.store.factors import Factors
 from tests.support.models import make_model
 
+pytestmark = pytest.mark.transformers
+
 KEEP = 0.6
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.whole.seal import GOLDEN, more_runs, take
 
+pytestmark = pytest.mark.transformers
+
 PARTS = ("names", "left out", "tensors", "graphs", "keys", "recipe", "results")
 
 

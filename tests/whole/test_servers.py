@@ -32,6 +32,7 @@ from benchmarks.servers.quantised import TOLERANCE, compare
 from benchmarks.servers.reference import TIE, Answer, Reference
 from benchmarks.servers.triton import repository
 from soco_export.onnx.inspect import read_ports
+from tests.support import fresh
 
 pytestmark = pytest.mark.allow_hosts([HOST])
 
@@ -86,6 +87,7 @@ def events(response: HTTPResponse) -> list[str]:
     return [line.decode().strip().removeprefix("data: ") for line in response if line.strip()]
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_a_server_gives_the_tokens_of_torch(name: str, tiny_run: Path, reference: Reference) -> None:
     try:
@@ -131,7 +133,7 @@ class Logits:
 
 @pytest.mark.parametrize("gap", [0.5 * TIE, 2 * TIE])
 def test_a_tie_is_reported_and_a_difference_is_one(gap: float) -> None:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     ids, count, step = rng.integers(0, 9, 3).tolist(), 6, int(rng.integers(0, 6))
     logits = rng.normal(size=(len(ids) + count, 9))
     logits[:, 4] = logits.max(-1) + 1  # the greedy token, everywhere
@@ -203,7 +205,7 @@ def test_a_seed_repeats_a_sample_and_other_seeds_differ(port: int) -> None:
     def sample(seed: int) -> str:
         return str(post(port, max_tokens=24, temperature=1.0, seed=seed)[2]["choices"][0]["text"])
 
-    seeds = [int(seed) for seed in np.random.default_rng().integers(0, 2**31, 3)]
+    seeds = [int(seed) for seed in fresh.rng().integers(0, 2**31, 3)]
     texts = [sample(seed) for seed in seeds]
     assert [sample(seed) for seed in seeds] == texts
     assert len(set(texts)) > 1

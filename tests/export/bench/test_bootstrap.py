@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from soco_export.bench.stats import Ratio, paired_ratio, summarise_rounds
 from soco_export.evaluate import bootstrap
 from soco_export.evaluate.bootstrap import block_length, median_interval, picks, quantile_interval, student
+from tests.support import fresh
 
 
 def remembering(rng, n, memory, spread=0.1):
@@ -33,7 +34,7 @@ def test_rows_are_runs_of_neighbours(n, block, seed):
 
 
 def test_blocks_are_as_long_as_the_series_remembers():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     lengths = {memory: np.mean([block_length(remembering(rng, 400, memory)) for _ in range(10)]) for memory in (0, 0.9)}
     assert 8 <= lengths[0] <= 10  # n^⅓
     assert 2 * lengths[0] < lengths[0.9] <= 50
@@ -42,7 +43,7 @@ def test_blocks_are_as_long_as_the_series_remembers():
 
 
 def false_alarms(trials, n, memory, control):
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     found = 0
     for _ in range(trials):
         drift = remembering(rng, n, 0.97, 0.5)  # what slows the whole machine: in every model's times
@@ -62,7 +63,7 @@ def test_a_copy_is_rarely_faster_or_slower_though_rounds_remember(monkeypatch):
 
 
 def test_a_difference_beyond_the_noise_is_found_on_its_side():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     for truth in (0.7, 1.5):
         dense, again = (rounds(remembering(rng, 200, 0.5, 0.05)) for _ in range(2))
         other = rounds(remembering(rng, 200, 0.5, 0.05) - np.log(truth))
@@ -72,7 +73,7 @@ def test_a_difference_beyond_the_noise_is_found_on_its_side():
 
 
 def test_the_interval_is_that_of_a_median_at_95_percent():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     widths = []
     for _ in range(12):  # one width is itself uncertain
         _, low, high, _ = median_interval(rng.normal(0, 1, 1000))
@@ -103,7 +104,7 @@ def test_noise_of_dense_against_itself_goes_into_the_interval():
 
 
 def test_percentiles_of_a_series_have_intervals_around_them():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     series = [list(rng.lognormal(0, 0.3, rng.integers(3, 9))) for _ in range(60)]
     found = summarise_rounds(series)
     assert found.n == sum(map(len, series))

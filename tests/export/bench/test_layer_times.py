@@ -180,8 +180,10 @@ def test_a_profile_that_was_timed_in_another_way_is_not_used():
     assert Profile.from_json(json.dumps(document)).conditions != device.conditions()
 
 
-def test_layers_are_really_measured(tmp_path):
-    """Smoke: every form and weight type times something; the file is used again."""
+def test_layers_are_really_measured(tmp_path, monkeypatch):
+    """Smoke: every form and weight type times something; the file is used again. Small and few: no figure is judged."""
+    monkeypatch.setattr("soco_export.bench.layer_timing.MOST_COPIES", 4)
+    monkeypatch.setattr("soco_export.bench.layer_timing.SECONDS", 0.02)
     for weights, form in itertools.product(("same", "int4"), ("stacked", "pivoted")):
         device = Device("CPUExecutionProvider", 1, ExportSettings(weights=weights), bias=True, tokens=(1, 3))
         profile = measure_profile([(48, 32)], form, device, lambda event: None)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soco_export.bench.stats import paired_ratio, percentile, render_percentile, summarise
+from tests.support import fresh
 
 TIMES = st.lists(st.floats(min_value=1e-3, max_value=1e3), min_size=1, max_size=150)
 
@@ -48,7 +49,7 @@ def test_an_exact_factor_is_found_with_no_uncertainty(rounds, samples, factor, s
 
 
 def test_noise_that_both_models_share_cancels_and_noise_of_their_own_does_not():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     drift = rng.uniform(1, 3, (40, 1))
     shared = paired_ratio(drift * rng.normal(1, 0.001, (40, 1)), drift / 1.5)
     own = paired_ratio(drift, rng.permutation(drift) / 1.5)
@@ -56,7 +57,7 @@ def test_noise_that_both_models_share_cancels_and_noise_of_their_own_does_not():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     covered = 0
     for trial in range(100):
         ratio = paired_ratio(1.4 * rng.lognormal(0, 0.2, (40, 1)), rng.lognormal(0, 0.2, (40, 1)), seed=trial)
@@ -65,7 +66,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_the_interval_is_the_same_for_the_same_seed():
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     dense, compressed = rng.uniform(1, 2, (2, 10, 2))
     assert paired_ratio(dense, compressed, seed=3) == paired_ratio(dense, compressed, seed=3)
     # An interval's ends are medians of ten rounds, of which there are few: two seeds may well agree, thirty do not.

@@ -32,6 +32,8 @@ from soco_train.forms.pivoted import PivotedLinear
 from soco_train.store.factors import Factors
 from tests.support.models import ARCHITECTURES, VOCABULARY, logits, make_model, make_tokenizer, prune, random_layer
 
+pytestmark = pytest.mark.transformers
+
 transformers_logging.disable_progress_bar()
 OTHER_PYTHON = os.environ.get("SOCO_EXPORT_OTHER_PYTHON")
 INSTALLED = any(point.name == "soco_export" for point in importlib.metadata.entry_points(group="torch.backends"))

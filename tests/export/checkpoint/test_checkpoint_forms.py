@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
+
+pytestmark = pytest.mark.transformers
 
 
 def test_plain_rope() -> None:

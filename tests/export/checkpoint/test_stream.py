@@ -25,6 +25,8 @@ from soco_train.store.factors import Factors
 from soco_train.store.tensorfile import Pending, write_file
 from tests.support.models import ARCHITECTURES, VOCABULARY, logits, make_model, make_tokenizer, random_layer
 
+pytestmark = pytest.mark.transformers
+
 transformers_logging.disable_progress_bar()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

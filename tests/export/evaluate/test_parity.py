@@ -9,6 +9,7 @@ from soco_export.evaluate.parity import common_prefix, compare, compare_logits, 
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError
+from tests.support import fresh
 from tests.support.graphs import VOCABULARY, ToyModel, save_toy
 
 SETTINGS = ParitySettings(blocks=3, prompt=10, decode_steps=4, greedy_prompts=2, greedy_tokens=5)
@@ -16,7 +17,7 @@ SETTINGS = ParitySettings(blocks=3, prompt=10, decode_steps=4, greedy_prompts=2,
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return fresh.rng()
 
 
 def noisy(rng, n, v=VOCABULARY, scale=3.0):

@@ -6,12 +6,13 @@ from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity, token_losses
 from soco_export.evaluate.session import OnnxDecoder
 from soco_train.errors import DataError
+from tests.support import fresh
 from tests.support.graphs import VOCABULARY, ToyModel, save_toy
 
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return fresh.rng()
 
 
 def test_token_losses_equal_cross_entropy_in_double(rng):

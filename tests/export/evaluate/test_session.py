@@ -8,10 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.session import OnnxDecoder, _as_float32, read_placement
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError
+from tests.support.fresh import SEED
 from tests.support.graphs import VOCABULARY, ToyModel, save_toy
 
+pytestmark = pytest.mark.transformers
+
 AZURE = "AzureExecutionProvider"
-SEED = int(np.random.default_rng().integers(2**31))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from soco_export.evaluate.tasks import (
     summarise_answers,
 )
 from soco_train.errors import DataError
+from tests.support import fresh
 from tests.support.graphs import ToyModel
 
 LETTERS = " abcdefghijklmnopqrstuv"  # 23 characters: one id each, as many as the toy model has
@@ -37,7 +38,7 @@ class Bigrams(Decoder):
 
 @pytest.fixture
 def table():
-    return np.random.default_rng().normal(scale=2, size=(len(LETTERS), len(LETTERS)))
+    return fresh.rng().normal(scale=2, size=(len(LETTERS), len(LETTERS)))
 
 
 def log_likelihood(table, context, choice):
@@ -60,7 +61,7 @@ def test_a_contexts_trailing_space_is_scored_with_the_choice(table):
 
 
 def test_padding_to_the_longest_choice_changes_no_likelihood():
-    decoder = TorchDecoder(ToyModel(int(np.random.default_rng().integers(2**31))))
+    decoder = TorchDecoder(ToyModel(int(fresh.rng().integers(2**31))))
     together, _ = score_choices(decoder, tokenizer, Item("a bad", (" lad", " melancholic dog", " cat"), 0))
     alone = [
         score_choices(decoder, tokenizer, Item("a bad", (c,), 0))[0][0] for c in (" lad", " melancholic dog", " cat")

@@ -148,7 +148,9 @@ class TestApart:
 
 
 class TestAtomic:
-    @pytest.mark.parametrize("name", ["file.json.partial", f".file.json.{os.getpid()}.partial"])
+    @pytest.mark.parametrize(
+        "name", ["file.json.partial", f".file.json.{os.getpid()}.partial"], ids=["by-name", "by-process"]
+    )
     def test_a_link_under_the_partial_name_is_not_written_through(self, tmp_path: Path, name: str) -> None:
         (tmp_path / "precious").write_text("mine")
         (tmp_path / name).symlink_to(tmp_path / "precious")

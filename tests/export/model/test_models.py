@@ -20,6 +20,8 @@ from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, RecipeError
 
+pytestmark = pytest.mark.transformers
+
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 32,

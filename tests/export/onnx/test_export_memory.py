@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soco_export.onnx.write.matrix import Matrix, Part
+from tests.support import fresh
 from tests.support.decoders import CONFIGS, factor, tiny_model
 
 HIDDEN, INNER = 512, 49152
@@ -66,7 +67,7 @@ def test_peak_memory_is_at_most_one_and_a_half_times_the_largest_layer(
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_pieces_are_the_matrix(ordered, monkeypatch) -> None:
-    random = np.random.default_rng()
+    random = fresh.rng()
     monkeypatch.setattr("soco_export.onnx.write.matrix.CHUNK", 4 * 11 * 3)
     arrays = [random.standard_normal((m, 11)).astype(np.float32) for m in (7, 1, 5)]
     rows = [random.permutation(7) if ordered else None, None, None]

@@ -24,9 +24,11 @@ from soco_export.onnx.describe.config import read_config
 from soco_export.onnx.families import FAMILIES, describe
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import MachineError, RecipeError
-from tests.support import decoders
+from tests.support import decoders, fresh
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model
 from tests.support.zoo import BASE, ZOO
+
+pytestmark = pytest.mark.transformers
 
 PROMPT, STEPS = 26, 16
 TOLERANCE = 1e-5
@@ -85,7 +87,7 @@ def error(found: np.ndarray, expected: np.ndarray, mask: np.ndarray) -> float:
 def test_a_family_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     folder = save_dense(model, tmp_path / "hf") if name in CONV1D else factor(model, tmp_path / "hf", MIXED)
-    tokens = np.random.default_rng().integers(3, 90, (2, PROMPT + STEPS))
+    tokens = fresh.rng().integers(3, 90, (2, PROMPT + STEPS))
     whole, left, right = (np.ones_like(tokens) for _ in range(3))
     left[0, :5], right[0, 20:] = 0, 0
     for flavour in ("standard", "contrib"):
@@ -109,7 +111,7 @@ def test_quantised_weights_run_and_stay_close(name: str, tmp_path: Path) -> None
     """A mixture may choose other experts where two are close: the median over positions, not the worst one."""
     model = tiny_model(name)
     folder = save_dense(model, tmp_path / "hf")
-    tokens = np.random.default_rng().integers(3, 90, (1, PROMPT + STEPS))
+    tokens = fresh.rng().integers(3, 90, (1, PROMPT + STEPS))
     mask = np.ones_like(tokens)
     expected = in_transformers(model, tokens, mask, pieces())[0]
     for flavour, weights, closeness in (("standard", "int8", 0.99), ("contrib", "int4", 0.85)):
@@ -124,7 +126,7 @@ def test_quantised_weights_run_and_stay_close(name: str, tmp_path: Path) -> None
 def test_half_precision_stays_close(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", ExportSettings(dtype="float16"))
-    tokens = np.random.default_rng().integers(3, 90, (1, PROMPT + STEPS))
+    tokens = fresh.rng().integers(3, 90, (1, PROMPT + STEPS))
     mask = np.ones_like(tokens)
     expected = in_transformers(model, tokens, mask, pieces())
     assert error(in_onnx(tmp_path / "onnx", tokens, mask, pieces()), expected, mask) < 0.02
@@ -134,7 +136,7 @@ def test_experts_in_half_precision_stay_close(tmp_path: Path) -> None:
     """Where two experts are close the choice may fall otherwise: most positions must agree, not all."""
     model = tiny_model("qwen2_moe")
     export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", ExportSettings(dtype="float16"))
-    tokens = np.random.default_rng().integers(3, 90, (1, PROMPT + STEPS))
+    tokens = fresh.rng().integers(3, 90, (1, PROMPT + STEPS))
     mask = np.ones_like(tokens)
     expected = in_transformers(model, tokens, mask, pieces())
     errors = np.abs(in_onnx(tmp_path / "onnx", tokens, mask, pieces()) - expected).max(-1) / np.abs(expected).max()
@@ -222,7 +224,7 @@ def test_a_further_family_is_one_function(tmp_path: Path) -> None:
     check_tensors(found, source)
     (tmp_path / "onnx").mkdir()
     write_graph(found, source, ExportSettings(), tmp_path / "onnx", silent)
-    tokens = np.random.default_rng().integers(3, 90, (1, PROMPT + STEPS))
+    tokens = fresh.rng().integers(3, 90, (1, PROMPT + STEPS))
     mask = np.ones_like(tokens)
     expected = in_transformers(model, tokens, mask, pieces())
     assert error(in_onnx(tmp_path / "onnx", tokens, mask, pieces()), expected, mask) < TOLERANCE

@@ -15,6 +15,8 @@ from soco_export.onnx.families.registry import describe
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_train.errors import DataError, RecipeError
 
+pytestmark = pytest.mark.transformers
+
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 64,

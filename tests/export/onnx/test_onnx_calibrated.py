@@ -11,6 +11,7 @@ import torch
 from soco_export.export import ExportSummary, export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_train.errors import DataError, RecipeError
+from tests.support import fresh
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model, torch_logits
 
 TEXT = torch.randint(3, 96, (24, 32))
@@ -23,7 +24,7 @@ def export(folder: Path, out: Path, rule: str, **changes) -> ExportSummary:
 
 def losses(model: torch.nn.Module, *folders: Path) -> list[float]:
     """Return the mean squared differences of the logits over text that was not calibrated with."""
-    tokens = np.random.default_rng().integers(3, 96, (4, 24))
+    tokens = fresh.rng().integers(3, 96, (4, 24))
     exact = torch_logits(model, tokens, np.ones_like(tokens))
     return [float(((Decoder(folder).step(tokens, np.ones_like(tokens)) - exact) ** 2).mean()) for folder in folders]
 
@@ -48,7 +49,7 @@ def test_calibrated_logits_are_closer(name: str, tmp_path: Path) -> None:
 def test_packed_layers_take_the_same_levels(tmp_path: Path) -> None:
     model = tiny_model("llama")
     folder = factor(model, tmp_path / "hf", {"q_proj": ("stacked", 21), "up_proj": ("stacked", 9)})
-    tokens = np.random.default_rng().integers(3, 96, (2, 12))
+    tokens = fresh.rng().integers(3, 96, (2, 12))
     for pack in (False, True):
         export(folder, tmp_path / str(pack), "calibrated", pack=pack)
     got = [Decoder(tmp_path / str(pack)).step(tokens, np.ones_like(tokens)) for pack in (False, True)]

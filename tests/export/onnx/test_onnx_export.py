@@ -250,6 +250,7 @@ FORMS = {
 }
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("case", [*GRAPHS, *FORMS])
 def test_graph_is_the_golden_one(case, tmp_path: Path) -> None:
     """Delete a golden file and run this to write it anew; say in the commit why the graph changed."""

@@ -9,7 +9,10 @@ import pytest
 
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
+from tests.support import fresh
 from tests.support.decoders import CONFIGS, Decoder, factor, save_dense, tiny_model, torch_logits
+
+pytestmark = pytest.mark.transformers
 
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "down_proj": ("stacked", 17),
          "fc1": ("pivoted", 24), "fc2": ("stacked", 17)}  # fmt: skip
@@ -18,7 +21,7 @@ TOLERANCE = 2e-4
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    return np.random.default_rng()
+    return fresh.rng()
 
 
 def check(decoder: Decoder, model: object, tokens: np.ndarray, mask: np.ndarray, prefill: int) -> None:

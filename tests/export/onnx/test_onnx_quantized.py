@@ -13,6 +13,7 @@ from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.settings import BITS
+from tests.support import fresh
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model, torch_logits
 
 FORMS = {"q_proj": ("stacked", 21), "k_proj": ("pivoted", 9)}
@@ -56,7 +57,7 @@ def test_graph_multiplies_with_the_rounded_factors(name, embedding, bits, symmet
     model = tiny_model(name)
     folder = factor(model, tmp_path / "hf", FORMS)
     export_onnx(folder, tmp_path / "onnx", ExportSettings(weights=f"int{bits}", quantize=how))
-    tokens = np.random.default_rng().integers(3, 96, (2, 12))
+    tokens = fresh.rng().integers(3, 96, (2, 12))
     mask = np.ones_like(tokens)
     exact = torch_logits(model, tokens, mask)
     round_model(model, folder, bits, how)
@@ -97,7 +98,7 @@ def test_a_tied_head_shares_a_quantised_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("n", [1, 31, 32, 97])
 def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:
-    weight = np.random.default_rng().standard_normal((5, n)).astype(np.float32)
+    weight = fresh.rng().standard_normal((5, n)).astype(np.float32)
     weight[2] = 0
     stored = quantize(weight, bits, 32, symmetric)
     steps = np.repeat(np.abs(stored.scales), 32, axis=1)[:, :n]
@@ -111,7 +112,7 @@ def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:
 
 
 def test_rounding_in_pieces_is_rounding_at_once(monkeypatch) -> None:
-    weight = np.random.default_rng().standard_normal((37, 70)).astype(np.float32)
+    weight = fresh.rng().standard_normal((37, 70)).astype(np.float32)
     once = quantize(weight, 4, 16, symmetric=False)
     monkeypatch.setattr("soco_export.onnx.write.blocks.CHUNK", 4 * 70 * 5)
     pieces = quantize(weight, 4, 16, symmetric=False)

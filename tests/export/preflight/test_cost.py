@@ -26,6 +26,8 @@ from soco_train.spectra.bases import find_basis
 from soco_train.spectra.statistics import SUMS_AT_ONCE, groups, sums_bytes
 from soco_train.store.spectra import Spectrum, SpectrumStore
 
+pytestmark = pytest.mark.transformers
+
 # parameter counts of the published checkpoints
 PUBLISHED = {
     "mistral-7b": 7_241_732_096,

@@ -6,7 +6,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 
@@ -35,6 +34,7 @@ from soco_train.forms.pivoted import pivot_factors
 from soco_train.forms.stacked import StackedFactors
 from soco_train.plan.ranks import LayerPlan
 from soco_train.store.factors import Factors
+from tests.support import fresh
 
 GATES = GateSettings(max_export_kl=1e-4, max_ppl_ratio=1.5, min_decode_speedup=1.0)
 
@@ -71,7 +71,7 @@ def workload(rng, tokens, past):
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return fresh.rng()
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from soco_export.run.context import RunContext
 from soco_export.run.folder import RunFolder
 from soco_train.events import silent
 
+pytestmark = pytest.mark.transformers
+
 
 def a_context(root: Path, **settings: object) -> RunContext:
     recipe = load_recipe("tiny", [f"{key}={value}" for key, value in settings.items()])

@@ -14,7 +14,10 @@ from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.onnx.inspect import read_ports
 from soco_export.onnx.settings import ExportSettings
+from tests.support import fresh
 from tests.support.decoders import CONFIGS, Decoder, factor, tiny_model
+
+pytestmark = pytest.mark.transformers
 
 MIXED = {"q_proj": ("stacked", 20), "v_proj": ("pivoted", 9), "up_proj": ("pivoted", 24), "fc1": ("pivoted", 24)}
 NEW = 32
@@ -23,7 +26,7 @@ FAMILIES = ("smollm2", "mistral", "qwen3", "opt")
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     return [rng.integers(3, 96, size).tolist() for size in (1, 3, 4, 9, 17)]
 
 

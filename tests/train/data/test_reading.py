@@ -162,7 +162,7 @@ def test_what_is_no_text_is_named(value: Any, words: str, tmp_path: Path) -> Non
         (b"a\0b", "NUL"),
         (b" \n\t\n", "blank"),
         (b"", "blank"),
-        (gzip.compress(b"a " * 9999)[:-30], "damaged"),
+        (gzip.compress(b"a " * 9999, mtime=0)[:-30], "damaged"),
     ],
 )
 def test_what_is_another_format_is_named(data: bytes, words: str, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
 
+pytestmark = pytest.mark.transformers
+
 ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher"})
 
 
