@@ -18,10 +18,9 @@ from soco_export.files.atomic import write_atomic
 from soco_train import parallel
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
-from soco_train.store.bounded import read_text
+from soco_train.store.bounded import MADE_ANEW, read_text
 
 Row = dict[str, Any]
-FIX = "delete it and give the same command again: the run makes it anew"
 SPEED = "tokens/s"
 
 
@@ -56,10 +55,10 @@ def recording(notify: Notify, kept: Path, result: Path) -> Iterator[Notify]:
 def read_curve(path: Path) -> list[Row]:
     """Return a curve's rows in order, one a step and stage; DataError if the file is something else."""
     rows: list[Row] = []
-    for number, line in enumerate(read_text(path, FIX).splitlines(), 1):
+    for number, line in enumerate(read_text(path, MADE_ANEW).splitlines(), 1):
         row = _parsed(line)
         if row is None:
-            raise DataError(f"line {number} is no step of a training curve", fix=FIX, where=str(path))
+            raise DataError(f"line {number} is no step of a training curve", fix=MADE_ANEW, where=str(path))
         _add(rows, row)
     return rows
 
@@ -67,7 +66,7 @@ def read_curve(path: Path) -> list[Row]:
 def _recovered(kept: Path) -> list[Row]:
     """Return what can be read: a process that was killed may have left half a line."""
     rows: list[Row] = []
-    for line in read_text(kept, FIX).splitlines() if kept.exists() else ():
+    for line in read_text(kept, MADE_ANEW).splitlines() if kept.exists() else ():
         if row := _parsed(line):
             _add(rows, row)
     return rows

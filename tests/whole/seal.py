@@ -29,6 +29,7 @@ LEFT_OUT = {
     "results.json": TIMES,
     "report.md": TIMES,
     "report.html": TIMES,
+    "comment.md": TIMES,
     "junit.xml": TIMES,
     "hf/README.md": TIMES,
     "triton/generate/1/model.py": "is a source file of ours",
