@@ -1,4 +1,4 @@
-"""examples/ci, copied into a repository that ships a model: green on the model, red on what became worse, not on noise."""
+"""examples/ci, copied into a repository of a model: green on it, red on what became worse, not on noise."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_without_a_baseline_the_gates_judge_alone(repository: Path, short: tuple
 
 
 def worsen(run: Path, change: Callable[[Any], Any]) -> None:
-    """Let the run have trained worse factors: those of the first pruned layer, changed; what is made of them is stale."""
+    """Let the run have trained worse factors in its first pruned layer; what is made of them is stale."""
     path = run / "factors.safetensors"
     factors = Factors.load(path)
     name, layer = next((name, layer) for name, layer in factors.layers.items() if hasattr(layer, "up"))

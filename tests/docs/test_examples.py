@@ -163,9 +163,9 @@ runpy.run_path({str(EXAMPLES / "onnxruntime_generate.py")!r}, run_name="__main__
 assert not {{"torch", "transformers", "soco_export"}} & set(sys.modules)
 """
     assert run(sys.executable, "-c", script).returncode == 0
-BROWSER = EX
 
-AMPLES / "browser"
+
+BROWSER = EXAMPLES / "browser"
 NEEDS_TRANSFORMERS_JS = pytest.mark.skipif(
     shutil.which("node") is None or not (BROWSER / "node_modules").exists(),
     reason="no transformers.js here: npm install --prefix examples/browser --ignore-scripts",
