@@ -6,10 +6,20 @@ sections with its own. Defaults marked [ours] are choices the paper leaves open 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from soco_train.errors import RecipeError
 
@@ -57,6 +67,43 @@ class Section(BaseModel):
         if isinstance(value, bool) and "bool" not in str(field.annotation) and field.annotation is not Any:
             raise ValueError(f"{str(value).lower()} is no value for it")
         return value
+
+
+class OpenSection(Section):
+    """A section in which a step that is registered may have one of its own, under the step's name.
+
+    A name that no step has is refused like any other misspelt key. A step that is not asked for leaves no trace.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    of_steps: ClassVar[dict[str, type[Section]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_of_steps(cls, values: Any) -> Any:
+        """Read the section of each registered step; everything else is left to pydantic, or refused."""
+        if not isinstance(values, Mapping):
+            return values
+        own = {key: value for key, value in values.items() if key not in cls.model_fields}
+        found = {key: _own_section(cls, key, value) for key, value in own.items()}
+        return {**values, **found}
+
+    def of_step(self, name: str) -> Any:
+        """Return the section of a step, with its defaults where the recipe says nothing of it."""
+        known = getattr(self, name, None)
+        return self.of_steps[name]() if known is None else known
+
+
+def _own_section(owner: type[OpenSection], key: str, value: Any) -> Section:
+    if key not in owner.of_steps:
+        raise ValidationError.from_exception_data(
+            owner.__name__, [{"type": "extra_forbidden", "loc": (key,), "input": value}]
+        )
+    try:
+        return owner.of_steps[key].model_validate(value)
+    except ValidationError as error:
+        found = [{**line, "loc": (key, *line["loc"])} for line in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data(owner.__name__, found) from error  # type: ignore[arg-type]
 
 
 class DataSettings(Section):
@@ -108,9 +155,10 @@ class PhaseSettings(Section):
         return self
 
 
-class TrainSettings(Section):
+class TrainSettings(OpenSection):
     """How scores are learnt. `lr`: on the scores; `steps` optimiser steps of `batch_tokens` tokens each."""
 
+    of_steps: ClassVar[dict[str, type[Section]]] = {}
     scorer: str = "soco"
     basis: str = "whitened"
     ridge: float = Field(default=1e-6, ge=0, description="added to the covariance diagonal, as a share of its mean")
@@ -144,11 +192,6 @@ class TrainSettings(Section):
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
     logit_chunk: int = Field(default=2048, ge=1, description="tokens whose fp32 tables exist at one time in the loss")
-
-    @property
-    def trains(self) -> bool:
-        """Whether the scorer learns over `steps` batches of text."""
-        return self.scorer in ("soco", "acip")
 
 
 class CompensateSettings(Section):
@@ -203,9 +246,10 @@ class DistillSettings(Section):
     checkpoint_every: int = Field(default=25, ge=1)
 
 
-class RefineSettings(Section):
+class RefineSettings(OpenSection):
     """What happens to the factors after the cut, in this order; each rung is off unless asked for."""
 
+    of_steps: ClassVar[dict[str, type[Section]]] = {}
     compensate: CompensateSettings = CompensateSettings()
     refit: RefitSettings = RefitSettings()
     distill: DistillSettings = DistillSettings()

@@ -37,6 +37,7 @@ from benchmarks.quality.cells import Cell, Grid, Perplexity, method_file
 from benchmarks.quality.run import named_text
 from soco_export.recipe.load import load_recipe
 from soco_train.data.corpus import Blocks, fingerprint
+from soco_train.scores.registry import find_scorer
 from soco_train.settings import DataSettings
 
 HELD_OUT = "held out"
@@ -127,7 +128,7 @@ class Bench:
     def recipe(self, choice: Choice, rate: float) -> Cell:
         """Return a choice as a cell: its tokens are divided evenly between scores and distillation."""
         method = load_recipe(self.options.model, self.overrides, overlay=method_file(choice.method))
-        trains = [method.train.trains, method.refine.distill.steps > 0]
+        trains = [find_scorer(method.train.scorer).trains, method.refine.distill.steps > 0]
         steps = max(1, round(choice.effort * self.options.tokens / self.effort.batch / max(1, sum(trains))))
         overrides = [
             *self.overrides,

@@ -15,6 +15,7 @@ from soco_export.files.atomic import write_atomic
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
+from soco_train.scores.registry import find_scorer
 from soco_train.spectra.bases import find_basis
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size
@@ -157,7 +158,7 @@ def is_random(recipe: Recipe) -> bool:
 def training_tokens(recipe: Recipe) -> int:
     """Return how many tokens the scores and the distillation see together."""
     train, distill, block = recipe.train, recipe.refine.distill, recipe.data.block
-    scored = train.steps * _batch(train.batch_tokens, block) if train.trains else 0
+    scored = train.steps * _batch(train.batch_tokens, block) if find_scorer(train.scorer).trains else 0
     return scored + distill.steps * _batch(distill.batch_tokens, block)
 
 

@@ -35,11 +35,8 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     """Raise the first thing that would stop a run of `recipe` in `root`; RecipeError, DataError or MachineError."""
     from soco_export.model.load import check_model
     from soco_export.runtimes.registry import check_opens
-    from soco_train.learn.optimiser import check_optimiser
 
     check_recipe(recipe, format)
-    if recipe.refine.distill.steps:
-        check_optimiser(recipe.refine.distill.optimiser)
     if format == "onnx":
         check_provider(recipe)
         check_opens(recipe.validation.runtime)
@@ -56,8 +53,6 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
 
 def check_recipe(recipe: Recipe, format: str) -> None:
     """Raise RecipeError for settings that contradict each other, whatever the machine; a dry run asks this too."""
-    from soco_train.numbers.rounding import check_rounding
-
     rounding, steps = recipe.refine.distill.rounding, recipe.refine.distill.steps
     if rounding.weights != "same" and not steps:
         raise RecipeError(
@@ -65,13 +60,23 @@ def check_recipe(recipe: Recipe, format: str) -> None:
             fix="set refine.distill.steps, or refine.distill.rounding.weights: same",
             where="recipe: refine.distill.steps",
         )
-    check_rounding(rounding, recipe.storage)
+    check_steps(recipe)
     if format == "onnx":
         check_quantisation(recipe)
         check_precision(recipe)
         check_graph(recipe)
     if format == "dense":
         check_biases(recipe)
+
+
+def check_steps(recipe: Recipe) -> None:
+    """Raise RecipeError for what the scorer, or a rung that is asked for, says it cannot do."""
+    from soco_train.refine.rungs import wanted_rungs
+    from soco_train.scores.registry import find_scorer
+
+    find_scorer(recipe.train.scorer).check(recipe.train, recipe.plan)
+    for rung in wanted_rungs(recipe.refine):
+        rung.check(recipe.refine.of_step(rung.name), recipe.storage)
 
 
 def check_quantisation(recipe: Recipe) -> None:
@@ -140,8 +145,9 @@ def check_biases(recipe: Recipe) -> None:
     from soco_export.checkpoint.biases import check_bias_places
     from soco_export.model.load import dense_skeleton
     from soco_train.modules.layers import select_linears
+    from soco_train.scores.registry import find_scorer
 
-    if not recipe.train.deviation or recipe.train.scorer != "soco":  # the other scorers learn no deviation
+    if not find_scorer(recipe.train.scorer).deviates(recipe.train):
         return
     model = dense_skeleton(recipe)
     check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])

@@ -17,15 +17,14 @@ from soco_export.preflight.cost_shape import (
     ASSUMPTION,
     BASE_DEVICE,
     BASE_HOST,
-    BYTES,
-    DENSE_BYTES,
     WEIGHTS_AT_ONCE,
-    ModelShape,
     host,
     measure,
 )
-from soco_export.preflight.cost_training import checkpoint_bytes, training_phases
+from soco_export.preflight.cost_training import step_costs, training_phases
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
+from soco_train.scores.registry import find_scorer
 from soco_train.settings import BITS
 
 __all__ = ["ModelShape", "estimate", "measure"]
@@ -48,7 +47,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         disk=_disk(recipe, shape, kept, format, outputs),
         outputs=outputs,
         assumption=ASSUMPTION,
-        training_tokens=recipe.train.steps * recipe.train.batch_tokens if recipe.train.trains else 0,
+        training_tokens=recipe.train.steps * recipe.train.batch_tokens * find_scorer(recipe.train.scorer).trains,
     )
 
 
@@ -105,11 +104,8 @@ def _disk(recipe: Recipe, shape: ModelShape, kept: int, format: str, outputs: Ma
         "scores": 4 * (5 * shape.components + 4 * deviations),
         "factors": 4 * kept,
     }
-    if recipe.refine.distill.steps:
-        disk["distillation checkpoint"] = checkpoint_bytes(recipe, shape)
-        if recipe.refine.distill.teacher_top:
-            seen = recipe.refine.distill.steps * recipe.refine.distill.batch_tokens
-            disk["remembered predictions"] = 8 * recipe.refine.distill.teacher_top * seen  # were every token new
+    for cost in step_costs(recipe, shape, BYTES[recipe.train.factor_dtype]).values():
+        disk |= cost.disk if cost else {}
     disk["hf"] = outputs["hf"]
     if format == "dense":
         disk["dense"] = BYTES[recipe.model.dtype] * shape.parameters

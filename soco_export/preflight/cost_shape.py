@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import DENSE_BYTES, ModelShape
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-DENSE_BYTES = 4
-DOUBLE_BYTES = 8
 # interpreter, torch and ONNX Runtime before any weight
 BASE_HOST = 900 * 2**20
 BASE_DEVICE = 600 * 2**20
@@ -17,43 +13,6 @@ SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
 ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
 # where the host streams weights, in fp32: as read, as computed, as written, and the one before; measured: 1.9 to 3.1
 WEIGHTS_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer.
-
-    context: positions of the model, None if it says none.
-    """
-
-    parameters: int
-    embedding: int
-    tied: bool
-    hidden: int
-    vocabulary: int
-    blocks: int
-    linears: tuple[tuple[int, int], ...]
-    context: int | None = None
-
-    @property
-    def largest(self) -> int:
-        """Numbers of the largest weight."""
-        return max(self.embedding, *(m * n for m, n in self.linears))
-
-    @property
-    def selected(self) -> int:
-        """Parameters of the participating layers."""
-        return sum(m * n for m, n in self.linears)
-
-    @property
-    def components(self) -> int:
-        """Singular components, hence scores."""
-        return sum(min(m, n) for m, n in self.linears)
-
-    @property
-    def full_factors(self) -> int:
-        """Numbers in P and B of all components."""
-        return sum(min(m, n) * (m + n) for m, n in self.linears)
 
 
 def measure(recipe: Recipe) -> ModelShape:

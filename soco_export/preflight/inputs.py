@@ -5,16 +5,17 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from soco_export.preflight.cost_shape import ModelShape
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import ModelShape
 from soco_train.errors import DataError, RecipeError
 
 
 def check_plan(recipe: Recipe, shape: ModelShape) -> None:
     """Raise RecipeError if the budget is below the smallest rank (or `multiple`) of all layers. Pure."""
     from soco_train.plan.allocation import make_ladder, refuse_impossible, uniform_ranks
+    from soco_train.scores.registry import find_scorer
 
-    biased = recipe.train.deviation and recipe.train.scorer == "soco"
+    biased = find_scorer(recipe.train.scorer).deviates(recipe.train)
     ladders = [make_ladder((m, n), recipe.plan, m if biased else 0, None) for m, n in shape.linears]
     keep = Fraction(str(recipe.keep_params))
     if recipe.allocation == "uniform":

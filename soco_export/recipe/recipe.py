@@ -98,10 +98,11 @@ def schema() -> dict[str, Any]:
 
 def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Yield every dotted key a recipe may hold, in order."""
-    for field, info in section.model_fields.items():
-        key = f"{prefix}{info.alias or field}"
+    fields: dict[str, Any] = {info.alias or name: info.annotation for name, info in section.model_fields.items()}
+    for field, annotation in (fields | getattr(section, "of_steps", {})).items():
+        key = f"{prefix}{field}"
         yield key
-        inner = _section_of(info.annotation)
+        inner = _section_of(annotation)
         if inner is not None:
             yield from keys(inner, f"{key}.")
 

@@ -99,10 +99,8 @@ def check(request: Request, recipe: Recipe, root: Path) -> None:
         return
     from soco_export.model.source import find_folder
     from soco_export.preflight.checks import check_everything
-    from soco_train.scores.registry import find_scorer
     from soco_train.spectra.bases import find_basis
 
-    find_scorer(recipe.train.scorer)
     find_basis(recipe.train.basis)
     folder = find_folder(recipe) if recipe.model.weights == "pretrained" else None
     check_apart(root, [folder] if folder else [])

@@ -15,6 +15,7 @@ back at s = 1 for larger sizes. To let survivors answer for those once more woul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,11 +23,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from soco_train.cost import DENSE_BYTES, Cost, ModelShape, Task, logits, saved_by_the_rest
 from soco_train.events import Event, Notify, silent
 from soco_train.learn.divergence import divergence
 from soco_train.modules.scored import ScoreBank, ScoredLinear, scored_model
-from soco_train.modules.subject import Subject
+from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, kept
+from soco_train.refine.rungs import rung
 from soco_train.settings import CompensateSettings
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
@@ -151,3 +154,28 @@ def _groups(plan: RankPlan, names: list[str]) -> Iterator[list[str]]:
         used += size
     if group:
         yield group
+
+
+def compensation_cost(task: Task, shape: ModelShape, width: int) -> Cost | None:
+    """Return the cost of a pass forward and backward for each group of layers, and their products over all tokens.
+
+    Some layers at a time have their factors in fp32 and the Fisher matrices of their scores in memory.
+    """
+    if task.trained:  # it is skipped
+        return None
+    block, fisher = task.data.block, sum(DENSE_BYTES * min(pair) ** 2 for pair in shape.linears)
+    passes = math.ceil(fisher / FISHER_AT_ONCE)
+    scored = DENSE_BYTES * int((shape.full_factors + block * shape.components) / passes)
+    memory = width * shape.parameters + scored + min(FISHER_AT_ONCE, fisher)
+    memory += block * saved_by_the_rest(shape, width) + logits(block, shape, block, width)
+    tokens = 2.0 * task.refine.compensate.blocks * block
+    flops: dict[str, float] = {task.train.factor_dtype: 2 * tokens * passes * shape.parameters}
+    flops["float32"] = flops.get("float32", 0) + tokens * fisher / DENSE_BYTES
+    return Cost(memory, flops=flops, phase="compensation")
+
+
+@rung("compensate", on="scores", switch="blocks", cost=compensation_cost)
+def _compensate(
+    subject: Subject, scores: Scores, plan: RankPlan, settings: CompensateSettings, session: Session
+) -> Scores:
+    return compensate(subject, scores, plan, settings, session.notify)

@@ -58,13 +58,23 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
 
 
-def store_as(factors: Mapping[str, StackedFactors], storage: Storage) -> Mapping[str, LayerFactors]:
-    """Return stacked factors in the form the plan counted on; lossless. A layer is converted when it is asked for."""
+def store_as(layers: Mapping[str, LayerFactors], storage: Storage) -> Mapping[str, LayerFactors]:
+    """Return stacked factors in the form the plan counted on, lossless, and what is not stacked as it is.
+
+    A layer is converted when it is asked for.
+    """
     form = find_form(storage)
     if form is StackedFactors:
-        return factors
+        return layers
+
+    def make(name: str) -> LayerFactors:
+        layer = layers[name]
+        return form.of(**vars(layer)) if isinstance(layer, StackedFactors) else layer
+
     blanks = {
         name: form.blank(*blank.shape, blank.down.shape[0], blank.bias is not None)
-        for name, blank in forms_of(factors).items()
+        if isinstance(blank, StackedFactors)
+        else blank
+        for name, blank in forms_of(layers).items()
     }
-    return LazyLayers(blanks, lambda name: form.of(**vars(factors[name])))
+    return LazyLayers(blanks, make)

@@ -27,15 +27,24 @@ from soco_train.forms.base import LayerFactors
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.learn.loop import Loop
-from soco_train.learn.optimiser import optimisers, warmup_cosine
+from soco_train.learn.optimiser import check_optimiser, optimisers, warmup_cosine
 from soco_train.learn.recompute import recomputing
 from soco_train.learn.teacher import Teacher
 from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
-from soco_train.settings import DistillSettings
+from soco_train.numbers.rounding import check_rounding, trains_dense
+from soco_train.refine.distill_cost import distillation_cost
+from soco_train.refine.rungs import rung
+from soco_train.settings import DistillSettings, Storage
 
 _BEST = "best/"
+
+
+def check_distillation(settings: DistillSettings, storage: Storage) -> None:
+    """Raise RecipeError for a rounding that the storage cannot have, or an optimiser that this PyTorch lacks."""
+    check_rounding(settings.rounding, storage)
+    check_optimiser(settings.optimiser)
 
 
 def distill(
@@ -192,3 +201,18 @@ class _Distillation(Loop):
                 name: parallel.divided_like(tensors[_BEST + name], parameter)
                 for name, parameter in self.parameters.items()
             }
+
+
+@rung(
+    "distill",
+    on="factors",
+    switch="steps",
+    trains=True,
+    check=check_distillation,
+    cost=distillation_cost,
+)
+def _distill(
+    subject: Subject, factors: Mapping[str, StackedFactors], settings: DistillSettings, session: Session
+) -> Mapping[str, LayerFactors]:
+    dense = any(trains_dense(settings.rounding, name) for name in subject.linears)
+    return distill(subject, factors, settings, session) if factors or dense else factors

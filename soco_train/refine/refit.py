@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from soco_train.cost import DENSE_BYTES, Cost, ModelShape, Task, stacked
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify, silent
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.factored import FactorLinear, factored
 from soco_train.modules.layers import teaching
+from soco_train.modules.subject import Session, Subject
+from soco_train.refine.rungs import rung
 from soco_train.settings import RefitSettings
 
 _TOKENS_AT_ONCE = 2048
@@ -234,3 +237,17 @@ def _first_input(model: nn.Module, block: nn.Module, tokens: torch.Tensor) -> to
         getattr(model, "base_model", model)(input_ids=tokens, use_cache=False)
     handle.remove()
     return caught[0]
+
+
+def refit_cost(task: Task, shape: ModelShape, width: int) -> Cost:
+    """Return the cost of holding all factors, where it fits them and when they are fitted."""
+    return Cost(DENSE_BYTES * stacked(task.plan, shape))
+
+
+@rung("refit", on="factors", switch="blocks", cost=refit_cost)
+def _refit(
+    subject: Subject, factors: Mapping[str, StackedFactors], settings: RefitSettings, session: Session
+) -> Mapping[str, StackedFactors]:
+    if not factors:
+        return factors
+    return refit(subject.model, subject.linears, factors, subject.tokens, settings, session.notify)

@@ -31,6 +31,7 @@ from soco_train.modules.layers import substituted
 from soco_train.modules.masked import ADAPTER_SCALE, MaskedLinear
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import kept, plan_ranks
+from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.size import SoftSize
 from soco_train.settings import PlanSettings, TrainSettings
@@ -40,7 +41,10 @@ PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when 
 MASKS_STOP = 0.7  # of all steps
 
 
-@scorer("acip")
+READS = "steps batch_tokens lr lr_deviation clip checkpoint_every checkpoint_activations logit_chunk"
+
+
+@scorer("acip", reads=READS.split(), trains=True, cost=learning_cost)
 def acip(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
     seeds = {name: train.seed * 1_000_003 + number for number, name in enumerate(subject.linears)}

@@ -14,6 +14,7 @@ from soco_train.events import Event, Notify, silent
 from soco_train.learn.divergence import divergence
 from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.modules.subject import Session, Subject
+from soco_train.scores.costs import saliency_cost
 from soco_train.scores.registry import scorer
 from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.store.scores import LayerScores, Scores
@@ -25,7 +26,7 @@ def singular_values(subject: Subject, train: TrainSettings, plan: PlanSettings, 
     return untrained(subject, train, energy(subject))
 
 
-@scorer("fisher")
+@scorer("fisher", reads=("fisher_blocks", "logit_chunk"), cost=saliency_cost)
 def fisher(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Score a component by ½ E[g²], g the gradient of a sequence's cross entropy in its score at s ≡ 1."""
     return untrained(subject, train, saliency(subject, train, session.notify))

@@ -1,25 +1,76 @@
-"""The scorers by name: a scorer is one decorated function from a Subject and its settings to Scores."""
+"""The scorers by name: a scorer is one decorated function from a Subject and its settings to Scores.
+
+What else there is to know of it stands in the decorator: the keys of `train` that it reads, whether it trains, what it
+costs, what it refuses, and a section of settings of its own. Preflight, cost card and report ask the registry alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from soco_train.cost import CostOf, free
 from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings import PlanSettings, Section, TrainSettings
 from soco_train.store.scores import Scores
 
-Scorer = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
+Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
+Check = Callable[[TrainSettings, PlanSettings], None]
+# read before a scorer begins: what the spectra are made from, the size it heads for, where and how the model computes
+READ_BY_ALL = {"scorer", "basis", "ridge", "statistics_blocks", "keep_params", "seed", "factor_dtype"}
+
+
+def _anything(train: TrainSettings, plan: PlanSettings) -> None:
+    """Refuse nothing."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way to score components, and what is to be known of it before it runs.
+
+    reads: keys of `train` beside those that every scorer's run reads; trains: it learns over `train.steps` batches;
+    check: raises RecipeError for settings that it cannot do; cost: None where it computes next to nothing.
+    """
+
+    run: Run
+    reads: frozenset[str]
+    trains: bool
+    check: Check
+    cost: CostOf
+
+    def deviates(self, train: TrainSettings) -> bool:
+        """Tell whether it learns a deviation for each layer, which becomes its bias."""
+        return train.deviation and "deviation" in self.reads
+
+    def unread(self, train: TrainSettings) -> list[str]:
+        """Return the keys of `train` that are set, other than their defaults, and that it does not read."""
+        read = READ_BY_ALL | self.reads | {train.scorer}
+        defaults = TrainSettings()
+        given = [*type(train).model_fields, *(train.model_extra or {})]
+        return [key for key in given if key not in read and getattr(train, key) != getattr(defaults, key, None)]
+
+
 SCORERS: dict[str, Scorer] = {}
 
 
-def scorer(name: str) -> Callable[[Scorer], Scorer]:
-    """Register a scorer under the name that `train.scorer` uses."""
+def scorer(
+    name: str,
+    *,
+    reads: Iterable[str] = (),
+    trains: bool = False,
+    section: type[Section] | None = None,
+    check: Check = _anything,
+    cost: CostOf = free,
+) -> Callable[[Run], Run]:
+    """Register a scorer under the name that `train.scorer` uses; `section`: its own, under `train` and its name."""
 
-    def register(function: Scorer) -> Scorer:
-        SCORERS[name] = function
+    def register(function: Run) -> Run:
+        SCORERS[name] = Scorer(function, frozenset(reads), trains, check, cost)
+        if section is not None:
+            TrainSettings.of_steps[name] = section
         return function
 
     return register
@@ -32,10 +83,10 @@ def train_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, ses
     loss that is not finite. A scorer that trains goes on from the checkpoint in `session.workdir`; the session's
     fingerprint has to name the model and the text, the settings are added here.
     """
-    score = find_scorer(train.scorer)
+    chosen = find_scorer(train.scorer)
     if train.keep_params is not None:
         plan = plan.model_copy(update={"keep_params": train.keep_params})
-    return score(subject, train, plan, session.named(_fingerprint(subject, train, plan, session)))
+    return chosen.run(subject, train, plan, session.named(_fingerprint(subject, train, plan, session)))
 
 
 def find_scorer(name: str) -> Scorer:

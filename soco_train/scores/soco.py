@@ -11,6 +11,7 @@ from soco_train.events import Notify
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
 from soco_train.scores.closed_form import energy, saliency, untrained
+from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.trainer import train_spectrum
 from soco_train.settings import PlanSettings, TrainSettings
@@ -20,7 +21,8 @@ from soco_train.store.spectra import Spectrum
 SHARPNESS = 2.0
 
 
-@scorer("soco")
+# the method that the settings are of: it reads all of them
+@scorer("soco", reads=TrainSettings.model_fields, trains=True, cost=learning_cost)
 def soco(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
     found = STARTS[train.start](subject, train, session.notify)

@@ -25,9 +25,9 @@ from soco_export.onnx.read import Form
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.matrix import Matrix, Order, Part
 from soco_export.preflight.cost_shape import measure
-from soco_export.preflight.cost_training import stacked as trained_numbers
 from soco_export.recipe.load import load_recipe
 from soco_train import method
+from soco_train.cost import stacked
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors, form, parameter
 from soco_train.modules.subject import Session
@@ -184,7 +184,7 @@ def test_the_cost_card_and_the_layer_timing_ask_it() -> None:
     sizes = {}
     for storage in ("stacked", "scaled"):
         recipe = load_recipe("tiny", [f"storage={storage}", f"keep_params={KEEP}"])
-        sizes[storage] = trained_numbers(recipe, measure(recipe))
+        sizes[storage] = stacked(recipe.plan, measure(recipe))
     assert 0.9 * sizes["stacked"] < sizes["scaled"] < sizes["stacked"]  # a rank costs a number more
     rank = rank_grid((48, 32), "scaled")[0]
     layer = CopiedLayer((48, 32), Form("scaled", rank), 2, bias=True)

@@ -19,6 +19,7 @@ from soco_export.preflight.cost import ModelShape, estimate, measure
 from soco_export.preflight.cost_card import Phase, count, size
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import saved_by_the_rest, stacked
 from soco_train.modules.layers import select_linears
 from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.refine.compensate import FISHER_AT_ONCE
@@ -148,7 +149,7 @@ def test_what_saves_memory_is_seen_to(shape: ModelShape) -> None:
 @given(shape=shapes, keep=st.floats(0.05, 0.95))
 def test_pivoted_storage_trains_the_stacked_factors_of_its_ranks(shape: ModelShape, keep: float) -> None:
     recipe = LARGE_BATCH.model_copy(update={"keep_params": keep, "storage": "pivoted"})
-    numbers = cost_training.stacked(recipe, shape)
+    numbers = stacked(recipe.plan, shape)
     ranks = [max(r for r in range(min(m, n) + 1) if r * (m + n - r) <= keep * m * n) for m, n in shape.linears]
     least, most = (sum((r + more) * (m + n) for r, (m, n) in zip(ranks, shape.linears, strict=True)) for more in (0, 1))
     assert least - 1 <= numbers <= most
@@ -178,7 +179,7 @@ def test_dense_weights_that_are_trained_are_counted() -> None:
     )
     assert trained.device > frozen.device, "the largest matrix may be a whole weight"
     whole = recipe.replace({"keep_params": 1.0, "refine.distill.optimiser": "muon"})
-    assert cost_training.checkpoint_bytes(whole, shape) == pytest.approx(2 * 4 * shape.selected, rel=1e-6)
+    assert estimate(whole, shape).disk["distillation checkpoint"] == pytest.approx(2 * 4 * shape.selected, rel=1e-6)
     factors = whole.replace({"refine.distill.rounding.dense": False})
     # a whole weight is dearer to make orthogonal than two factors of as many numbers: its shorter side is longer
     assert 1.2 < muon_hours(whole, shape) / muon_hours(factors, shape) < 2.5
@@ -203,7 +204,7 @@ def test_with_muon_7b_distils_to_0_8_on_one_gpu_of_80_gb() -> None:
     assert muon.device < 75e9 < adamw.device
     # one of four fp32 numbers a parameter is not kept, and one matrix at a time is made orthogonal
     saved = adamw.device - muon.device
-    assert 0.95 < saved / (4 * cost_training.stacked(recipe, shape)) < 1
+    assert 0.95 < saved / (4 * stacked(recipe.plan, shape)) < 1
     assert 1 < muon.gpu_hours / adamw.gpu_hours < 2.5, "which is dear beside so few tokens a step"
 
 
@@ -283,7 +284,7 @@ def test_activations_are_not_underestimated(name: str, dtype: torch.dtype) -> No
     tokens = torch.randint(0, shape.vocabulary, (4, 64))
     kept = kept_for_backward(recipe, tokens, dtype)
     width = dtype.itemsize
-    said = tokens.numel() * (width * shape.components + cost_training._saved_by_the_rest(shape, width))
+    said = tokens.numel() * (width * shape.components + saved_by_the_rest(shape, width))
     assert 0.95 * kept <= said <= 1.6 * kept  # transformers 4.57 keeps 4 % more for Qwen3's norms than 5.x does
 
 
