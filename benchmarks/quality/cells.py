@@ -1,17 +1,17 @@
-"""What a cell is: one method at one size with one seed. The grid of cells, and the file that each becomes.
+"""What a cell is: one method at one size with one seed. The grid of cells, and what each of them measured.
 
-A cell's file is named by a hash over everything that its figures depend on: settings, weights, texts. It is written in
-one move when the cell is whole, so that a killed cell leaves nothing and a finished one is never done twice.
+A cell is known by a hash over everything that its figures depend on: settings, weights, texts. results.json is written
+in one move when a cell is whole, so that a killed cell leaves nothing and a finished one is never done twice.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from soco_export.files.atomic import write_atomic
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
@@ -20,6 +20,7 @@ from soco_train.spectra.bases import find_basis
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size
 DENSE = "dense"
+KEY = 8  # digits of a hash
 TRAINED_KEYS = ("train.steps", "refine.distill.steps")
 # All that decides what a cell's model is; what is exported, timed or gated does not.
 SETTINGS = ("model", "data", "layers", "train", "refine", "keep_params", "storage", "allocation", "multiple")
@@ -36,21 +37,21 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """How progress and files call it."""
+        """How progress calls it."""
         return f"{self.method}-{self.keep:g}-seed{self.seed}"
 
-    def key(self, inputs: Mapping[str, str]) -> str:
-        """Hash the cell's settings and `inputs`, the hashes by name of weights and texts."""
-        values = self.recipe.model_dump(mode="json", include=set(SETTINGS))
-        return stage_key(values, inputs)
+    def key(self, inputs: Mapping[str, str], whole: bool = False) -> str:
+        """Hash what of the cell's settings is not the default, and `inputs`, the hashes by name of weights and texts.
+
+        A setting that is new since a cell was made, and left at its default, leaves the cell valid. `whole`: hash all
+        settings, as cells once had it.
+        """
+        values = self.recipe.model_dump(mode="json", include=set(SETTINGS), exclude_defaults=not whole)
+        return stage_key(values, inputs)[:KEY]
 
     def stem(self, inputs: Mapping[str, str]) -> str:
-        """Return what the cell's file and the folder of its model are called."""
-        return f"{self.title}.{self.key(inputs)[:8]}"
-
-    def path(self, folder: Path, inputs: Mapping[str, str]) -> Path:
-        """Return the file of the finished cell."""
-        return folder / f"{self.stem(inputs)}.json"
+        """Return what the folder of the cell's model is called."""
+        return f"{self.title}.{self.key(inputs)}"
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,19 @@ class CellResult:
     code: str
     tasks: Mapping[str, Task] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        """Write the cell's file in one move."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-
     @staticmethod
-    def load(path: Path) -> CellResult:
-        """Read a cell's file."""
-        found = json.loads(path.read_text(encoding="utf-8"))
-        texts = {name: Perplexity(**figures) for name, figures in found.pop("perplexity").items()}
-        tasks = {name: Task(**figures) for name, figures in found.pop("tasks", {}).items()}
-        return CellResult(**found, perplexity=texts, tasks=tasks)
+    def read(found: Mapping[str, Any]) -> CellResult:
+        """Read a cell as results.json has it."""
+        texts = {name: Perplexity(**figures) for name, figures in found["perplexity"].items()}
+        tasks = {name: Task(**figures) for name, figures in found["tasks"].items()}
+        return CellResult(**{**found, "perplexity": texts, "tasks": tasks})
+
+
+def read_cells(results: Path) -> dict[str, CellResult]:
+    """Return by key all cells of a results.json, those of earlier commands too; none if it is not there."""
+    document = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"cells": []}
+    cells = [CellResult.read(found) for found in (*document["cells"], *document.get("earlier", []))]
+    return {cell.key: cell for cell in cells}
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,9 @@ class Laboratory:
         """Return the dense model's answers by task."""
         return self._kept("answers", lambda: self._answers(DENSE), lambda found: TaskAnswers(**found))
 
-    def done(self, path: Path) -> bool:
-        """Tell whether a cell's file is there, and its model where models are kept."""
-        return path.exists() and (self.models is None or (self.models / path.stem / "config.json").exists())
+    def keeps(self, cell: Cell) -> bool:
+        """Tell whether a cell's model is there, where models are kept."""
+        return self.models is None or (self.models / cell.stem(self.inputs()) / "config.json").exists()
 
     def measure(self, cell: Cell) -> CellResult:
         """Do the whole cell; raises what the calls below raise."""

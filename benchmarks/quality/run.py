@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality --model tiny --keep 0.8,0.6,0.4 --seeds 0,1,2 --out benchmarks/quality/results/tiny
 
-Every cell is a file in OUT/cells as soon as it is done; the same command skips those and goes on. After every cell
-OUT/results.json, OUT/results.md and OUT/perplexity-TEXT.svg are written anew from the cells that are there, so that a
-benchmark stopped at any moment has a table; --report writes them and measures nothing.
+After every cell OUT/results.json and OUT/results.md are written anew from all cells that are done, so that a benchmark
+stopped at any moment has a table; the same command skips those cells and goes on. --report writes the table and
+measures nothing. Plots: python -m benchmarks.quality.plot OUT.
 More texts: --evaluate wikitext2=wiki.test.raw:2048 (or :2048:8 for the first 8 blocks). Tasks are the recipe's:
 --set 'validate.tasks=[{path: piqa.jsonl, limit: 200}]'.
 """
@@ -19,13 +19,12 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.quality.cells import Cell, CellResult, Grid, Perplexity
+from benchmarks.quality.cells import Cell, CellResult, Grid, Perplexity, read_cells
 from benchmarks.quality.laboratory import Laboratory
-from benchmarks.quality.plot import draw
 from benchmarks.quality.table import markdown, rows, task_table
 from soco_export.evaluate.tasks import summarise_answers
 from soco_export.files.atomic import write_atomic
@@ -48,6 +47,7 @@ METHODS = {
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
     "any-size": ("soco-scores", "soco-any-size"),
 }
+RESULTS = "results.json"
 Say = Callable[[str], None]
 
 
@@ -108,21 +108,27 @@ def run(options: argparse.Namespace, say: Say) -> list[CellResult]:
     laboratory = Laboratory.open(base, texts, work, options.models)
     work.mkdir(parents=True, exist_ok=True)
     header = Header(_command(), base.name, machine())
-    files = {cell: cell.path(options.out / "cells", laboratory.inputs()) for cell in grid.cells()}
+    known, inputs = read_cells(options.out / RESULTS), laboratory.inputs()
+    asked = {cell: next(filter(known.get, keys(cell, inputs)), cell.key(inputs)) for cell in grid.cells()}
     dense = laboratory.dense()
-    for number, (cell, path) in enumerate(files.items(), start=1):
-        started, there = time.monotonic(), path.exists() if options.report else laboratory.done(path)
+    for number, (cell, key) in enumerate(asked.items(), start=1):
+        started, there = time.monotonic(), key in known and (options.report or laboratory.keeps(cell))
         if not there and not options.report:
-            laboratory.measure(cell).save(path)
-            write_results(options.out, header, laboratory, dense, files)
+            known[key] = replace(laboratory.measure(cell), key=key)
+            write_results(options.out, header, laboratory, dense, list(asked.values()), known)
         took = "there" if there else "missing" if options.report else f"{time.monotonic() - started:.0f} s"
-        say(f"[{number}/{len(files)}] {cell.title}{_shown(path)} ({took})")
-    return write_results(options.out, header, laboratory, dense, files)
+        say(f"[{number}/{len(asked)}] {cell.title}{_shown(known.get(key))} ({took})")
+    return write_results(options.out, header, laboratory, dense, list(asked.values()), known)
 
 
-def _shown(path: Path) -> str:
+def keys(cell: Cell, inputs: Mapping[str, str]) -> tuple[str, str]:
+    """Return the keys under which a finished cell may be known."""
+    return cell.key(inputs), cell.key(inputs, whole=True)
+
+
+def _shown(cell: CellResult | None) -> str:
     """Return the perplexities of a finished cell."""
-    found = CellResult.load(path).perplexity if path.exists() else {}
+    found = cell.perplexity if cell else {}
     return "".join(f" · {text} {figures.value:.4g}" for text, figures in found.items())
 
 
@@ -131,10 +137,15 @@ def write_results(
     header: Header,
     laboratory: Laboratory,
     dense: Mapping[str, Perplexity],
-    files: Mapping[Cell, Path],
+    asked: Collection[str],
+    known: Mapping[str, CellResult],
 ) -> list[CellResult]:
-    """Write results.json, results.md and the plots of the cells that are there, and return those."""
-    cells = [CellResult.load(path) for path in files.values() if path.exists()]
+    """Write results.json and results.md of those of `asked` that are `known`, by key, and return those.
+
+    What is known beside, from earlier commands, is kept in results.json.
+    """
+    cells = [known[key] for key in asked if key in known]
+    earlier = [cell for key, cell in known.items() if key not in asked]
     table = rows(cells, dense)
     texts = {name: {"source": b.source, "shape": list(b.tokens.shape)} for name, b in laboratory.texts.items()}
     answers = {name: summarise_answers(own) for name, own in laboratory.dense_answers().items()}
@@ -148,19 +159,16 @@ def write_results(
         "dense_tasks": {name: asdict(figures) for name, figures in answers.items()},
         "rows": [asdict(row) for row in table],
         "cells": [asdict(cell) for cell in cells],
+        **({"earlier": [asdict(cell) for cell in earlier]} if earlier else {}),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "results.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / RESULTS, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     write_atomic(
         out / "results.md",
         "\n".join(
-            [*_preface(header, laboratory, cells, len(files)), markdown(table, dense), *task_table(cells, answers)]
+            [*_preface(header, laboratory, cells, len(asked)), markdown(table, dense), *task_table(cells, answers)]
         ),
     )
-    for text, figures in dense.items():
-        plot = draw(table, text, figures)
-        if plot is not None:
-            write_atomic(out / f"perplexity-{text}.svg", plot)
     return cells
 
 

@@ -49,15 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     alike = alike_in(recipe)
     whole = GPU or size.layers == dense_config(recipe).num_hidden_layers
     wanted = [*(["decompose"] if whole else [f"decompose:{name}" for name in alike]), "train", "cut"]
+    results = options.out / "results.json"
+    there = json.loads(results.read_text(encoding="utf-8"))["parts"] if results.exists() else {}
     for part in options.part.split(",") if options.part else wanted:
-        if not _file(options.out, part).exists():
+        if part not in there:
             print(f"{part} …", flush=True)
             words = [*(sys.argv[1:] if argv is None else argv), "--inside", "--part", part]
             subprocess.run([sys.executable, "-m", "benchmarks.scale", *words], check=True)
-    there = {
-        part: json.loads(_file(options.out, part).read_text()) for part in wanted if _file(options.out, part).exists()
-    }
-    write(options, recipe, size, there, alike)
+            there[part] = json.loads(_file(options.out, part).read_text(encoding="utf-8"))
+            write(options, recipe, size, {name: there[name] for name in wanted if name in there}, alike)
+            _file(options.out, part).unlink()
+    write(options, recipe, size, {name: there[name] for name in wanted if name in there}, alike)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

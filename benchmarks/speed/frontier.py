@@ -55,7 +55,7 @@ class Point:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing; write frontier.json, .md and .svg."""
+    """Measure what is missing; write frontier.json and .md, and the plot if it is asked for."""
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     known = read(options.out)
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 known[name, weights] = measure(name, folder, weights, options, key)
                 write(options.out, list(known.values()))
     print(markdown(list(known.values())))
+    if options.plot:
+        write_atomic(options.plot, draw(list(known.values())))
 
 
 def read(out: Path) -> dict[tuple[str, str], Point]:
@@ -77,24 +79,22 @@ def read(out: Path) -> dict[tuple[str, str], Point]:
 
 
 def write(out: Path, points: Sequence[Point]) -> None:
-    """Write frontier.json, .md and .svg."""
+    """Write frontier.json and .md."""
     write_atomic(out / "frontier.json", json.dumps([asdict(point) for point in points], indent=1) + "\n")
     write_atomic(out / "frontier.md", markdown(points))
-    drawing = draw(points)
-    if drawing:
-        write_atomic(out / "frontier.svg", drawing)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.frontier")
-    parser.add_argument("models", nargs="+", type=_named, help="NAME=FOLDER, a Hugging Face folder, dense or low rank")
+    parser.add_argument("models", nargs="*", type=_named, help="NAME=FOLDER, a Hugging Face folder, dense or low rank")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--evaluate", type=Path, help="text file; default: the built-in speeches")
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="draw what is there as SVG; needs matplotlib (the extra `report`)")
     return parser.parse_args(argv)
 
 
@@ -153,15 +153,13 @@ def markdown(points: Sequence[Point]) -> str:
     return "\n".join([*lines, "", f"Perplexity over {texts}.", ""])
 
 
-def draw(points: Sequence[Point]) -> str | None:
-    """Return the plot as SVG, the frontier as a line; None without matplotlib.
+def draw(points: Sequence[Point]) -> str:
+    """Return the plot as SVG, the frontier as a line.
 
     Points whose perplexity is beyond WORST times the best are in the table alone: they would press all others flat.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    from matplotlib.figure import Figure
+
     shown = [p for p in points if p.perplexity <= WORST * min(point.perplexity for point in points)]
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -16,7 +14,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.quality import run as command
-from benchmarks.quality.cells import CONTROL, CellResult, Grid, Perplexity, is_random, saliency_tokens, training_tokens
+from benchmarks.quality.cells import (
+    CONTROL,
+    CellResult,
+    Grid,
+    Perplexity,
+    is_random,
+    read_cells,
+    saliency_tokens,
+    training_tokens,
+)
 from benchmarks.quality.laboratory import Laboratory, rotated
 from benchmarks.quality.table import markdown, rows
 from soco_export.checkpoint.load import load_checkpoint
@@ -88,6 +95,7 @@ def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
     same = [replace(cell, recipe=cell.recipe.replace({key: 1.5})) for key in ("gates.max_ppl_ratio",)]
     other = [replace(cell, recipe=cell.recipe.replace({key: 0.125})) for key in ("train.lr", "keep_params")]
     assert {found.key(inputs) for found in same} == {cell.key(inputs)}
+    assert cell.key(inputs) != cell.key(inputs, whole=True)
     assert len({found.key(inputs) for found in [cell, *other]} | {cell.key({"weights": "b"})}) == 4
 
 
@@ -178,6 +186,20 @@ def test_a_seed_begins_the_calibration_text_elsewhere_and_loses_nothing(blocks: 
     assert found[0, 0] == seed * by % blocks
 
 
+def test_a_new_setting_at_its_default_leaves_cells_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Grid("tiny", [], [0.6], [0]).cell("soco", 0.6, 0)
+    before = cell.key({}), cell.key({}, whole=True)
+    dumped = type(cell.recipe).model_dump
+
+    def with_one_more(recipe: object, *, exclude_defaults: bool = False, **options: object) -> dict[str, object]:
+        values = dumped(recipe, exclude_defaults=exclude_defaults, **options)  # type: ignore[arg-type]
+        return values if exclude_defaults else {**values, "train": {**values["train"], "new": 0}}
+
+    monkeypatch.setattr(type(cell.recipe), "model_dump", with_one_more)
+    assert cell.key({}) == before[0]
+    assert cell.key({}, whole=True) != before[1]
+
+
 def bench(out: Path, work: Path, *more: str) -> tuple[list[CellResult], list[str]]:
     said: list[str] = []
     settings = [part for setting in SHORT for part in ("--set", setting)]
@@ -199,8 +221,8 @@ def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Laboratory, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         bench(out, work)
-    assert cell_files(out) == [f"{CONTROL}-0.6-seed0"]
-    assert len(json.loads((out / "results.json").read_text())["cells"]) == 1
+    assert [cell.method for cell in read_cells(out / "results.json").values()] == [CONTROL]
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "results.md"]
 
     cells, said = bench(out, work, "--report")
     assert (len(measured), len(cells)) == (2, 1)
@@ -208,7 +230,7 @@ def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest
     assert "**1 of 2 cells are done**" in (out / "results.md").read_text(encoding="utf-8")
 
     cells, said = bench(out, work)
-    assert (len(measured), cell_files(out)) == (3, ["soco-0.6-seed0", f"{CONTROL}-0.6-seed0"])
+    assert (len(measured), [cell.method for cell in cells]) == (3, [CONTROL, "soco"])
     assert said[0].endswith("(there)")
     assert all(cell.stored <= 0.6 * cell.of for cell in cells)
     assert all(math.isfinite(cell.perplexity["evaluation"].value) for cell in cells)
@@ -227,6 +249,8 @@ def test_a_benchmark_stops_resumes_and_skips(tmp_path: Path, monkeypatch: pytest
     assert more[0].perplexity["evaluation"] == cells[0].perplexity["evaluation"]
     assert set(more[1].perplexity) == {"evaluation", "more"}
     assert not [line for line in said if line.endswith("(there)")]
+    kept = read_cells(out / "results.json")
+    assert kept == {cell.key: cell for cell in (*more, *cells)}  # those of the earlier command too
 
 
 def test_the_model_of_a_cell_can_be_kept_and_is_what_was_measured(tmp_path: Path) -> None:
@@ -234,7 +258,7 @@ def test_the_model_of_a_cell_can_be_kept_and_is_what_was_measured(tmp_path: Path
     cells, _ = bench(out, work)
     _, said = bench(out, work, "--models", str(models))  # the cells are there, their models are not
     assert not [line for line in said if line.endswith("(there)")]
-    names = sorted(path.stem for path in (out / "cells").iterdir())
+    names = sorted(f"{cell.method}-{cell.keep:g}-seed{cell.seed}.{cell.key}" for cell in cells)
     assert sorted(path.name for path in models.iterdir()) == names
     folder = models / names[0]
     texts = load_blocks(AutoTokenizer.from_pretrained(folder), EVALUATION, "evaluation")
@@ -242,10 +266,6 @@ def test_the_model_of_a_cell_can_be_kept_and_is_what_was_measured(tmp_path: Path
     assert found.value == pytest.approx(cells[1].perplexity["evaluation"].value, rel=1e-5)
     _, said = bench(out, work, "--models", str(models))
     assert all(line.endswith("(there)") for line in said)
-
-
-def cell_files(out: Path) -> Sequence[str]:
-    return sorted(path.name.rsplit(".", 2)[0] for path in (out / "cells").iterdir())
 
 
 @pytest.mark.parametrize("text", ["wiki", "wiki=a.raw", "wiki=a.raw:x", "=a.raw:8", "wiki=:8"])
