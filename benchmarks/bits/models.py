@@ -21,7 +21,7 @@ from soco_train.events import Event
 from soco_train.settings import DistillSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
 from soco_train.store.scores import Scores
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 LEARNING = DistillSettings(steps=60, batch_tokens=1024, held_out_blocks=16, evaluate_every=20)
 
 
