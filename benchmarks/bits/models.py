@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from soco_export.checkpoint import load_checkpoint, save_checkpoint
 from soco_export.checkpoint.layers import apply_factors
+from soco_export.checkpoint.load import load_checkpoint
+from soco_export.checkpoint.writer import save_checkpoint
 from soco_train import cut_factors, learn_scores, plan_ranks
 from soco_train.events import Event
 from soco_train.settings import DistillSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings

@@ -239,9 +239,7 @@ def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
     said = f"{rows[0].tokens} tokens of {setting['evaluation']} in windows of {setting['block']}"
     calibrated = f"calibrated with {setting['calibration_tokens']} tokens of {setting['calibration']}"
     tokens = LEARNING.steps * LEARNING.batch_tokens
-    learnt = (
-        f"trained with {tokens} tokens, the best of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)} as learning rate"
-    )
+    learnt = f"trained with {tokens} tokens at the best learning rate of those in `tried` (bits.json)"
     return "\n".join([*lines, "", f"Perplexity over {said}; {calibrated}; {learnt}. Seconds of processor time.", ""])
 
 

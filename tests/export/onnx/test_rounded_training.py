@@ -9,10 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_models import Decoder, tiny_model, torch_logits
 
-from soco_export.checkpoint import save_checkpoint
 from soco_export.checkpoint.layers import apply_factors, stored_factors
+from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_train.forms.dense import DenseWeight
@@ -34,6 +33,8 @@ from soco_train.settings import (
 )
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.spectra import SpectrumStore
+from tests.support import fresh
+from tests.support.decoders import Decoder, tiny_model, torch_logits
 
 INT4 = RoundingSettings(weights="int4", block=32)
 PLAN = PlanSettings(keep_params=1.0)
@@ -129,7 +130,7 @@ def test_the_onnx_file_has_the_levels_that_were_trained(subject: Subject, traine
         expected = rounded(layer.weight, INT4).numpy()
         assert any(expected.shape == found.shape and np.array_equal(expected, found) for found in written)
 
-    tokens = np.random.default_rng().integers(3, 96, (2, 12))
+    tokens = fresh.rng().integers(3, 96, (2, 12))
     mask = np.ones_like(tokens)
     expected = torch_logits(rounded_copy(subject, layers, torch.float32), tokens, mask)
     assert np.abs(Decoder(tmp_path / "onnx").step(tokens, mask) - expected).max() < 1e-3
