@@ -52,8 +52,15 @@ def figures_sentence(results: Results) -> str:
     """Return size, speed and quality beside the dense model in a sentence, "" if nothing was measured."""
     parts = [*_bytes_part(results), *_speed_part(results)]
     if results.perplexity:
-        parts.append(f"perplexity {results.perplexity.ratio:.3f} × dense on {results.perplexity.text}")
+        parts.append(_perplexity_part(results.perplexity))
     return f"{', '.join(parts)}." if parts else ""
+
+
+def _perplexity_part(found: PerplexityResults) -> str:
+    low, high = found.ratio_interval or (found.ratio, found.ratio)
+    if low < 1 < high:
+        return f"perplexity {found.ratio:.3f} × dense, within the noise ({low:.3f} to {high:.3f} ×), on {found.text}"
+    return f"perplexity {found.ratio:.3f} × dense on {found.text}"
 
 
 def _bytes_part(results: Results) -> Iterator[str]:
@@ -86,7 +93,14 @@ def changed(results: Results) -> Table:
         rows.append(_bytes_row("bytes on disk (ONNX)", sizes.bytes["onnx-dense"], sizes.bytes["onnx"]))
     if found:
         final = found.onnx or found.low_rank
-        rows.append(("perplexity", number(found.dense.value), number(final.value), f"{found.ratio:.3f} ×"))
+        rows.append(
+            (
+                "perplexity",
+                number(found.dense.value),
+                number(final.value),
+                _with_ends(f"{found.ratio:.3f} ×", found.ratio_interval),
+            )
+        )
     for name, task in results.tasks.items():
         kept = "n/a" if task.recovery is None else f"{task.recovery:.3f} ×"
         rows.append((f"{name}, accuracy", percent(task.dense.acc), percent(task.compressed.acc), kept))

@@ -236,6 +236,7 @@ def read_lock(root: Path) -> Recipe:
 def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: bool = False) -> Iterator[RunFolder]:
     """Hold `root` for a run of `recipe`, created if need be.
 
+    argv: the command that makes the run; one that only looks at it again gives none, and the manifest keeps its own.
     `fresh` starts over: no stage counts as done, and each earlier file goes when the new one is whole.
 
     Raises RecipeError if it holds another run or another process holds it, MachineError if it cannot be written.
@@ -264,7 +265,7 @@ def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunF
     _clear_unfinished(root, before, fresh)
     manifest = Manifest(
         model=recipe.name,
-        argv=list(argv),
+        argv=list(argv) or (before.argv if before else []),
         seed=recipe.train.seed,
         versions=versions(),
         process=Process(pid=os.getpid(), host=socket.gethostname(), started=started),

@@ -118,7 +118,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
-    with open_folder(run, recipe, request.argv) as folder:
+    with open_folder(run, recipe) as folder:
         quiet_transformers()
         folder.manifest.stages.pop(stage, None)  # its files stay listed as the run's own
         context = RunContext(folder, there.format, notify)
@@ -142,7 +142,7 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
             fix="set gates alone, or measure again with soco-export validate or bench",
             where="--set",
         )
-    with open_folder(run, recipe, request.argv) as folder:
+    with open_folder(run, recipe) as folder:
         context = RunContext(folder, results.format, notify)
         rejudged = results.judged(applicable(recipe, results.format))
         settings = recipe.model_dump(mode="json", by_alias=True)
@@ -191,7 +191,7 @@ def _lead(
     with ExitStack() as held:
         homes: Mapping[str, RunFolder] = {}
         if trained:
-            parent = held.enter_context(open_folder(*trained, argv=request.argv))
+            parent = held.enter_context(open_folder(*trained))
             homes = _trained_stages(parent)
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
         quiet_transformers()

@@ -306,3 +306,12 @@ def test_the_tiny_variant_of_a_large_model(tmp_path: Path, short: tuple[str, ...
     results = json.loads(ran.out)
     assert results["model"]["architecture"] == "MistralForCausalLM"
     assert results["model"]["source"] == "random"
+
+
+def test_looking_again_keeps_the_command_that_made_the_run(run: Path) -> None:
+    made = json.loads((run / "manifest.json").read_text())
+    made["argv"] = ["soco-export", "train-and-export", "--model", "tiny"]
+    (run / "manifest.json").write_text(json.dumps(made))
+    assert soco("report", run).code == 0
+    assert json.loads((run / "manifest.json").read_text())["argv"] == made["argv"]
+    assert "soco-export train-and-export --model tiny" in (run / "report.md").read_text()
