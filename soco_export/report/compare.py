@@ -98,7 +98,7 @@ def render_comparison(comparison: Comparison, names: tuple[str, str] = ("first",
     if figures:
         parts += ["", *columns(("", *names, "recovery", "> noise"), figures)]
         parts += ["recovery: above 1, the second is better", "> noise: n/a where no uncertainty was measured"]
-        parts += _texts(comparison.texts)
+    parts += _texts(comparison.texts)
     parts.append(f"{len(comparison.figures) - len(differing)} of {len(comparison.figures)} figures are the same")
     if settings:
         parts += ["", "settings that differ", *columns(("", *names), settings)]
@@ -133,8 +133,8 @@ def _texts(texts: tuple[str, str] | None) -> list[str]:
     if texts is None:
         return []
     if texts[0] == texts[1]:
-        return [f"perplexity of {texts[0]}"]
-    return ["perplexity is of two texts and no comparison:", *(f"  {text}" for text in texts)]
+        return [f"Perplexity of {texts[0]}"]
+    return ["Perplexity is of two texts and no comparison:", *(f"  {text}" for text in texts)]
 
 
 def _direction(name: str) -> int:
