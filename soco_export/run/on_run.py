@@ -24,7 +24,7 @@ from soco_export.run.stages.training import SCORES, SPECTRUM, TRAINING
 from soco_export.run.terminal import run_outcome
 from soco_train import parallel
 from soco_train.errors import RecipeError
-from soco_train.events import Notify, silent
+from soco_train.events import Event, Notify, silent
 
 
 def training(request: Request, notify: Notify) -> Outcome:
@@ -34,7 +34,7 @@ def training(request: Request, notify: Notify) -> Outcome:
     if request.dry_run:
         return cost_card(recipe, request)
     root = request.folder(recipe)
-    check(request, recipe, root)
+    check(request, recipe, root, notify)
     advance(request, recipe, root, TRAINING, notify)
     scores = root / SCORES.writes[0]
     return Outcome(
@@ -48,7 +48,7 @@ def whole_road(request: Request, notify: Notify) -> Outcome:
     if request.dry_run:
         return cost_card(recipe, request)
     root = request.folder(recipe)
-    check(request, recipe, root)
+    check(request, recipe, root, notify)
     advance(request, recipe, root, (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format]), notify)
     return run_outcome(root)
 
@@ -64,12 +64,12 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     stages = (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format])
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
     if not keys and request.out is None:
-        check(request, changed, run)
+        check(request, changed, run, notify)
         advance(request, changed, run, stages, notify)
         return run_outcome(run)
     _check_recut(keys)
     root = request.out or _recut_folder(run, keys, changed)
-    check(request, changed, root)
+    check(request, changed, root, notify)
     advance(request, changed, root, stages, notify, trained=(run, recipe))
     return run_outcome(root)
 
@@ -93,7 +93,7 @@ def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
     )
 
 
-def check(request: Request, recipe: Recipe, root: Path) -> None:
+def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
     """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does."""
     if not parallel.leading():
         return
@@ -106,6 +106,18 @@ def check(request: Request, recipe: Recipe, root: Path) -> None:
     check_apart(root, [folder] if folder else [])
     check_folder(root, recipe, request.fresh)
     check_everything(recipe, root, request.format)
+    for note in _unread(request, recipe):
+        notify(Event("check", 1, 1, {"": note}, "done"))
+
+
+def _unread(request: Request, recipe: Recipe) -> list[str]:
+    """Return one sentence if keys of `--set` mean nothing to the scorer of the recipe, else nothing."""
+    from soco_train.scores.registry import find_scorer
+
+    unread = find_scorer(recipe.train.scorer).unread(recipe.train)
+    given = [key.strip().split(".") for key, _, _ in (override.partition("=") for override in request.set_ or ())]
+    ignored = [".".join(parts) for parts in given if parts[0] == "train" and parts[1:2] and parts[1] in unread]
+    return [f"the scorer {recipe.train.scorer} does not read {', '.join(ignored)}"] if ignored else []
 
 
 def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
@@ -114,7 +126,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
         raise RecipeError("a run has its recipe already", fix="change single keys with --set", where="--recipe")
     recipe = run_recipe(run, request).override(request.overrides)
     there = replace(request, format=run_format(run))
-    check(there, recipe, run)
+    check(there, recipe, run, notify)
     stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
@@ -217,4 +229,6 @@ def cost_card(recipe: Recipe, request: Request) -> Outcome:
 
     check_recipe(recipe, request.format)
     card = estimate(recipe, measure(recipe), request.format)
-    return Outcome(card.document(), "\n".join(card.lines()))
+    notes = _unread(request, recipe)
+    text = "\n".join([*card.lines(), *(f"note: {note}" for note in notes)])
+    return Outcome(card.document() | ({"notes": notes} if notes else {}), text)

@@ -20,16 +20,20 @@ from soco_export.recipe.load import load_recipe
 from soco_export.runtimes import registry as runtimes
 from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
+from soco_train.plan.ranks import plan_ranks
+from soco_train.refine import refit
+from soco_train.refine.ladder import refine
+from soco_train.refine.rungs import RUNGS
 from soco_train.scores import closed_form
 from soco_train.scores.registry import SCORERS, train_scores
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings import PlanSettings, RefineSettings, Section, TrainSettings
 from soco_train.spectra import bases
 from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ONNX_PAGE = PAGE.with_name("onnx.md")
-REGISTRIES = (bases._BASES, SCORERS, runtimes.RUNTIMES, FAMILIES)
+REGISTRIES = (bases._BASES, SCORERS, RUNGS, RefineSettings.of_steps, runtimes.RUNTIMES, FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +50,23 @@ def snippet(start: str) -> str:
     return next(block for block in blocks if block.startswith(start))
 
 
-def define(start: str, module: object) -> None:
-    exec(compile(snippet(start), str(PAGE), "exec"), dict(vars(module)))
+def define(start: str, module: object, **more: object) -> None:
+    exec(compile(snippet(start), str(PAGE), "exec"), {**vars(module), **more})
+
+
+def test_the_rung_is_climbed(tmp_path: Path) -> None:
+    define("class Shrink", refit, Section=Section, replace=replace)
+    linear = nn.Linear(5, 7)
+    spectra = {"layer": decompose(linear.weight, LayerStatistics(), "plain", ridge=0.0)}
+    subject = Subject(linear, {"layer": linear}, spectra, torch.zeros(1, 8, dtype=torch.int64))
+    train = TrainSettings(scorer="singular-values")
+    scores = train_scores(subject, train, PlanSettings(), Session(tmp_path))
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.7))
+    before, after = (
+        refine(subject, scores, plan, RefineSettings.model_validate(given), Session(tmp_path), {}).layers["layer"]
+        for given in ({}, {"shrink": {"by": 0.25}})
+    )
+    torch.testing.assert_close(after.up, before.up * 0.75)
 
 
 def test_the_basis_decomposes_exactly() -> None:

@@ -15,9 +15,12 @@ from torch import nn
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.cost_shape import BASE_DEVICE
 from soco_export.recipe.load import load_recipe
+from soco_export.run import on_run
 from soco_export.run.verbs import Request, train, train_and_export
+from soco_train import method
 from soco_train.cost import Cost, ModelShape, Task
 from soco_train.errors import ExitCode, RecipeError
+from soco_train.events import Event
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.learn.loop import Loop
@@ -27,11 +30,12 @@ from soco_train.plan.ranks import RankPlan
 from soco_train.refine.cut import make_factors
 from soco_train.refine.rungs import RUNGS, rung
 from soco_train.scores.closed_form import untrained
-from soco_train.scores.registry import SCORERS, scorer
-from soco_train.settings import PlanSettings, RefineSettings, Section, TrainSettings
+from soco_train.scores.registry import READ_BY_ALL, SCORERS, scorer
+from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, Section, TrainSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
+from tests.support.models import make_model
 
 SCORING, LOUDER = 123_000_000, 7_000_000  # bytes, as the toys say
 
@@ -185,3 +189,43 @@ def test_a_wrong_key_of_theirs_is_named(setting: str, said: str) -> None:
 def test_a_step_that_is_not_asked_for_leaves_no_trace() -> None:
     assert "pulled" not in TrainSettings().model_dump()
     assert "louder" not in RefineSettings().model_dump()
+
+
+class Spy(TrainSettings):
+    """Settings that know which of their keys were asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in TrainSettings.model_fields:
+            ASKED.add(name)
+        return super().__getattribute__(name)
+
+
+ASKED: set[str] = set()
+WITHOUT_TRAINING = ("fisher", "singular-values")
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_TRAINING, "acip"])
+def test_a_scorer_reads_what_it_says(name: str, tmp_path: Path) -> None:
+    model, tokens = make_model("llama-tied"), torch.randint(4, 250, (4, 16))
+    train = Spy(scorer=name, basis="plain", steps=2, batch_tokens=32)
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum")
+    method.make_spectra(subject, train)
+    ASKED.clear()
+    SCORERS[name].run(subject, train, PlanSettings(), Session(tmp_path / "work"))
+    assert SCORERS[name].reads == ASKED - READ_BY_ALL
+
+
+def test_a_setting_that_the_scorer_does_not_read_is_noted() -> None:
+    asked = ["train.scorer=acip", "train.warmup=0.2", "train.schedule.freeze=0.2", "train.lr=0.5"]
+    card = train(Request(model="tiny", dry_run=True, set_=asked))
+    assert card.document["notes"] == ["the scorer acip does not read train.warmup, train.schedule.freeze"]
+    assert card.document["notes"][0] in card.text
+    read = train(Request(model="tiny", dry_run=True, set_=["train.warmup=0.2"]))
+    assert "notes" not in read.document
+
+
+def test_it_is_noted_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Event] = []
+    monkeypatch.setattr(on_run, "advance", lambda *_, **__: None)
+    train(Request(model="tiny", out=tmp_path / "run", set_=["train.scorer=fisher", "train.lr=0.5"]), told.append)
+    assert [event.values[""] for event in told] == ["the scorer fisher does not read train.lr"]
