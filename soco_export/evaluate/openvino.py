@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ class OpenVinoDecoder(Decoder):
         found = dict(zip(self._outputs, self._request.infer(feeds).values(), strict=True))
         logits: FloatArray = found.pop("logits").astype(np.float32)
         return logits, {name.replace("present.", "past_key_values."): value for name, value in found.items()}
+
+    def repeatable(self, ids: IntArray) -> Callable[[], None]:
+        """Return a function that runs the same pass behind the present cache each time; for timing. ids: [b, n]."""
+        mask, positions = self._continue_mask(ids, None)
+        past = self._past
+
+        def run() -> None:
+            self._forward(ids, mask, positions, past)
+
+        return run
 
 
 def _is_output(name: str) -> bool:

@@ -30,7 +30,13 @@ class OpenVino(Runtime):
     )
 
     def check(self, settings: ExportSettings, architecture: Architecture | None) -> None:
-        """Raise RecipeError for a type that it does not read."""
+        """Raise RecipeError for what it does not read, or reads wrongly."""
+        if settings.flavour == "contrib":
+            raise RecipeError(
+                "export.flavour is contrib, of whose GroupQueryAttention OpenVINO computes one sequence only",
+                fix="export.flavour: standard",
+                where="export.flavour",
+            )
         refuse_quantised_table(settings, "OpenVINO")
 
     def open(self, folder: Path, settings: ValidateSettings, name: str) -> Decoder:

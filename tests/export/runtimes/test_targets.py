@@ -44,6 +44,12 @@ def test_a_setting_goes_before_what_the_target_chooses_and_the_runtime_judges_it
             check_recipe(recipe, "onnx")
 
 
+def test_openvino_gets_no_attention_that_it_computes_wrongly() -> None:
+    recipe = Request(model="tiny", target="openvino", set_=["export.flavour=contrib"]).resolve()
+    with pytest.raises(RecipeError, match="one sequence only"):
+        check_recipe(recipe, "onnx")
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
