@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 DENSE, LOW_RANK, SHIPPED = "dense", "low-rank", "shipped"  # the forms of a model that are asked, in this order
 
@@ -48,6 +50,13 @@ class PerplexityFigures:
     tokens: int
     blocks: tuple[float, ...] = ()
     interval: tuple[float, float] | None = None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> PerplexityFigures:
+        """Return the figures that were written as JSON, which knows no tuples."""
+        ends = found.get("interval")
+        interval = None if ends is None else (float(ends[0]), float(ends[1]))
+        return cls(found["value"], found["loss"], found["tokens"], tuple(found.get("blocks", ())), interval)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
         folders = dict(zip(forms, (reference, candidate), strict=True))
         openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
         proof = prove(openers, questions)
-    figures = [PerplexityFigures(**proof["perplexity"][form]) for form in forms]
+    figures = [PerplexityFigures.from_json(proof["perplexity"][form]) for form in forms]
     ratio, interval = perplexity_ratio(*figures)
     perplexity = {
         "text": blocks.source,

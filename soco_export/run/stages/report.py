@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from soco_export.bench.machine import describe_machine
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
 from soco_export.files.curve import read_curve
@@ -136,9 +134,8 @@ def _perplexity(context: RunContext, forms: dict[str, Any]) -> PerplexityResults
 
     blocks = context.blocks("evaluation")
     join = describe_join(context.recipe.evaluation, "evaluation")
-    read = TypeAdapter(PerplexityFigures).validate_python  # JSON's lists become tuples
-    onnx = read(forms[SHIPPED]) if context.format == "onnx" else None
-    figures = (read(forms[DENSE]), read(forms[LOW_RANK]), onnx)
+    onnx = PerplexityFigures.from_json(forms[SHIPPED]) if context.format == "onnx" else None
+    figures = (PerplexityFigures.from_json(forms[DENSE]), PerplexityFigures.from_json(forms[LOW_RANK]), onnx)
     return PerplexityResults.of(figures, blocks.source, blocks.fingerprint, blocks.tokens.shape[1], join)
 
 

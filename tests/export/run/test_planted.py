@@ -9,6 +9,7 @@ from soco_export.bench import runner
 from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import Ratio, summarise
+from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.tasks import TaskAnswers, compare_answers
 from soco_export.report.tables import speedup
 from soco_export.run.stages import evidence, report
@@ -61,6 +62,9 @@ def test_perplexity_of_onnx_is_its_own():
     run.recipe = SimpleNamespace(evaluation=DataSettings(builtin="speeches"))
     found = report._perplexity(run, forms)
     assert (found.dense.value, found.low_rank.value, found.onnx.value, found.ratio) == (10.0, 12.0, 15.0, 1.5)
+    for form in forms.values():
+        form |= {"blocks": [1.0, 2.0], "interval": [9.0, 11.0]}
+    assert report._perplexity(run, forms).dense == PerplexityFigures(10.0, 1.0, 9, (1.0, 2.0), (9.0, 11.0))
 
 
 def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
