@@ -15,6 +15,7 @@ from soco_export.report.tables import speedup
 from soco_export.run.stages import evidence, report
 from soco_export.runtimes import open as opening
 from soco_train.settings import DataSettings
+from soco_train.store.scores import Scores
 
 
 class Run:
@@ -76,7 +77,7 @@ def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
         params_before=8, params_after=4, layers={}, dense_layers=(), keep_params=0.5, storage="stacked"
     )
     monkeypatch.setattr(report.RankPlan, "from_json", lambda text: plan)
-    monkeypatch.setattr(report.Scores, "load", lambda path: SimpleNamespace(provenance={"parameters": 20}))
+    monkeypatch.setattr(Scores, "load", lambda path: SimpleNamespace(provenance={"parameters": 20}))
     monkeypatch.setattr(report, "_largest_coefficient", lambda path: None)
     sizes = report._sizes(Run(tmp_path))
     assert sizes.bytes == {"hf": 10, "onnx": 30, "onnx-dense": 60}
