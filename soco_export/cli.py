@@ -57,6 +57,15 @@ KeepParams = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+KeepBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Size of the ONNX file: 90MB; ranks, forms and types of weights are chosen for it.", rich_help_panel=MODEL
+    ),
+]
+ByteSizes = Annotated[
+    str | None, typer.Option("--keep-bytes", help="One or more file sizes: 90MB,70MB.", rich_help_panel=MODEL)
+]
 Sizes = Annotated[
     str | None,
     typer.Option(
@@ -148,6 +157,7 @@ def train_and_export(
     format: Format = "onnx",
     target: Target = None,
     keep_params: KeepParams = None,
+    keep_bytes: KeepBytes = None,
     out: Out = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -168,6 +178,7 @@ def train(
     model: Model = None,
     recipe: RecipeFile = None,
     keep_params: KeepParams = None,
+    keep_bytes: KeepBytes = None,
     out: Out = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -187,6 +198,7 @@ def plan(
     run: RunArgument = None,
     model: Model = None,
     sizes: Sizes = None,
+    byte_sizes: ByteSizes = None,
     optimise_for: Aim = None,
     out: Annotated[Path | None, typer.Option(help="A folder for one plan.json per size.")] = None,
     set_: Set = None,
@@ -206,6 +218,7 @@ def export(
     format: Format = "onnx",
     target: Target = None,
     keep_params: KeepParams = None,
+    keep_bytes: KeepBytes = None,
     out: Out = None,
     set_: Set = None,
     fresh: Fresh = False,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from soco_export.checkpoint.record import planned_weights
 from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
@@ -61,6 +62,7 @@ def export_onnx(
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
     config = read_config(folder)
+    settings = settings.planned(planned_weights(config.values))
     architecture = check_architecture(config, settings)
     check_runtimes(settings, architecture)
     source = open_weights(folder, architecture)
@@ -100,7 +102,7 @@ def _described(config: Config, settings: ExportSettings, forms: Mapping[str, int
         "layers": ", ".join(f"{count} {kind}" for kind, count in sorted(forms.items())) or "traced",
         "flavour": settings.flavour,
         "dtype": settings.dtype,
-        "weights": f"{settings.weights}{blocks}",
+        "weights": f"{'mixed, else ' if settings.each else ''}{settings.weights}{blocks}",
     }
 
 

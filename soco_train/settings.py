@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -30,6 +31,9 @@ SHORTEST_BLOCK = 8  # tokens
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
+WeightType = Literal["same", "int8", "int4", "int2"]
+TYPES: tuple[WeightType, ...] = get_args(WeightType)
+TABLE_TYPES: tuple[WeightType, ...] = ("same", "int8", "int4")  # that ONNX Runtime looks tokens up in
 Share = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0)]
 BuiltinText = Literal["speeches", "time-machine"]
@@ -52,6 +56,21 @@ def _known_storage(name: str) -> str:
 
 
 Storage = Annotated[str, AfterValidator(_known_storage)]
+
+
+SUFFIXES = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
+
+
+def read_bytes(value: Any) -> Any:
+    """Return the bytes of `90MB`, `1.5GiB` or `90000000`; whatever is no text as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper()
+    suffix = next((suffix for suffix in SUFFIXES if text.endswith(suffix)), "")
+    try:
+        return int(float(text.removesuffix(suffix)) * SUFFIXES.get(suffix, 1))
+    except (ValueError, OverflowError):
+        raise ValueError(f"{value[:40]!r} is no size: give 90MB, 85MiB or a number of bytes") from None
 
 
 class Section(BaseModel):
@@ -215,7 +234,7 @@ class RefitSettings(Section):
 class RoundingSettings(Section):
     """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`."""
 
-    weights: Literal["same", "int8", "int4", "int2"] = "same"
+    weights: WeightType = "same"
     block: Literal[16, 32, 64, 128, 256] = 32
     symmetric: bool = True
     keep: tuple[str, ...] = ()
@@ -256,9 +275,15 @@ class RefineSettings(OpenSection):
 
 
 class PlanSettings(Section):
-    """How the budget is spent. `keep_params`: fraction of the selected layers' parameters that stays."""
+    """How the budget is spent.
+
+    `keep_params`: fraction of the selected layers' parameters that stays; `keep_bytes`: size of the ONNX file instead,
+    in bytes or as `90MB` (10^6) or `90MiB` (2^20): then it decides over ranks, forms and types of weights, and
+    `keep_params` is what the scores are trained for.
+    """
 
     keep_params: float = Field(default=0.8, gt=0, le=1)
+    keep_bytes: Annotated[int, Field(ge=1), BeforeValidator(read_bytes)] | None = None
     storage: Storage = "stacked"
     allocation: Allocation = "global"
     multiple: int = Field(default=1, ge=1, description="round ranks down to a multiple (32 suits int4 kernels)")

@@ -15,11 +15,11 @@ from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
-from soco_export.onnx.settings import ExportSettings, QuantizeSettings, WeightType
+from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.data.corpus import load_blocks
 from soco_train.forms.base import FactoredLinear
-from soco_train.settings import BITS, DataSettings
+from soco_train.settings import BITS, DataSettings, WeightType
 
 TOLERANCE = 0.02
 

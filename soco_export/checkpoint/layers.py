@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from soco_export.checkpoint.record import quantization_record
+from soco_export.checkpoint.record import PLAN_KEY, quantization_record
 from soco_train.errors import DataError
 from soco_train.forms.base import FactoredLinear, LayerFactors
 from soco_train.forms.registry import LazyLayers, forms_of, from_factors
 from soco_train.modules.layers import replace_module
+from soco_train.settings import WeightType
 from soco_train.store.factors import Factors
 
 
@@ -96,6 +97,12 @@ def record_layers(model: nn.Module) -> None:
         config.quantization_config = quantization_record(layers)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def record_weights(model: nn.Module, weights: Mapping[str, WeightType]) -> None:
+    """Write into `model.config` the types that a plan chose for an export: those of each layer and the token table."""
+    if weights:
+        setattr(model.config, PLAN_KEY, {"weights": dict(weights)})
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from soco_export.checkpoint.biases import check_dense_parts, fit_biases
 from soco_export.checkpoint.card import render_card, summarise
 from soco_export.checkpoint.layers import factored_layers, record_layers
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
+from soco_export.checkpoint.record import PLAN_KEY
 from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
 from soco_export.files.json import read_config
@@ -89,6 +90,7 @@ def finish(
     config = config_in_both_forms(read_config(folder), _tied(model)) | dict(fields)
     if dense:
         config.pop("quantization_config", None)
+        config.pop(PLAN_KEY, None)
     _write_json(folder / "config.json", config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

@@ -24,6 +24,7 @@ PROVENANCE = (
     # how somebody ran its attention: ours to choose
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
     "quantization_config",  # only null gets this far
+    "soco_export",  # how a plan would have an export write it
 )
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout

@@ -12,9 +12,10 @@ from soco_export.onnx.emit.decoder import DecoderBuilder
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.write.graph import DataFile, Graph, stamp
-from soco_train.events import Notify
+from soco_export.onnx.write.graph import DataFile, Graph, NoFile, stamp
+from soco_train.events import Notify, silent
 
+STAMP = 1024  # bytes, more than the metadata of a graph take
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
@@ -35,3 +36,13 @@ def write_graph(
         data.close()
     stamp(model, metadata or {})
     ir.save(model, folder / MODEL_FILE)
+
+
+def count_bytes(architecture: Architecture, source: WeightSource, settings: ExportSettings) -> int:
+    """Return the bytes that model.onnx and model.onnx.data have at most; no numbers are needed.
+
+    What `stamp` will say of the model's origin is not known yet: that has `STAMP`, and all else is exact.
+    """
+    data = NoFile(Path(f"{MODEL_FILE}.data"))
+    model = DecoderBuilder(architecture, source, settings, Graph(data, DTYPES[settings.dtype])).build(silent)
+    return data.size + len(ir.to_proto(model).SerializeToString()) + STAMP

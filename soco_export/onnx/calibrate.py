@@ -101,11 +101,10 @@ def calibrate(
 
     model = load_checkpoint(folder).requires_grad_(False)
     layers = _layers(model, settings)
-    grid = Grid(BITS[settings.weights], settings.quantize.block, settings.quantize.symmetric)
     _check_tokens(layers, tokens.numel())
     figures: dict[str, LayerRounding] = {}
     for name, module, inputs in _with_inputs(model, layers, tokens, notify):
-        chain = _chain(name, module)
+        chain, grid = _chain(name, module), _grid(settings, name)
         levels = find_rounding(settings.quantize.rule).layer(list(chain.values()), grid, inputs)
         found = dict(zip(chain, levels, strict=True))
         kept.put(found)
@@ -114,6 +113,10 @@ def calibrate(
     removed = [1 - layer.error / layer.nearest for layer in figures.values() if layer.nearest]
     few = sum(tokens.numel() < ENOUGH * layer.inputs for layer in figures.values())
     return RoundingFigures(settings.quantize.rule, tokens.numel(), median(removed or [0.0]), few, figures)
+
+
+def _grid(settings: ExportSettings, name: str) -> Grid:
+    return Grid(BITS[settings.weights_of(name)], settings.quantize.block, settings.quantize.symmetric)
 
 
 def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
@@ -132,7 +135,7 @@ def _table_serves(model: nn.Module, embedding: nn.Module, settings: ExportSettin
     """Whether a tied head needs no copy of the token table in blocks of its own (onnx/emit/embedding.py)."""
     name = next(name for name, module in model.named_modules() if module is embedding)
     width = cast(torch.Tensor, embedding.weight).shape[1]
-    return settings.quantizes(name) and settings.quantize.embedding != "same" and width % settings.quantize.block == 0
+    return settings.table_of(name) != "same" and width % settings.quantize.block == 0
 
 
 def _is_known(module: nn.Module) -> bool:

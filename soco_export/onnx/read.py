@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,6 +140,46 @@ class CheckpointWeights:
         if not finite:
             raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
         return values
+
+
+class BlankWeights:
+    """Shapes without numbers: enough to count the bytes of a graph that is not written.
+
+    `shapes`: of the dense model's tensors, under the names of its files; `forms`: of the pruned layers, and whether
+    each has a bias.
+    """
+
+    def __init__(
+        self, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, tuple[Form, bool]]
+    ) -> None:
+        self.shapes: Shapes = {}
+        for name, shape in shapes.items():
+            found = places(name, shape, architecture.tensors.stored)
+            self.shapes |= {one: place.shape for one, place in found.items()}
+        for name in architecture.transposed():
+            self.shapes[f"{name}.weight"] = self.shapes[f"{name}.weight"][::-1]
+        self._forms = {name: form for name, (form, _) in forms.items()}
+        for name, (form, bias) in forms.items():
+            m, n = self.shapes.pop(f"{name}.weight")
+            self.shapes.pop(f"{name}.bias", None)
+            parts = state_of(form.kind, m, n, form.rank, bias)
+            self.shapes |= {f"{name}.{part}": tuple(blank.shape) for part, blank in parts.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def form(self, name: str) -> Form:
+        """Return how the Linear `name` is stored."""
+        return self._forms.get(name, Form())
+
+    def read(self, name: str) -> Stored:
+        """Return zeros that take no memory, or an order that is not the usual one."""
+        shape = self.shapes[name]
+        return np.arange(shape[0])[::-1] if name.endswith(".order") else np.broadcast_to(np.float32(0), shape)
+
+    def levels(self, name: str) -> Levels | None:
+        """Return None: nothing is rounded."""
+        return None
 
 
 class FileMatrix:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from pydantic import Field
 
-from soco_train.settings import Section
+from soco_train.errors import RecipeError
+from soco_train.settings import TABLE_TYPES, Section, WeightType
 
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
-WeightType = Literal["same", "int8", "int4", "int2"]
 TableType = Literal["same", "int8", "int4"]
 
 
@@ -41,6 +42,7 @@ class ExportSettings(Section):
     `flavour`: `standard` uses ONNX's own operators and takes left-padded batches; `contrib` uses ONNX Runtime's
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
     cache and unquantised weights; logits are always float32. `weights`: int8, int4 or int2 blocks for every MatMul.
+    `each`: the type of single layers, by name or glob, the token table among them; goes before `weights` and `keep`.
     `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
     input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/runtimes/).
     """
@@ -48,6 +50,7 @@ class ExportSettings(Section):
     flavour: Flavour = "standard"
     dtype: FloatType = "float32"
     weights: WeightType = "same"
+    each: dict[str, WeightType] = Field(default_factory=dict)
     quantize: QuantizeSettings = QuantizeSettings()
     last_token_logits: bool = False
     pack: bool = False
@@ -55,11 +58,42 @@ class ExportSettings(Section):
 
     def quantizes(self, name: str) -> bool:
         """Whether the matrices of the layer `name` are stored in blocks."""
-        return self.weights != "same" and not any(fnmatchcase(name, glob) for glob in self.quantize.keep)
+        return self.weights_of(name) != "same"
+
+    def weights_of(self, name: str) -> WeightType:
+        """Return the type that the matrices of the layer `name` are stored in."""
+        return self.fixed(name) or self.weights
+
+    def fixed(self, name: str) -> WeightType | None:
+        """Return the type that `each` or `quantize.keep` gives to the layer `name`, None if they do not name it."""
+        kept = any(fnmatchcase(name, glob) for glob in self.quantize.keep)
+        return self._named(name) or ("same" if kept else None)
+
+    def table_of(self, name: str) -> WeightType:
+        """Return the type of the token table, which is called `name`; RecipeError for one that it cannot have."""
+        usual = "same" if self.weights_of(name) == "same" else self.quantize.embedding
+        kind = self._named(name) or usual
+        if kind == "int2":
+            raise RecipeError(
+                f"export.each would store the token table {name} in int2, which no lookup reads",
+                fix=f"export.each: {name}: {' or '.join(TABLE_TYPES)}",
+                where="export.each",
+            )
+        return kind
+
+    def _named(self, name: str) -> WeightType | None:
+        found = self.each.get(name)
+        return found or next((kind for glob, kind in self.each.items() if fnmatchcase(name, glob)), None)
+
+    def planned(self, weights: Mapping[str, WeightType]) -> ExportSettings:
+        """Return the settings with the types that a plan chose, where `each` says nothing else."""
+        more = {name: kind for name, kind in weights.items() if self._named(name) is None}
+        return self.model_copy(update={"each": {**self.each, **more}})
 
     @property
     def calibrates(self) -> bool:
         """Whether a text is needed to round the weights; RecipeError for a rule that nobody knows."""
         from soco_train.numbers.rules import find_rounding
 
-        return find_rounding(self.quantize.rule).calibrates and self.weights != "same"
+        rounds = any(kind != "same" for kind in (self.weights, *self.each.values()))
+        return find_rounding(self.quantize.rule).calibrates and rounds

@@ -61,6 +61,8 @@ def check_recipe(recipe: Recipe, format: str) -> None:
             where="recipe: refine.distill.steps",
         )
     check_steps(recipe)
+    if recipe.keep_bytes is not None:
+        check_bytes(recipe)
     if format == "onnx":
         check_quantisation(recipe)
         check_precision(recipe)
@@ -77,6 +79,24 @@ def check_steps(recipe: Recipe) -> None:
     find_scorer(recipe.train.scorer).check(recipe.train, recipe.plan)
     for rung in wanted_rungs(recipe.refine):
         rung.check(recipe.refine.of_step(rung.name), recipe.storage)
+
+
+def check_bytes(recipe: Recipe) -> None:
+    """Raise RecipeError where bytes cannot be the budget: of the model's graph, or beside another setting."""
+    from soco_export.model.file_bytes import FileBytes
+
+    assert recipe.keep_bytes is not None
+    against = {
+        "optimise_for: latency": recipe.optimise_for == "latency",
+        "refine.distill.rounding.weights": recipe.refine.distill.rounding.weights != "same",
+    }
+    for other in (other for other, there in against.items() if there):
+        raise RecipeError(
+            f"keep_bytes chooses each layer's size and type by itself, which {other} does not know",
+            fix=f"give keep_params with it, or leave {other.partition(':')[0]} as it is by default",
+            where="recipe: keep_bytes",
+        )
+    FileBytes(recipe).check(recipe.keep_bytes)
 
 
 def check_quantisation(recipe: Recipe) -> None:

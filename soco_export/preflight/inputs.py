@@ -11,7 +11,12 @@ from soco_train.errors import DataError, RecipeError
 
 
 def check_plan(recipe: Recipe, shape: ModelShape) -> None:
-    """Raise RecipeError if the budget is below the smallest rank (or `multiple`) of all layers. Pure."""
+    """Raise RecipeError if the budget is below the smallest rank (or `multiple`) of all layers. Pure.
+
+    Of a budget in bytes `check_bytes` asks the same.
+    """
+    if recipe.keep_bytes is not None:
+        return
     from soco_train.plan.allocation import make_ladder, refuse_impossible, uniform_ranks
     from soco_train.scores.registry import find_scorer
 

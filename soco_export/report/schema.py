@@ -50,6 +50,8 @@ class SizeFigures(Part):
     `selected_*`: of the layers that took part; `bytes`: folder → bytes on disk; `bytes_ratio`: what ships / the dense
     model in the same form, None if that form was not written; `largest_coefficient`: of the rows that pivoted storage
     writes as combinations of its pivots, by which rounding of the pivots can grow; None for stacked storage.
+    `keep_bytes`: what was asked of model.onnx and its data, None where parameters were the budget; `file_bytes`: what
+    they have, None where there is no such file.
     """
 
     params_before: int
@@ -63,6 +65,8 @@ class SizeFigures(Part):
     largest_coefficient: float | None = None
     bytes: Mapping[str, int] = {}
     bytes_ratio: float | None = None
+    keep_bytes: int | None = None
+    file_bytes: int | None = None
 
 
 class ParityResults(Part):

@@ -214,7 +214,11 @@ def _sizes(sizes: SizeFigures) -> Table:
     left = f"{sizes.layers_dense} of {sizes.layers} selected layers left dense"
     largest = sizes.largest_coefficient
     pivots = "" if largest is None else f" Pivots combine with coefficients of at most {largest:.3g}."
-    note = f"asked: keep_params {sizes.keep_params:g}, stored {sizes.storage}; {left}.{pivots}"
+    asked = f"keep_params {sizes.keep_params:g}, stored {sizes.storage}"
+    if sizes.keep_bytes is not None:
+        written = "" if sizes.file_bytes is None else f" (model.onnx and its data: {sizes.file_bytes:,})"
+        asked = f"keep_bytes {sizes.keep_bytes:,}{written}"
+    note = f"asked: {asked}; {left}.{pivots}"
     return Table("Size", ("", "dense", "pruned", "ratio"), tuple(rows), note)
 
 

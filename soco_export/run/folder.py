@@ -32,8 +32,19 @@ LOCK = "recipe.lock.yaml"
 UNFINISHED = "unfinished"
 HELD = "run.held"
 PROFILE = "latency.json"
+DAMAGE = "damage.safetensors"
 CONTENT = (
-    *("spectrum", "scores.safetensors", "plan.json", "factors.safetensors", "hf", "dense", "onnx", "onnx-dense"),
+    *(
+        "spectrum",
+        "scores.safetensors",
+        DAMAGE,
+        "plan.json",
+        "factors.safetensors",
+        "hf",
+        "dense",
+        "onnx",
+        "onnx-dense",
+    ),
     *(
         "evidence",
         PROFILE,

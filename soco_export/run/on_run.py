@@ -17,7 +17,7 @@ from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
-from soco_export.run.stages.artefacts import ARTEFACTS, PLAN
+from soco_export.run.stages.artefacts import PLAN, artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
 from soco_export.run.stages.training import SCORES, SPECTRUM, TRAINING
@@ -49,7 +49,7 @@ def whole_road(request: Request, notify: Notify) -> Outcome:
         return cost_card(recipe, request)
     root = request.folder(recipe)
     check(request, recipe, root, notify)
-    advance(request, recipe, root, (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format]), notify)
+    advance(request, recipe, root, (*TRAINING, *artefacts(recipe, request.format), *EVIDENCE[request.format]), notify)
     return run_outcome(root)
 
 
@@ -61,7 +61,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     """
     recipe = run_recipe(run, request)
     changed = recipe.override(request.overrides)
-    stages = (*TRAINING, *ARTEFACTS[request.format], *EVIDENCE[request.format])
+    stages = (*TRAINING, *artefacts(changed, request.format), *EVIDENCE[request.format])
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
     if not keys and request.out is None:
         check(request, changed, run, notify)
@@ -75,7 +75,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
 
 
 def _check_recut(keys: Sequence[str]) -> None:
-    fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - set(PLAN.settings)
+    fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
     wrong = [key for key in keys if key.partition(".")[0] in fixed | {"model", "data"} and key != "model.dtype"]
     if wrong:
         raise RecipeError(
@@ -88,6 +88,8 @@ def _check_recut(keys: Sequence[str]) -> None:
 def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
     if list(keys) == ["keep_params"]:
         return run / f"keep-{recipe.keep_params:g}"
+    if list(keys) == ["keep_bytes"]:
+        return run / f"keep-{recipe.keep_bytes}-bytes"
     raise RecipeError(
         f"{', '.join(keys)} differ from the run's", fix="say with --out where this other model goes", where="--set"
     )
@@ -127,7 +129,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     recipe = run_recipe(run, request).override(request.overrides)
     there = replace(request, format=run_format(run))
     check(there, recipe, run, notify)
-    stages = (*TRAINING, *ARTEFACTS[there.format], *EVIDENCE[there.format])
+    stages = (*TRAINING, *artefacts(recipe, there.format), *EVIDENCE[there.format])
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
     with open_folder(run, recipe) as folder:

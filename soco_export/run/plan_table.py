@@ -9,6 +9,8 @@ from typing import Any
 
 from soco_export.files.atomic import write_atomic
 from soco_export.recipe.recipe import Recipe
+from soco_export.run.folder import DAMAGE
+from soco_export.run.manifest import check_unchanged
 from soco_export.run.measured_plan import plan_for
 from soco_export.run.request import Outcome, table
 from soco_train.errors import RecipeError
@@ -36,15 +38,39 @@ def plan_sizes(
     if out:
         _check_free(out, sizes)
     scores = Scores.load(scores_file)
-    plans = {
+    plans: dict[float, RankPlan] = {
         size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
         for size in sizes
     }
+    return _outcome(plans, int(scores.provenance["parameters"]), out)
+
+
+def _outcome(plans: dict[float, RankPlan], total: int, out: Path | None) -> Outcome:
     written = {size: _write(plan, size, out) for size, plan in plans.items()} if out else {}
-    total = int(scores.provenance["parameters"])
     documents = [_document(size, plan, total, written.get(size)) for size, plan in plans.items()]
     text = [_sizes(plans, total)] if len(plans) > 1 else [_layers(plan, total) for plan in plans.values()]
     return Outcome({"plans": documents}, "\n".join([*text, *(f"wrote {path}" for path in written.values())]))
+
+
+def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path | None) -> Outcome:
+    """Plan the file sizes from what `run` has measured; the rest as `plan_sizes`."""
+    from soco_export.run.byte_plan import plan_bytes
+    from soco_train.store.damage import Damage
+
+    if not (run / DAMAGE).is_file():
+        raise RecipeError(
+            f"{run} has not measured what its layers lose",
+            fix="plan it for bytes once: soco-export export RUN --keep-bytes 90MB, and ask the folder that this writes",
+            where=str(run / DAMAGE),
+        )
+    if out:
+        _check_free(out, sizes)
+    check_unchanged(run, [DAMAGE])
+    damage = Damage.load(run / DAMAGE)
+    plans: dict[float, RankPlan] = {
+        size: plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage) for size in sizes
+    }
+    return _outcome(plans, int(Scores.load(run / "scores.safetensors").provenance["parameters"]), out)
 
 
 def _check_free(out: Path, sizes: Sequence[float]) -> None:
@@ -54,7 +80,7 @@ def _check_free(out: Path, sizes: Sequence[float]) -> None:
 
 
 def _name(size: float) -> str:
-    return f"plan-{size:g}.json"
+    return f"plan-{size:.12g}.json"
 
 
 def _write(plan: RankPlan, size: float, out: Path) -> Path:
@@ -76,7 +102,7 @@ def _sizes(plans: dict[float, RankPlan], total: int) -> str:
         ranks = [layer.rank for layer in plan.layers.values() if not layer.dense]
         rows.append(
             (
-                f"{size:g}",
+                f"{size:.12g}",
                 f"{total - plan.params_before + plan.params_after:,}",
                 f"{plan.params_after:,}",
                 f"{min(ranks)} … {max(ranks)}" if ranks else "-",
@@ -90,5 +116,8 @@ def _layers(plan: RankPlan, total: int) -> str:
     rows = []
     for name, layer in plan.layers.items():
         (m, n), rank = layer.shape, "dense" if layer.dense else str(layer.rank)
-        rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", layer.reason))
-    return f"{table(LAYER_HEADER, rows)}\n{plan.describe(total)}"
+        stored = (plan.forms.get(name, ""), plan.weights.get(name, "")) if plan.bytes else ()
+        why = layer.reason if not plan.bytes else ""
+        rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", " ".join(filter(None, stored)) or why))
+    tables = [(name, "", "", "", "", kind) for name, kind in plan.weights.items() if name not in plan.layers]
+    return f"{table(LAYER_HEADER, [*rows, *tables])}\n{plan.describe(total)}"

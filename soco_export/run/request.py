@@ -11,6 +11,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.names import Format
 from soco_train.errors import ExitCode, RecipeError
+from soco_train.settings import read_bytes
 
 RUNS = Path("runs")
 
@@ -23,6 +24,7 @@ class Request:
     recipe: Path | None = None
     format: Format = "onnx"
     keep_params: float | None = None
+    keep_bytes: str | None = None
     optimise_for: str | None = None
     target: str | None = None
     out: Path | None = None
@@ -36,7 +38,12 @@ class Request:
     @property
     def overrides(self) -> list[str]:
         """All settings as `key=value`: a flag goes before a key, and a key before what `--target` chooses."""
-        flags = {"keep_params": self.keep_params, "optimise_for": self.optimise_for, "train.seed": self.seed}
+        flags = {
+            "keep_params": self.keep_params,
+            "keep_bytes": self.keep_bytes,
+            "optimise_for": self.optimise_for,
+            "train.seed": self.seed,
+        }
         return [
             *self._of_target(),
             *(self.set_ or ()),
@@ -137,6 +144,21 @@ def parse_sizes(text: str | None, default: float) -> list[float]:
             f"keep_params is {text}",
             fix="give fractions in (0, 1], separated by commas: 0.9,0.8",
             where="--keep-params",
+        )
+    return sizes
+
+
+def parse_byte_sizes(text: str | None, default: int | None) -> list[int]:
+    """Return the sizes of `--keep-bytes 90MB,70MB` in bytes, each above 0."""
+    if text is None and default is not None:
+        return [default]
+    try:
+        sizes = [int(read_bytes(part)) for part in (text or "").split(",")]
+    except ValueError:
+        sizes = [0]
+    if not all(size > 0 for size in sizes):
+        raise RecipeError(
+            f"keep_bytes is {text}", fix="give sizes separated by commas: 90MB,70MB", where="--keep-bytes"
         )
     return sizes
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.manifest import check_unchanged
-from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_sizes
+from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_byte_sizes, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
 
@@ -34,13 +34,24 @@ def train(request: Request, notify: Notify = silent) -> Outcome:
     return training(request, notify)
 
 
-def plan(request: Request, run: Path | None = None, sizes: str | None = None, notify: Notify = silent) -> Outcome:
-    """Show what the scores of `run` give at each of `sizes` ("0.9,0.8"); `request.out` receives plan files."""
-    from soco_export.run.plan_table import plan_sizes
+def plan(
+    request: Request,
+    run: Path | None = None,
+    sizes: str | None = None,
+    byte_sizes: str | None = None,
+    notify: Notify = silent,
+) -> Outcome:
+    """Show what `run` gives at each of `sizes` ("0.9,0.8") or `byte_sizes` ("90MB,70MB"); see `request.out`.
+
+    `request.out` receives plan files. Sizes in bytes need a run that was planned so before.
+    """
+    from soco_export.run.plan_table import plan_byte_sizes, plan_sizes
 
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
     check_unchanged(root, ["scores.safetensors"])
+    if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
+        return plan_byte_sizes(root, recipe, parse_byte_sizes(byte_sizes, recipe.keep_bytes), request.out)
     wanted = parse_sizes(sizes, recipe.keep_params)
     return plan_sizes(root / "scores.safetensors", recipe, wanted, request.out, notify)
 

@@ -139,29 +139,38 @@ def global_ranks(ladders: Sequence[Ladder], importances: Sequence[Reals], budget
 def lagrangian_ranks(ladders: Sequence[Ladder], importances: Sequence[Reals], budget: int) -> list[int]:
     """Maximise the sum of kept importance: the best rungs at a price per parameter, then the best moves that fit."""
     values = [_value(*pair) for pair in zip(ladders, importances, strict=True)]
-    rungs = _at_best_price(ladders, values, budget)
-    left = budget - sum(int(ladder.costs[rung]) for ladder, rung in zip(ladders, rungs, strict=True))
+    rungs = best_rungs([ladder.costs for ladder in ladders], values, budget)
+    return [int(ladder.ranks[rung]) for ladder, rung in zip(ladders, rungs, strict=True)]
+
+
+def best_rungs(costs: Sequence[Integers], values: Sequence[Reals], budget: int) -> list[int]:
+    """Return one rung per layer, with the largest sum of values found whose costs sum to at most `budget`.
+
+    costs: rising, values: of each rung, by layer. Where even the first rungs cost more, these.
+    """
+    rungs = _at_best_price(costs, values, budget)
+    left = budget - sum(int(cost[rung]) for cost, rung in zip(costs, rungs, strict=True))
     moves: list[tuple[float, int, int]] = []
 
     def offer(layer: int) -> None:
-        costs, gains = ladders[layer].costs, values[layer]
-        end = bisect_right(costs, left + int(costs[rungs[layer]]))
+        cost, gains = costs[layer], values[layer]
+        end = bisect_right(cost, left + int(cost[rungs[layer]]))
         start = rungs[layer]
         if start + 1 < end:
-            density = (gains[start + 1 : end] - gains[start]) / (costs[start + 1 : end] - costs[start])
+            density = (gains[start + 1 : end] - gains[start]) / (cost[start + 1 : end] - cost[start])
             best = int(density.argmax())
             heapq.heappush(moves, (-float(density[best]), layer, start + 1 + best))
 
-    for layer in range(len(ladders)):
+    for layer in range(len(costs)):
         offer(layer)
     while moves:
         _, layer, rung = heapq.heappop(moves)
-        step = int(ladders[layer].costs[rung] - ladders[layer].costs[rungs[layer]])
+        step = int(costs[layer][rung] - costs[layer][rungs[layer]])
         if step <= left:
             rungs[layer] = rung
             left -= step
         offer(layer)
-    return [int(ladder.ranks[rung]) for ladder, rung in zip(ladders, rungs, strict=True)]
+    return rungs
 
 
 def _value(ladder: Ladder, importance: Reals) -> Reals:
@@ -169,16 +178,16 @@ def _value(ladder: Ladder, importance: Reals) -> Reals:
     return np.concatenate([[0.0], np.cumsum(np.sort(importance)[::-1])])[ladder.ranks]
 
 
-def _at_best_price(ladders: Sequence[Ladder], values: Sequence[Reals], budget: int) -> list[int]:
-    """Return each layer's best rung at the lowest price λ per parameter whose demand fits the budget.
+def _at_best_price(costs: Sequence[Integers], values: Sequence[Reals], budget: int) -> list[int]:
+    """Return each layer's best rung at the lowest price λ whose demand fits the budget.
 
     The pivoted cost is concave in the rank, so all rungs are compared, not only neighbours.
     """
     width = max((len(value) for value in values), default=1)
-    value = np.full((len(ladders), width), -np.inf)
-    cost = np.zeros((len(ladders), width))
-    for row, (ladder, gains) in enumerate(zip(ladders, values, strict=True)):
-        value[row, : len(gains)], cost[row, : len(gains)] = gains, ladder.costs
+    value = np.full((len(costs), width), -np.inf)
+    cost = np.zeros((len(costs), width))
+    for row, (rising, gains) in enumerate(zip(costs, values, strict=True)):
+        value[row, : len(gains)], cost[row, : len(gains)] = gains, rising
 
     def demand(price: float) -> tuple[list[int], int]:
         best = np.argmax(value - price * cost, axis=1)
@@ -186,7 +195,7 @@ def _at_best_price(ladders: Sequence[Ladder], values: Sequence[Reals], budget: i
 
     low = 0.0
     high = max((float(np.abs(np.diff(gains)).max(initial=0.0)) for gains in values), default=0.0) + 1.0
-    rungs = [0] * len(ladders)
+    rungs = [0] * len(costs)
     while low < (price := (low + high) / 2) < high:
         found, total = demand(price)
         if total <= budget:

@@ -23,7 +23,7 @@ from soco_train.plan.allocation import (
     refuse_impossible,
     uniform_ranks,
 )
-from soco_train.settings import Allocation, PlanSettings, Storage
+from soco_train.settings import Allocation, PlanSettings, Storage, WeightType
 from soco_train.store.bounded import MADE_ANEW, parse_object, read_text
 
 if TYPE_CHECKING:
@@ -44,13 +44,41 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class BytePlan:
+    """What a plan for `keep_bytes` chose beside ranks.
+
+    written: bytes of the file that it counts on; forms: of the pruned layers, by name; weights: type of each layer's
+    matrices, token table and head included.
+    """
+
+    keep_bytes: int
+    written: int
+    forms: Mapping[str, Storage]
+    weights: Mapping[str, WeightType]
+
+
+@dataclass(frozen=True)
 class RankPlan:
-    """One rank per participating layer, in model order, and the settings it answers."""
+    """One rank per participating layer, in model order, and the settings it answers.
+
+    `bytes`: types and forms, layer by layer, where bytes were the budget; else every layer is stored as `storage`.
+    """
 
     layers: Mapping[str, LayerPlan]
     keep_params: float
     storage: Storage
     allocation: Allocation
+    bytes: BytePlan | None = None
+
+    @property
+    def forms(self) -> Mapping[str, Storage]:
+        """Return the forms of layers that are not all stored as `storage`."""
+        return self.bytes.forms if self.bytes else {}
+
+    @property
+    def weights(self) -> Mapping[str, WeightType]:
+        """Return the types of weights that were chosen, by layer; empty where the plan chose none."""
+        return self.bytes.weights if self.bytes else {}
 
     @property
     def params_before(self) -> int:
@@ -75,23 +103,29 @@ class RankPlan:
     def describe(self, total: int) -> str:
         """Return the plan in one line; `total` is the parameter count of the whole dense model."""
         before, after = self.params_before, self.params_after
-        return (
+        text = (
             f"{_millions(total)} → {_millions(total - before + after)} "
             f"(selected {_millions(before)} → {_millions(after)}) · "
-            f"{len(self.dense_layers)} of {len(self.layers)} layers left dense · stored {self.storage}"
+            f"{len(self.dense_layers)} of {len(self.layers)} layers left dense"
         )
+        if self.bytes is None:
+            return f"{text} · stored {self.storage}"
+        return f"{text} · {self.bytes.written:,} of {self.bytes.keep_bytes:,} bytes"
 
     def to_json(self) -> str:
         """Return the plan as the text of plan.json."""
         totals = {"params_before": self.params_before, "params_after": self.params_after}
-        return json.dumps(asdict(self) | totals, indent=2) + "\n"
+        document = asdict(self)
+        if self.bytes is None:
+            del document["bytes"]
+        return json.dumps(document | totals, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> RankPlan:
         """Read what `to_json` wrote; DataError if it is something else."""
         found = parse_object(text, "the rank plan", "plan.json", MADE_ANEW)
         try:
-            return _Plan.model_validate({key: found.get(key) for key in _Plan.model_fields}).plan()
+            return _Plan.model_validate({key: found[key] for key in _Plan.model_fields if key in found}).plan()
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -123,6 +157,17 @@ class _Layer(BaseModel):
         return self
 
 
+class _Bytes(BaseModel):
+    """The part of a plan.json that only a plan for bytes has."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    keep_bytes: int = Field(ge=1)
+    written: int = Field(ge=1)
+    forms: dict[str, Storage]
+    weights: dict[str, WeightType]
+
+
 class _Plan(BaseModel):
     """plan.json, checked; a plan of no layers is none."""
 
@@ -132,13 +177,21 @@ class _Plan(BaseModel):
     keep_params: float = Field(gt=0, le=1)
     storage: Storage
     allocation: Allocation
+    bytes: _Bytes | None = None
+
+    @model_validator(mode="after")
+    def _known_layers(self) -> _Plan:
+        if self.bytes and (strangers := self.bytes.forms.keys() - self.layers.keys()):
+            raise ValueError(f"{min(strangers)} has a form and is no layer of the plan")
+        return self
 
     def plan(self) -> RankPlan:
         layers = {
             name: LayerPlan((layer.shape[0], layer.shape[1]), layer.rank, layer.dense, layer.params, layer.reason)
             for name, layer in self.layers.items()
         }
-        return RankPlan(layers, self.keep_params, self.storage, self.allocation)
+        chosen = BytePlan(**dict(self.bytes)) if self.bytes else None
+        return RankPlan(layers, self.keep_params, self.storage, self.allocation, chosen)
 
 
 def _millions(count: int) -> str:

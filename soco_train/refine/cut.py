@@ -58,21 +58,23 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
 
 
-def store_as(layers: Mapping[str, LayerFactors], storage: Storage) -> Mapping[str, LayerFactors]:
+def store_as(
+    layers: Mapping[str, LayerFactors], storage: Storage, each: Mapping[str, Storage] | None = None
+) -> Mapping[str, LayerFactors]:
     """Return stacked factors in the form the plan counted on, lossless, and what is not stacked as it is.
 
-    A layer is converted when it is asked for.
+    A layer is converted when it is asked for. `each`: the form of single layers, where it is not `storage`.
     """
-    form = find_form(storage)
-    if form is StackedFactors:
+    forms = {name: find_form((each or {}).get(name, storage)) for name in layers}
+    if all(form is StackedFactors for form in forms.values()):
         return layers
 
     def make(name: str) -> LayerFactors:
         layer = layers[name]
-        return form.of(**vars(layer)) if isinstance(layer, StackedFactors) else layer
+        return forms[name].of(**vars(layer)) if isinstance(layer, StackedFactors) else layer
 
     blanks = {
-        name: form.blank(*blank.shape, blank.down.shape[0], blank.bias is not None)
+        name: forms[name].blank(*blank.shape, blank.down.shape[0], blank.bias is not None)
         if isinstance(blank, StackedFactors)
         else blank
         for name, blank in forms_of(layers).items()

@@ -44,7 +44,7 @@ def refine(
             layers = dict(layers)
             named = session.named(_fingerprint(own, layers, session))
         layers = rung.run(subject, layers, own, named)
-    return Factors(store_as(layers, plan.storage), provenance)
+    return Factors(store_as(layers, plan.storage, plan.forms), provenance)
 
 
 def _fingerprint(settings: Section, layers: Mapping[str, LayerFactors], session: Session) -> str:

@@ -6,8 +6,6 @@ not divide the width.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 import onnx_ir as ir
 
 from soco_export.onnx.describe.architecture import Architecture
@@ -33,11 +31,11 @@ class TokenTable:
     def rows(self, tokens: ir.Value) -> ir.Value:
         """Return the rows of `tokens` [batch, sequence], [batch, sequence, hidden]."""
         settings = self.linears.settings
-        kept = any(fnmatchcase(self.architecture.tensors.embed, glob) for glob in settings.quantize.keep)
-        if settings.weights == "same" or settings.quantize.embedding == "same" or kept:
+        kind = settings.table_of(self.architecture.tensors.embed)
+        if kind == "same":
             self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
             return self.graph.op("Gather", self._floats, tokens)
-        how, bits = settings.quantize, BITS[settings.quantize.embedding]
+        how, bits = settings.quantize, BITS[kind]
         # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
         # Gather wants the table as wide as the model: no padding behind the last block.
         shape = (self.architecture.vocab, self.architecture.hidden * bits // 8)
@@ -60,7 +58,7 @@ class TokenTable:
     def product(self, hidden: ir.Value) -> ir.Value:
         """Return hidden · tableᵀ: the logits of a tied head."""
         head = self.architecture.tensors.head
-        quantized = self.linears.quantizes([head])
+        quantized = self.linears.settings.quantizes(head)
         whole_blocks = self.architecture.hidden % self.linears.settings.quantize.block == 0
         if quantized and whole_blocks and self._blocks is not None:
             return self._block_product(hidden, self._blocks)

@@ -84,7 +84,7 @@ class Linears:
     def many(self, x: ir.Value, names: Sequence[str], rows: Sequence[Order] = ()) -> list[ir.Value]:
         """Return the outputs of several Linears that all read `x`; `rows`: an order for each."""
         rows = rows or [None] * len(names)
-        alike = len({self.quantizes([name]) for name in names}) == 1  # one of `quantize.keep` must not spare the others
+        alike = len({self.settings.weights_of(name) for name in names}) == 1  # each is stored as it is to be
         if self.settings.pack and len(names) > 1 and alike:
             firsts = self._packed(x, names, rows)
         else:
@@ -142,16 +142,13 @@ class Linears:
         with self.graph.scope(name):
             return y if bias is None else self.graph.op("Add", y, bias)
 
-    def quantizes(self, layers: Sequence[str]) -> bool:
-        """Whether a matrix of `layers` is stored in blocks."""
-        return all(self.settings.quantizes(name) for name in layers)
-
     def matmul(self, x: ir.Value, name: str, weight: Matrix, layers: Sequence[str]) -> ir.Value:
-        """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as export.weights says."""
-        if not self.quantizes(layers):
+        """Return x · weightᵀ for a `weight` [m, n] of `layers`, stored as `export` says."""
+        kind = self.settings.weights_of(layers[0])  # layers that share a product are stored alike
+        if kind == "same":
             # Stored transposed: MatMul then needs no Transpose at run time.
             return self.graph.op("MatMul", x, self.graph.transposed(name, weight))
-        bits, how = BITS[self.settings.weights], self.settings.quantize
+        bits, how = BITS[kind], self.settings.quantize
         blocks = -(-weight.shape[1] // how.block)
         shape = (weight.shape[0], blocks, how.block * bits // 8)
         return self.block_product(x, self.store_blocks(name, weight, bits, how.symmetric, shape))

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from soco_export.files.curve import recording
+from soco_export.recipe.recipe import Recipe
 from soco_export.run.context import RunContext
-from soco_export.run.folder import EVIDENCE_SECTIONS
+from soco_export.run.folder import DAMAGE, EVIDENCE_SECTIONS
 from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
@@ -32,6 +33,22 @@ def cut_plan(context: RunContext, out: Path) -> None:
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     plan = plan_for(context.recipe, scores, context.folder.root, context.notify)
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+
+
+def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
+    """Measure what each layer loses in each size and type, then choose for the recipe's bytes."""
+    from soco_export.run.byte_plan import plan_bytes
+    from soco_train.scores.damage import Blocks, measure_damage
+    from soco_train.store.scores import Scores
+
+    recipe = context.recipe
+    subject = context.subject(context.path("spectrum", "spectrum"))
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    tokens = subject.tokens[: recipe.train.statistics_blocks]
+    blocks = Blocks(recipe.export.quantize.block, recipe.export.quantize.symmetric)
+    damage = measure_damage(subject, scores, tokens, blocks, context.notify)
+    damage.save(out / DAMAGE)
+    (out / "plan.json").write_text(plan_bytes(recipe, damage).to_json(), encoding="utf-8")
 
 
 def make_factors(context: RunContext, out: Path) -> None:
@@ -56,15 +73,17 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     """Write the model with the factors in it as a Hugging Face folder, a tensor at a time."""
     import torch
 
-    from soco_export.checkpoint.layers import apply_factors, count_parameters, stored_factors
+    from soco_export.checkpoint.layers import apply_factors, count_parameters, record_weights, stored_factors
     from soco_export.checkpoint.stream import stream_checkpoint
     from soco_export.run.stages.model_card import model_card, summary_json
+    from soco_train.plan.ranks import RankPlan
 
     dtype = getattr(torch, context.recipe.model.dtype)
     model = context.take_stored_model()
     before = count_parameters(model)
     layers = stored_factors(context.path("factors", "factors.safetensors"))
     apply_factors(model, layers, dtype, "meta")
+    record_weights(model, RankPlan.load(context.path("plan", "plan.json")).weights)
     summary = summary_json(context.recipe, model, before)
     card = model_card(context.recipe, summary)
     stream_checkpoint(model, layers, dtype, context.tokenizer(), out / "hf", card)
@@ -101,11 +120,16 @@ def provenance(context: RunContext) -> dict[str, str]:
     made = {key: value for key, value in recipe.items() if key not in EVIDENCE_SECTIONS}
     return {
         "base_model": str(card["base_model"]),
-        "keep_params": f"{context.recipe.keep_params:g}",
-        "storage": context.recipe.storage,
+        **_budget(context.recipe),
         "params": f"{card['params_before']} to {card['params_after']}",
         "recipe_sha256": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest(),
     }
+
+
+def _budget(recipe: Recipe) -> dict[str, str]:
+    if recipe.keep_bytes is not None:
+        return {"keep_bytes": str(recipe.keep_bytes)}
+    return {"keep_params": f"{recipe.keep_params:g}", "storage": recipe.storage}
 
 
 def write_dense_onnx(context: RunContext, out: Path) -> None:
@@ -147,3 +171,18 @@ ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
     "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),
     "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX, DENSE_ONNX),
 }
+
+
+def artefacts(recipe: Recipe, format: Format) -> tuple[Stage[RunContext], ...]:
+    """Return the stages of a format; where bytes are the budget, the plan asks the model, the checkpoint the plan."""
+    if recipe.keep_bytes is None:
+        return ARTEFACTS[format]
+    plan = replace(
+        PLAN,
+        reads=("model", "calibration", "spectrum", "scores"),
+        settings=(*PLAN.settings, "keep_bytes", "layers"),
+        writes=("plan.json", DAMAGE),
+        work=cut_plan_by_bytes,
+    )
+    instead = {"plan": plan, "checkpoint": replace(CHECKPOINT, reads=("model", "factors", "plan"))}
+    return tuple(instead.get(stage.name, stage) for stage in ARTEFACTS[format])

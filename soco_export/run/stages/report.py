@@ -12,6 +12,7 @@ from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFig
 from soco_export.files.curve import read_curve
 from soco_export.files.json import read_config
 from soco_export.files.records import folder_bytes
+from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings
 from soco_export.report.html import render_html
@@ -31,6 +32,7 @@ from soco_export.run.names import (
 )
 from soco_export.run.stages.model_card import model_card
 from soco_train.plan.ranks import RankPlan
+from soco_train.settings import BITS
 from soco_train.store.bounded import MADE_ANEW, read_json
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
@@ -52,8 +54,13 @@ def applicable(recipe: Recipe, format: Format) -> GateSettings:
 
 def thresholds(recipe: Recipe, format: Format) -> GateSettings:
     """Return every gate of the recipe as one number; only ONNX is rounded to `export.weights`."""
-    weights = recipe.export.weights if format == "onnx" else "same"
+    weights = _narrowest(recipe) if format == "onnx" else "same"
     return recipe.gates.at(recipe.export.dtype if format == "onnx" else recipe.model.dtype, weights)
+
+
+def _narrowest(recipe: Recipe) -> str:
+    """Return the type whose thresholds are meant: where bytes are the budget any layer may have the narrowest."""
+    return recipe.export.weights if recipe.keep_bytes is None else min(BITS, key=lambda weights: BITS[weights])
 
 
 def collect(context: RunContext) -> Results:
@@ -118,7 +125,14 @@ def _sizes(context: RunContext) -> SizeFigures:
         largest_coefficient=_largest_coefficient(context.path("factors", "factors.safetensors")),
         bytes=sizes,
         bytes_ratio=sizes["onnx"] / sizes["onnx-dense"] if "onnx-dense" in sizes else None,
+        keep_bytes=plan.bytes.keep_bytes if plan.bytes else None,
+        file_bytes=_file_bytes(context) if plan.bytes and context.format == "onnx" else None,
     )
+
+
+def _file_bytes(context: RunContext) -> int:
+    folder = context.path(FOLDERS["onnx"], "onnx")
+    return sum((folder / name).stat().st_size for name in (MODEL_FILE, f"{MODEL_FILE}.data"))
 
 
 def _largest_coefficient(factors: Path) -> float | None:
@@ -178,7 +192,7 @@ def _export_notes(context: RunContext) -> Iterator[str]:
         yield f"the proof ran the ONNX folder in {runtime} ({find_runtime(runtime, 'validate.runtime').here()})"
     if export["route"] != "builder":
         yield f"the graph was made by {export['route']}: its architecture has no description of ours"
-    if note := find_form(context.recipe.storage).notes.get(weights):
+    if context.recipe.keep_bytes is None and (note := find_form(context.recipe.storage).notes.get(weights)):
         yield note
     if rounding := export.get("rounding"):
         yield rounding_note(rounding)

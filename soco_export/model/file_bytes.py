@@ -1,0 +1,121 @@
+"""The bytes of the ONNX file that a plan will give, counted before anything is trained, rounded or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+from soco_export.model.load import dense_config, dense_skeleton
+from soco_export.onnx.build import count_bytes
+from soco_export.onnx.check import check_architecture
+from soco_export.onnx.describe.config import as_config
+from soco_export.onnx.read import BlankWeights, Form
+from soco_export.recipe.recipe import Recipe
+from soco_train.errors import RecipeError
+from soco_train.forms.base import FORMS
+from soco_train.modules.layers import select_linears
+from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, menus_of
+from soco_train.settings import TABLE_TYPES, TYPES, WeightType
+from soco_train.store.damage import DENSE, Damage, no_damage
+
+_TRIES = 12
+FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class FileBytes:
+    """Counts model.onnx and model.onnx.data of a recipe's model, and plans their size.
+
+    Raises RecipeError for an architecture whose graph another program makes, or with a mixture of experts.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        config = as_config(dense_config(recipe), where=f"model {recipe.name}")
+        architecture = check_architecture(config, recipe.export)
+        if architecture is None or architecture.experts is not None:
+            raise RecipeError(
+                "keep_bytes needs an architecture whose every matrix is known here, and no mixture of experts",
+                fix="give keep_params instead",
+                where="recipe: keep_bytes",
+            )
+        self.architecture = architecture
+        model = dense_skeleton(recipe)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.linears = {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in select_linears(model, recipe.layers).items()
+        }
+        self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
+        how = recipe.export.quantize
+        self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], how.block, how.symmetric)
+
+    def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
+        """Return the bytes of the two files with these choices."""
+        forms = {
+            name: (Form(choice.form, choice.rank), damage.layers[name].biased or f"{name}.bias" in self.shapes)
+            for name, choice in choices.items()
+            if choice.form != DENSE
+        }
+        settings = self.recipe.export.planned(self.weights(choices))
+        return count_bytes(self.architecture, BlankWeights(self.architecture, self.shapes, forms), settings)
+
+    def weights(self, choices: Mapping[str, Choice]) -> dict[str, WeightType]:
+        """Return the type of every matrix by layer; a tied head is stored as the table, if it has no copy."""
+        found = {name: choice.weights for name, choice in choices.items()}
+        return found | ({} if self.tables.head in found else {self.tables.head: found[self.tables.table]})
+
+    def plan(self, damage: Damage, keep_bytes: int) -> tuple[dict[str, Choice], int]:
+        """Return (choices, bytes written): the least damage found in at most `keep_bytes`; RecipeError if none fits.
+
+        What a file takes beside its matrices (names, nodes, norms) depends a little on the choice, so it is counted for
+        each choice that is looked at, and the next one is made with what was found.
+        """
+        menus = self._menus(damage)
+        self._refuse_less(menus, damage, keep_bytes)
+        best, written = _least(menus), 0
+        inner, tried = keep_bytes - self._beside(menus, best, damage), set()
+        for _ in range(_TRIES):
+            choices = choose(menus, inner)
+            matrices, beside = bytes_of(menus, choices), self._beside(menus, choices, damage)
+            if written < matrices + beside <= keep_bytes:
+                best, written = choices, matrices + beside
+            tried.add(matrices)
+            inner = keep_bytes - beside if matrices + beside <= keep_bytes else min(keep_bytes - beside, matrices - 1)
+            if bytes_of(menus, choose(menus, inner)) in tried:
+                break
+        return best, written or self.count(best, damage)
+
+    def check(self, keep_bytes: int) -> None:
+        """Raise RecipeError if no plan can be that small."""
+        table = (self.architecture.vocab, self.architecture.hidden)
+        shapes = {**self.linears, self.tables.head: table, self.tables.table: table}
+        kinds = {name: list(product((DENSE, *FORMS), TYPES)) for name in self.linears}
+        kinds |= {
+            self.tables.head: list(product((DENSE,), TYPES)),
+            self.tables.table: list(product((DENSE,), TABLE_TYPES)),
+        }
+        damage = no_damage(shapes, kinds)
+        self._refuse_less(self._menus(damage), damage, keep_bytes)
+
+    def _menus(self, damage: Damage) -> dict[str, Menu]:
+        """Return what each layer may be; a type that the recipe gives to a layer is the only one."""
+        fixed = {name: self.recipe.export.fixed(name) for name in damage.layers}
+        layers = {name: layer.only(fixed[name]) for name, layer in damage.layers.items()}
+        return menus_of(Damage(layers), self.packing, self.recipe.multiple, self.tables)
+
+    def _beside(self, menus: Mapping[str, Menu], choices: Mapping[str, Choice], damage: Damage) -> int:
+        """Return the bytes of all that the menus do not count."""
+        return self.count(choices, damage) - bytes_of(menus, choices)
+
+    def _refuse_less(self, menus: Mapping[str, Menu], damage: Damage, keep_bytes: int) -> None:
+        least = self.count(_least(menus), damage)
+        if least > keep_bytes:
+            raise RecipeError(
+                f"keep_bytes {keep_bytes:,} is less than the smallest file: every layer at its least",
+                fix=f"the smallest possible keep_bytes here is {least}",
+                where="recipe: keep_bytes",
+            )
+
+
+def _least(menus: Mapping[str, Menu]) -> dict[str, Choice]:
+    return {name: menu.choices[0] for name, menu in menus.items()}

@@ -1,0 +1,163 @@
+"""Bytes as the budget: what a layer takes in the ONNX file in each form, rank and type, and the best choice of these.
+
+Every tensor of the file starts on a page, every row of a rounded matrix is padded to whole blocks, and a block has its
+scale: all of that is counted. Pure: shapes and errors in, choices out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from soco_train.forms.registry import find_form
+from soco_train.plan.allocation import best_rungs
+from soco_train.settings import BITS, WeightType
+from soco_train.store.damage import DENSE, Damage, LayerDamage
+
+PAGE = 4096  # where tensors of the data file start
+_RANKS = 128  # sizes of a layer that are looked at in each form and type
+Reals = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How matrices are written: bytes of a float, inputs of a block, whether zeros are stored beside the scales."""
+
+    float_bytes: int = 4
+    block: int = 32
+    symmetric: bool = True
+
+    def matrix(self, rows: int, columns: int, weights: WeightType) -> int:
+        """Return the bytes of a matrix [rows, columns]: floats, or levels and scales (and zeros) of whole blocks."""
+        if weights == "same":
+            return pages(rows * columns * self.float_bytes)
+        bits, blocks = BITS[weights], -(-columns // self.block)
+        zeros = 0 if self.symmetric else rows * -(-blocks * bits // 8)
+        return pages(rows * blocks * self.block * bits // 8) + self._scales(rows, blocks) + pages(zeros)
+
+    def table(self, rows: int, columns: int, weights: WeightType) -> int:
+        """Return the bytes of a token table: always symmetric, and its last block not padded."""
+        if weights == "same":
+            return self.matrix(rows, columns, weights)
+        return pages(rows * (columns * BITS[weights] // 8)) + self._scales(rows, -(-columns // self.block))
+
+    def vector(self, entries: int) -> int:
+        """Return the bytes of a bias."""
+        return pages(entries * self.float_bytes)
+
+    def layer(self, choice: Choice, shape: tuple[int, int]) -> int:
+        """Return the bytes of a layer's matrices, without its bias."""
+        if choice.form == DENSE:
+            return self.matrix(*shape, choice.weights)
+        matrices, others = _parts(choice.form, *shape, choice.rank)
+        return sum(self.matrix(*part, choice.weights) for part in matrices) + sum(map(pages, others))
+
+    def _scales(self, rows: int, blocks: int) -> int:
+        return pages(rows * blocks * self.float_bytes)
+
+
+def pages(size: int) -> int:
+    """Return `size` bytes as whole pages."""
+    return size + -size % PAGE
+
+
+@lru_cache(maxsize=65536)
+def _parts(form: str, m: int, n: int, rank: int) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """Return (shapes of the matrices, bytes of whatever else) that a form stores of an [m, n] layer."""
+    blank = vars(find_form(form).blank(m, n, rank, bias=False))
+    tensors = [tensor for tensor in blank.values() if tensor is not None]
+    matrices = tuple((int(part.shape[0]), int(part.shape[1])) for part in tensors if part.is_floating_point())
+    return matrices, tuple(part.nbytes for part in tensors if not part.is_floating_point())
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The modules of token table and head, and whether they hold one matrix."""
+
+    table: str
+    head: str
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a layer: `dense` or a form, its rank, and the type of its matrices."""
+
+    form: str
+    rank: int
+    weights: WeightType
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The choices of one layer that are worth their bytes: rising in `bytes`, falling in `errors`."""
+
+    choices: tuple[Choice, ...]
+    bytes: npt.NDArray[np.int64]
+    errors: Reals
+
+    @staticmethod
+    def of(offers: Iterator[tuple[Choice, int, float]] | Sequence[tuple[Choice, int, float]]) -> Menu:
+        """Return the menu of (choice, bytes, error): whatever another choice beats in both is left out."""
+        best: list[tuple[Choice, int, float]] = []
+        for offer in sorted(offers, key=lambda offer: (offer[1], offer[2])):
+            if not best or offer[2] < best[-1][2]:
+                best.append(offer)
+        choices, sizes, errors = zip(*best, strict=True)
+        return Menu(tuple(choices), np.array(sizes, np.int64), np.array(errors, np.float64))
+
+
+def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
+    """Return a choice for each layer: the least sum of errors that was found for at most `budget` bytes.
+
+    All choices at one price per byte (the convex hull), then the best moves that still fit. Where the budget is below
+    the smallest sum each layer gets its smallest choice.
+    """
+    largest = max((float(menu.errors.max()) for menu in menus.values()), default=0.0) or 1.0
+    costs, values = zip(*((menu.bytes, -menu.errors / largest) for menu in menus.values()), strict=True)
+    rungs = best_rungs(costs, values, budget)
+    return {name: menu.choices[rung] for (name, menu), rung in zip(menus.items(), rungs, strict=True)}
+
+
+def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) -> dict[str, Menu]:
+    """Return what each layer of `damage` can be; ranks are multiples of `multiple`, at most some 128 of them."""
+    found = {
+        name: Menu.of(_offers(layer, packing, multiple))
+        for name, layer in damage.layers.items()
+        if name not in (tables.table, tables.head)
+    }
+    table, head = damage.layers[tables.table], damage.layers.get(tables.head)
+    m, n = table.shape
+    shared = head is not None and tables.tied and n % packing.block == 0  # one copy, read by rows and multiplied with
+    errors = {kind: float(curve[0]) for (_, kind), curve in table.curves.items()}
+    if shared and head is not None:
+        errors = {kind: errors[kind] + float(curve[0]) for (_, kind), curve in head.curves.items() if kind in errors}
+    full = min(m, n)
+    found[tables.table] = Menu.of(
+        [(Choice(DENSE, full, kind), packing.table(m, n, kind), error) for kind, error in errors.items()]
+    )
+    if head is not None and not shared:
+        found[tables.head] = Menu.of(
+            [offer for offer in _offers(head, packing, 1) if not tables.tied or offer[0].weights != "same"]
+        )
+    return found
+
+
+def _offers(layer: LayerDamage, packing: Packing, multiple: int) -> Iterator[tuple[Choice, int, float]]:
+    full = min(layer.shape)
+    bias = packing.vector(layer.shape[0]) if layer.biased else 0
+    step = multiple * max(1, full // (multiple * _RANKS))
+    for (form, weights), curve in layer.curves.items():
+        for rank in (full,) if form == DENSE else range(max(multiple, step), full, step):
+            choice = Choice(form, rank, weights)
+            error = float(curve[0 if form == DENSE else rank])
+            yield choice, packing.layer(choice, layer.shape) + (0 if form == DENSE else bias), error
+
+
+def bytes_of(menus: Mapping[str, Menu], choices: Mapping[str, Choice]) -> int:
+    """Return the bytes that the menus count for these choices."""
+    return sum(int(menu.bytes[menu.choices.index(choices[name])]) for name, menu in menus.items())

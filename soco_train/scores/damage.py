@@ -1,0 +1,240 @@
+"""What cutting and rounding a layer cost, without running the model: ½ tr(G E C Eᵀ) with E = W - Ŵ.
+
+    C = E[x xᵀ] [n, n] of the layer's input      G = E[δ δᵀ] [m, m] of the loss's gradient at its output
+
+That is the second-order loss per token with inputs and gradients taken as independent (a Kronecker-factored Fisher
+norm, arXiv 1503.05671), so errors of different layers can be added and compared. With W = P B and û, d̂ the columns and
+rows of the factors as they are stored, the error at *every* rank r is read off three k × k products:
+
+    tr(G E C Eᵀ) = ‖P B‖² - 2 Σ_{j<r} Σ_i (PᵀGÛ ∘ B C D̂ᵀ)_ij + Σ_{i,j<r} (ÛᵀGÛ ∘ D̂ C D̂ᵀ)_ij
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from soco_train.events import Event, Notify, silent
+from soco_train.forms.base import FORMS, LayerFactors
+from soco_train.forms.registry import from_factors
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.subject import Subject
+from soco_train.numbers.blocks import Grid, nearest
+from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
+from soco_train.spectra.bases import present
+from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
+from soco_train.store.damage import DENSE, Damage, LayerDamage
+from soco_train.store.scores import LayerScores, Scores
+from soco_train.store.spectra import Spectrum
+
+NEEDS = frozenset({"input_covariance", "output_curvature"})
+_SAMPLED = 4  # ranks at which a form is built whose factors of one rank are no part of those of the next
+_AT_ONCE = 1024  # tokens in one backward pass
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How matrices would be rounded: inputs of a block, zero in the middle or not."""
+
+    block: int = 32
+    symmetric: bool = True
+
+    def rounding(self, weights: WeightType, symmetric: bool | None = None) -> Round:
+        """Return what is left of a matrix in the type `weights`."""
+        if weights == "same":
+            return lambda matrix: matrix
+        grid = Grid(BITS[weights], self.block, self.symmetric if symmetric is None else symmetric)
+        return lambda matrix: nearest(matrix.float(), grid).values().to(matrix.dtype)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """½ tr(G E C Eᵀ) for E [m, n], in float64."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @staticmethod
+    def of(statistics: LayerStatistics) -> Norm:
+        """Return the norm of one layer."""
+        return Norm(present(statistics.output_curvature).double(), present(statistics.input_covariance).double())
+
+    def error(self, difference: torch.Tensor) -> float:
+        """Return the loss that an error `difference` [m, n] of the weight makes."""
+        double = difference.double()
+        return float(((self.left @ double) * (double @ self.right)).sum()) / 2
+
+    def cut(self, exact: Sequence[torch.Tensor], stored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the losses [k + 1] of keeping the first r components, as `stored`, of `exact`; each (up, down)."""
+        (up, down), (kept_up, kept_down) = exact, stored
+        energy = ((up.T @ self.left @ up) * (down @ self.right @ down.T)).sum()
+        left, right = self.left @ kept_up, kept_down @ self.right
+        crossing = ((up.T @ left) * (down @ right.T)).sum(0).cumsum(0)
+        own = ((kept_up.T @ left) * (right @ kept_down.T)).cumsum(0).cumsum(1).diagonal()
+        return torch.cat([energy[None], energy - 2 * crossing + own]).clamp_min(0) / 2
+
+
+def damage_to(
+    linear: nn.Linear, statistics: LayerStatistics, spectrum: Spectrum, scores: LayerScores, blocks: Blocks
+) -> LayerDamage:
+    """Return the errors of one layer dense, stacked and in every other form, in every type."""
+    norm, weight = Norm.of(statistics), linear.weight.detach().double()
+    roundings = {weights: blocks.rounding(weights) for weights in TYPES}
+    curves = {
+        (DENSE, weights): torch.tensor([norm.error(weight - rounding(weight))], dtype=torch.float64)
+        for weights, rounding in roundings.items()
+    }
+    up, down = _components(spectrum, scores)
+    up, down = up.to(weight.device), down.to(weight.device)
+    for weights, rounding in roundings.items():
+        curves["stacked", weights] = norm.cut((up, down), (rounding(up), rounding(down)))
+    for kind, form in FORMS.items():
+        if form is not StackedFactors:
+            found = _sampled(form, (up, down), norm, roundings)
+            curves |= {(kind, weights): curves["stacked", "same"] + found[weights] for weights in found}
+    biased = scores.deviation is not None and linear.bias is None
+    return LayerDamage(scores.shape, {key: curve.cpu() for key, curve in curves.items()}, biased)
+
+
+def _components(spectrum: Spectrum, scores: LayerScores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (up [m, k], down [k, n]), the components that live longest first, each with its norm shared evenly."""
+    order = torch.sort(scores.importance, descending=True, stable=True).indices
+    up, down = spectrum.P[:, order].double(), spectrum.B[order].double()
+    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
+    return up * balance, down / balance[:, None]
+
+
+def _sampled(
+    form: type[LayerFactors], factors: Sequence[torch.Tensor], norm: Norm, roundings: Mapping[WeightType, Round]
+) -> dict[WeightType, torch.Tensor]:
+    """Return what rounding adds in another form [k + 1] by type, measured at a few ranks, in between by a line."""
+    up, down = factors
+    k = up.shape[1]
+    ranks = sorted({max(1, k * (2 * step + 1) // (2 * _SAMPLED)) for step in range(_SAMPLED)} - {k})
+    found: dict[WeightType, list[float]] = {weights: [] for weights in roundings}
+    for rank in ranks:
+        exact = up[:, :rank] @ down[:rank]
+        numbers = form.of(up[:, :rank].float(), down[:rank].float(), None)
+        for weights, rounding in roundings.items():
+            parts = {name: _rounded(part, rounding) for name, part in vars(numbers).items()}
+            stored = from_factors(type(numbers)(**parts)).dense_weight().to(exact.device)
+            found[weights].append(norm.error(exact - stored) if weights != "same" else 0.0)
+    return {weights: _between(ranks, values, k) for weights, values in found.items()}
+
+
+def _rounded(part: torch.Tensor | None, rounding: Round) -> torch.Tensor | None:
+    whole = part is None or part.ndim < 2 or not part.numel() or not part.is_floating_point()
+    return part if whole or part is None else rounding(part)
+
+
+def _between(ranks: Sequence[int], values: Sequence[float], k: int) -> torch.Tensor:
+    """Return [k + 1] values on the lines between those known, level before the first and behind the last."""
+    if not ranks:
+        return torch.full((k + 1,), torch.inf, dtype=torch.float64)
+    at, known = torch.arange(k + 1).double(), torch.tensor(values, dtype=torch.float64)
+    places = torch.tensor(ranks).double()
+    high = torch.searchsorted(places, at).clamp(1, max(1, len(ranks) - 1)) if len(ranks) > 1 else torch.zeros_like(at)
+    if len(ranks) == 1:
+        return known.expand(k + 1).clone()
+    high = high.long()
+    share = ((at - places[high - 1]) / (places[high] - places[high - 1])).clamp(0, 1)
+    return known[high - 1] + share * (known[high] - known[high - 1])
+
+
+def measure_damage(
+    subject: Subject, scores: Scores, tokens: torch.Tensor, blocks: Blocks, notify: Notify = silent
+) -> Damage:
+    """Return the damage to all layers of `subject`, token table and head; tokens: calibration blocks [b, t].
+
+    Two passes over the text with a backward pass each, as many more as the layers' covariances need to fit in memory.
+    """
+    layers = damage_to_tables(subject.model, tokens, blocks)
+    for part in groups(subject.linears, NEEDS):
+        statistics = collect_statistics(subject.model, part, tokens, NEEDS, notify)
+        for name, linear in part.items():
+            layers[name] = damage_to(linear, statistics[name], subject.spectra[name], scores.layers[name], blocks)
+            done = sum(other in layers for other in subject.linears)
+            notify(Event("damage", done, len(subject.linears), {"layer": name}))
+    return Damage(layers)
+
+
+def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: Blocks) -> dict[str, LayerDamage]:
+    """Return the errors of the token table and of the head, each under its module's name; a tied head has its own.
+
+    table: Σ_v f_v e_vᵀ G e_v, f_v how often token v is read, G the curvature where it is; head: Σ_v E[δ_v²] e_vᵀ C e_v.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    names = {id(module): name for name, module in model.named_modules()}
+    weight = table.weight.detach().double()
+    curvature = _curvature_behind(table, model, tokens)
+    often = frequencies(tokens, len(weight)).to(weight)
+
+    def lost(error: torch.Tensor) -> float:
+        return float((often * ((error @ curvature) * error).sum(1)).sum()) / 2
+
+    found = {
+        names[id(table)]: _whole(weight, TABLE_TYPES, lambda kind: blocks.rounding(kind, True), lost),
+    }
+    if head is not None:
+        name = next(name for name, module in model.named_modules() if module is head)
+        known = collect_statistics(model, {name: head}, tokens, frozenset({"input_covariance", "row_fisher"}))[name]
+        covariance = present(known.input_covariance)
+        rows = present(known.row_fisher) / covariance.diagonal().sum().clamp_min(1e-30)
+
+        def missed(error: torch.Tensor) -> float:
+            return float((rows * ((error @ covariance) * error).sum(1)).sum()) / 2
+
+        found[name] = _whole(head.weight.detach().double(), TYPES, blocks.rounding, missed)
+    return found
+
+
+def _whole(
+    weight: torch.Tensor,
+    types: Sequence[WeightType],
+    rounding: Callable[[WeightType], Round],
+    error: Callable[[torch.Tensor], float],
+) -> LayerDamage:
+    losses = {(DENSE, kind): error(weight - rounding(kind)(weight)) for kind in types}
+    shape = (weight.shape[0], weight.shape[1])
+    return LayerDamage(shape, {key: torch.tensor([loss], dtype=torch.float64) for key, loss in losses.items()})
+
+
+def frequencies(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return how often each token is read [vocabulary], summing to 1; those never seen share what Good and Turing say.
+
+    That share is the part of the text made of tokens seen once (Good, Biometrika 40, 1953).
+    """
+    counts = torch.bincount(tokens.flatten().cpu(), minlength=vocabulary).double()
+    unseen = int((counts == 0).sum())
+    share = float((counts == 1).sum() / counts.sum()) if unseen else 0.0
+    return counts / counts.sum() * (1 - share) + (counts == 0) * (share / max(1, unseen))
+
+
+def _curvature_behind(table: nn.Module, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return E[δ δᵀ] [hidden, hidden], δ the gradient of the summed cross entropy at one row that the table gives."""
+    width = table.weight.shape[1]  # type: ignore[index]
+    total = torch.zeros(width, width, dtype=torch.float64, device=table.weight.device)  # type: ignore[arg-type]
+    rows: list[torch.Tensor] = []
+
+    def catch(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        rows.append(output.detach().requires_grad_())
+        return rows[-1]
+
+    handle = table.register_forward_hook(catch)
+    try:
+        for batch in tokens.split(max(1, _AT_ONCE // tokens.shape[1])):
+            block = batch.to(total.device)
+            with torch.enable_grad():
+                logits = model(input_ids=block, use_cache=False).logits[:, :-1].float()
+                loss = cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten(), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, rows.pop())
+            flat = gradient.flatten(0, 1).double()
+            total += flat.T @ flat
+    finally:
+        handle.remove()
+    return total / tokens.numel()

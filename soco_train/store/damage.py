@@ -1,0 +1,80 @@
+"""What each layer loses at each rank and in each type, in one unit for all layers; the price list of a byte plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from soco_train.settings import TYPES, WeightType
+from soco_train.store.bounded import MADE_ANEW, answering
+from soco_train.store.tensorfile import read_tensors, write_tensors
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """Errors of one layer [m, n] by form and type of weights (`same`: not rounded).
+
+    curves: (form, weights) → [k + 1] float64, entry r at rank r; a dense layer has the one entry [1]. biased: whether a
+    pruned layer gets a bias that the dense one has not.
+    """
+
+    shape: tuple[int, int]
+    curves: Mapping[tuple[str, WeightType], torch.Tensor]
+    biased: bool = False
+
+    def only(self, weights: WeightType | None) -> LayerDamage:
+        """Return the errors in one type; None: in all."""
+        if weights is None:
+            return self
+        return replace(self, curves={kind: curve for kind, curve in self.curves.items() if kind[1] == weights})
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The damage to every layer, token table and head; `provenance`: what it was measured with."""
+
+    layers: Mapping[str, LayerDamage]
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write `damage.safetensors`."""
+        tensors = {
+            f"{name}:{form}:{weights}": curve
+            for name, layer in self.layers.items()
+            for (form, weights), curve in layer.curves.items()
+        }
+        shapes = {name: [*layer.shape, layer.biased] for name, layer in self.layers.items()}
+        write_tensors(path, tensors, {"kind": "damage", "shapes": shapes, "provenance": dict(self.provenance)})
+
+    @staticmethod
+    def load(path: Path) -> Damage:
+        """Read `damage.safetensors`; DataError if it is truncated or of another kind."""
+        tensors, header = read_tensors(path, "damage")
+
+        def make() -> Damage:
+            curves: dict[str, dict[tuple[str, WeightType], torch.Tensor]] = {name: {} for name in header["shapes"]}
+            for key, curve in tensors.items():
+                name, form, weights = key.rsplit(":", 2)
+                if curve.ndim != 1 or weights not in TYPES or not bool(curve.isfinite().all()):
+                    raise ValueError(f"{key} is no list of finite numbers for a type of weights")
+                curves[name][form, weights] = curve
+            shapes = header["shapes"].items()
+            layers = {name: LayerDamage((m, n), curves[name], bool(biased)) for name, (m, n, biased) in shapes}
+            return Damage(layers, dict(header["provenance"]))
+
+        return answering("this is no damage of layers", str(path), MADE_ANEW, make)
+
+
+def no_damage(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Sequence[tuple[str, WeightType]]]) -> Damage:
+    """Return damage of 0 for layers of these shapes in each of their `kinds` (form, weights): only bytes count then."""
+    return Damage(
+        {
+            name: LayerDamage(shape, {kind: torch.zeros(min(shape) + 1, dtype=torch.float64) for kind in kinds[name]})
+            for name, shape in shapes.items()
+        }
+    )

@@ -1,0 +1,61 @@
+"""A run re-cut to a number of bytes: the files have them, and the checkpoint alone gives the same files again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from soco_export.onnx.build import STAMP
+from soco_export.run.verbs import Request, export, plan
+from soco_train.errors import RecipeError
+from soco_train.plan.ranks import RankPlan
+
+ASKED = 1_600_000
+FILES = ("model.onnx", "model.onnx.data")
+
+
+@pytest.fixture(scope="module")
+def recut(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("bytes") / "run")
+    gates = [f"gates.{name}=null" for name in ("max_ppl_ratio", "max_export_kl", "min_token_agreement")]
+    request = Request(keep_bytes=str(ASKED), set_=["bench.enabled=false", *gates])
+    outcome = export(Request(**{**vars(request), "out": run.parent / "recut"}), run)
+    assert outcome.code == 0, outcome.text
+    return run.parent / "recut"
+
+
+def size(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in FILES)
+
+
+def test_the_file_has_the_bytes_that_were_asked_for(recut: Path) -> None:
+    chosen = RankPlan.load(recut / "plan.json").bytes
+    assert chosen is not None
+    assert 0 <= chosen.written - size(recut / "onnx") <= STAMP
+    assert 0.97 * ASKED <= chosen.written <= ASKED
+    results = json.loads((recut / "results.json").read_text(encoding="utf-8"))["sizes"]
+    assert (results["keep_bytes"], results["file_bytes"]) == (ASKED, size(recut / "onnx"))
+    assert len(set(chosen.weights.values())) > 1
+
+
+def test_the_checkpoint_alone_gives_the_same_files(recut: Path, tmp_path: Path) -> None:
+    from soco_export.export import export_onnx
+    from soco_export.onnx.settings import ExportSettings
+
+    export_onnx(recut / "hf", tmp_path / "again", ExportSettings())
+    first, second = (folder / FILES[1] for folder in (recut / "onnx", tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert abs(size(tmp_path / "again") - size(recut / "onnx")) <= STAMP  # who made it from what
+
+
+def test_other_sizes_are_planned_from_what_was_measured(recut: Path, tmp_path: Path) -> None:
+    shutil.copy(recut.parent / "run" / "scores.safetensors", recut)
+    outcome = plan(Request(out=tmp_path), recut, byte_sizes="1.2MB,1.6MB,2.4MB")
+    found = [document["bytes"]["written"] for document in outcome.document["plans"]]
+    assert found == sorted(found)
+    assert all(0.97 * asked <= size <= asked for asked, size in zip((1.2e6, 1.6e6, 2.4e6), found, strict=True))
+    with pytest.raises(RecipeError, match="smallest"):
+        plan(Request(), recut, byte_sizes="0.1MB")
