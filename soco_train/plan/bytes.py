@@ -19,6 +19,7 @@ from soco_train.settings import BITS, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
 PAGE = 4096  # where tensors of the data file start
+_TRIED = 8  # choices of the largest layer
 _RANKS = 128  # sizes of a layer that are looked at in each form and type
 Reals = npt.NDArray[np.float64]
 
@@ -110,15 +111,33 @@ class Menu:
         choices, sizes, errors = zip(*best, strict=True)
         return Menu(tuple(choices), np.array(sizes, np.int64), np.array(errors, np.float64))
 
+    def at(self, rung: int) -> Menu:
+        """Return the menu of one of its choices alone."""
+        return Menu(self.choices[rung : rung + 1], self.bytes[rung : rung + 1], self.errors[rung : rung + 1])
+
 
 def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
     """Return a choice for each layer: the least sum of errors that was found for at most `budget` bytes.
 
-    All choices at one price per byte (the convex hull), then the best moves that still fit. Where the budget is below
-    the smallest sum each layer gets its smallest choice.
+    All choices at one price per byte (the convex hull), then the best moves that still fit. One layer may be so large
+    that a step of it is half the budget, as the token table is in a small model: each of its choices is tried. Where
+    the budget is below the smallest sum each layer gets its smallest choice.
     """
-    largest = max((float(menu.errors.max()) for menu in menus.values()), default=0.0) or 1.0
-    costs, values = zip(*((menu.bytes, -menu.errors / largest) for menu in menus.values()), strict=True)
+    largest = max(menus, key=lambda name: int(menus[name].bytes[-1] - menus[name].bytes[0]))
+    tried = [_at_one_price({**menus, largest: menus[largest].at(rung)}, budget) for rung in _spread(menus[largest])]
+    within = [choices for choices in tried if bytes_of(menus, choices) <= budget]
+    least = {name: menu.choices[0] for name, menu in menus.items()}
+    return min(within, key=lambda choices: errors_of(menus, choices), default=least)
+
+
+def _spread(menu: Menu) -> list[int]:
+    """Return all rungs of a menu, or some that are spread evenly over a long one."""
+    return sorted({int(rung) for rung in np.linspace(0, len(menu.choices) - 1, min(_TRIED, len(menu.choices)))})
+
+
+def _at_one_price(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
+    scale = max((float(menu.errors.max()) for menu in menus.values()), default=0.0) or 1.0
+    costs, values = zip(*((menu.bytes, -menu.errors / scale) for menu in menus.values()), strict=True)
     rungs = best_rungs(costs, values, budget)
     return {name: menu.choices[rung] for (name, menu), rung in zip(menus.items(), rungs, strict=True)}
 
@@ -161,3 +180,8 @@ def _offers(layer: LayerDamage, packing: Packing, multiple: int) -> Iterator[tup
 def bytes_of(menus: Mapping[str, Menu], choices: Mapping[str, Choice]) -> int:
     """Return the bytes that the menus count for these choices."""
     return sum(int(menu.bytes[menu.choices.index(choices[name])]) for name, menu in menus.items())
+
+
+def errors_of(menus: Mapping[str, Menu], choices: Mapping[str, Choice]) -> float:
+    """Return the errors that the menus count for these choices."""
+    return sum(float(menu.errors[menu.choices.index(choices[name])]) for name, menu in menus.items())

@@ -19,7 +19,7 @@ from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import state_of
-from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, menus_of, pages
+from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, errors_of, menus_of, pages
 from soco_train.settings import TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
@@ -91,10 +91,6 @@ def menus(draw: st.DrawFn) -> dict[str, Menu]:
     }
 
 
-def error_of(found: dict[str, Menu], choices: dict[str, Choice]) -> float:
-    return sum(float(menu.errors[menu.choices.index(choices[name])]) for name, menu in found.items())
-
-
 @given(st.composite(menus)(), st.integers(1, 160))
 def test_the_choice_is_next_to_the_best_of_all(found: dict[str, Menu], budget: int) -> None:
     everything = [
@@ -107,11 +103,11 @@ def test_the_choice_is_next_to_the_best_of_all(found: dict[str, Menu], budget: i
         return
     assert bytes_of(found, chosen) <= budget
     best, step = (
-        min(error_of(found, choices) for choices in within),
+        min(errors_of(found, choices) for choices in within),
         max(float(np.ptp(m.errors)) for m in found.values()),
     )
-    assert error_of(found, chosen) <= best + step + 1e-12  # at most the one layer that the price leaves half bought
-    assert error_of(found, choose(found, budget + 40)) <= error_of(found, chosen) + step + 1e-12
+    assert errors_of(found, chosen) <= best + step + 1e-12  # at most the one layer that the price leaves half bought
+    assert errors_of(found, choose(found, budget + 40)) <= errors_of(found, chosen) + step + 1e-12
 
 
 def layer(error: float, shape: tuple[int, int] = (64, 64)) -> LayerDamage:
@@ -128,6 +124,18 @@ def test_a_layer_that_does_not_mind_gets_fewer_bits() -> None:
     sizes = {kind: Packing().matrix(*shape, kind) for kind in TYPES}
     chosen = choose(found, sizes["int8"] + sizes["int2"] + Packing().table(64, 64, "int8"))
     assert (chosen["calm"].weights, chosen["keen"].weights) == ("int2", "int8")
+
+
+def test_a_step_as_large_as_half_the_budget_is_not_left_to_the_price() -> None:
+    def step(size: int, error: float) -> Menu:
+        return Menu.of([(Choice(DENSE, 1, "int4"), size, error), (Choice(DENSE, 1, "int8"), 2 * size, 0.0)])
+
+    found = {"table": step(200, 0.02)}
+    found |= {f"keen{i}": step(10, 0.003) for i in range(5)} | {f"calm{i}": step(10, 0.0002) for i in range(15)}
+    # by price the keen layers come first, and the table no longer fits: 0.02 is left instead of 0.018
+    chosen = choose(found, 600)
+    assert chosen["table"].weights == "int8"
+    assert errors_of(found, chosen) == pytest.approx(0.018)
 
 
 def test_a_table_that_a_tied_head_shares_is_paid_once() -> None:
