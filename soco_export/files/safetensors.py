@@ -35,6 +35,12 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises DataError if one is missing or the index is none, RecipeError where it is unclear what the weights are.
     """
+    if (folder / "adapter_config.json").exists():
+        raise RecipeError(
+            f"{folder} holds a PEFT adapter beside its weights: programs differ in whether they apply it",
+            fix="merge it (PeftModel.merge_and_unload), or move adapter_config.json and its weights away",
+            where=str(folder / "adapter_config.json"),
+        )
     index, single = folder / INDEX, folder / SINGLE
     if index.exists() and single.exists():
         raise RecipeError(

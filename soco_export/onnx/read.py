@@ -56,9 +56,9 @@ class Place:
     shape: tuple[int, ...]
 
 
-def places(name: str, shape: tuple[int, ...], renamed: Renamed) -> dict[str, Place]:
+def places(name: str, shape: tuple[int, ...], renamed: Renamed, prefix: str = "") -> dict[str, Place]:
     """Return what a stored tensor is called here, with its place; a stack of experts has many names."""
-    names = [name]
+    names = [f"{prefix}{name}"]
     for part, instead in renamed:
         names = [one.replace(part, new, 1) for one in names for new in (instead if part in one else (part,))]
     if len(names) == 1 and "{}" not in names[0]:
@@ -94,10 +94,10 @@ class CheckpointWeights:
 
     `transposed`: dense layers that are stored [inputs, outputs]; they are given out as all others, [outputs, inputs].
     `renamed`: (part of a name in the file, what it is called here). Several names are equal parts of a tensor's rows,
-    and a name with `{}` is one for each entry of a first axis more.
+    and a name with `{}` is one for each entry of a first axis more. `prefix`: missing from every name in the file.
     """
 
-    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Renamed = ()) -> None:
+    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Renamed = (), prefix: str = "") -> None:
         self.folder = folder
         self.kept: KeptLevels | None = None
         self._transposed = frozenset(f"{name}.weight" for name in transposed)
@@ -110,7 +110,7 @@ class CheckpointWeights:
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, Place] = {}
         for name, stored in self._stored.items():
-            self._places |= places(name, tuple(stored.shape), renamed)
+            self._places |= places(name, tuple(stored.shape), renamed, prefix)
         self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -236,10 +236,16 @@ def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
 
 
 def open_weights(folder: Path, architecture: Architecture | None) -> CheckpointWeights:
-    """Return the tensors of `folder` under the names and in the shapes of its description."""
+    """Return the tensors of `folder` under the names and in the shapes of its description.
+
+    A base model saved without its head has names without the first part ("embed_tokens" for "model.embed_tokens").
+    """
     if architecture is None:
         return CheckpointWeights(folder)
-    return CheckpointWeights(folder, architecture.transposed(), architecture.tensors.stored)
+    tensors = architecture.tensors
+    base, _, bare = f"{tensors.embed}.weight".partition(".")
+    headless = bare in open_shards(weight_files(folder))
+    return CheckpointWeights(folder, architecture.transposed(), tensors.stored, f"{base}." if headless else "")
 
 
 def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:

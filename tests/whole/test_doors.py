@@ -197,6 +197,13 @@ def test_weights_that_lie_there_twice_are_refused(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused("beside"):
+        weight_files(tmp_path)
+
+
 @pytest.mark.parametrize("layers", [[], "x", {"a": None}, {"a": {}}, {"a": {"kind": [], "rank": 1, "bias": True}}])
 @pytest.mark.parametrize("rank", [1, "1", True, -1, None])
 def test_a_record_of_layers_that_is_none_is_refused(layers: Any, rank: Any) -> None:

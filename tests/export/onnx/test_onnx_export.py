@@ -193,6 +193,17 @@ def test_a_checkpoint_that_is_not_what_its_config_says(name, how, message, tmp_p
     assert not (tmp_path / "onnx").exists()
 
 
+def test_names_without_their_first_part_are_the_same_model(tmp_path: Path) -> None:
+    """A base model saved without its head: transformers reads it, and so does the graph."""
+    folder = hf_folder(tmp_path, factored=False)
+    export_onnx(folder, tmp_path / "whole", ExportSettings())
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    export_onnx(folder, tmp_path / "bare", ExportSettings())
+    files = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("whole", "bare")]
+    assert files[0] == files[1]
+
+
 def test_a_foreign_quantisation_and_a_truncated_file_are_refused(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path, factored=False)
     config = json.loads((folder / "config.json").read_text())
