@@ -23,6 +23,7 @@ from soco_train.forms.base import FORMS
 from soco_train.forms.registry import state_of
 from soco_train.numbers.blocks import Levels
 
+HEADS = ("lm_head.", "embed_out.")  # outside of the base model, by whatever name it goes
 # Older checkpoints store buffers that are computed from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 Shapes = dict[str, tuple[int, ...]]
@@ -110,7 +111,7 @@ class CheckpointWeights:
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, Place] = {}
         for name, stored in self._stored.items():
-            self._places |= places(name, tuple(stored.shape), renamed, prefix)
+            self._places |= places(name, tuple(stored.shape), renamed, "" if name.startswith(HEADS) else prefix)
         self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
 
     def _shape(self, name: str) -> tuple[int, ...]:
