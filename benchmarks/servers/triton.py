@@ -14,7 +14,7 @@ from pathlib import Path
 
 from soco_export.onnx.describe.config import read_config
 from soco_export.onnx.settings import ExportSettings
-from soco_export.runtimes.registry import LAYOUTS, Layout
+from soco_export.runtimes.registry import RUNTIMES, Layout
 
 # numpy 1 because the backend was built for it; packages of the environment that runs this serve for the rest.
 INSTALL = "pip install --no-deps --target .venv-triton nvidia-pytriton==0.7.0 'numpy<2'"
@@ -53,7 +53,7 @@ def command(folder: Path, place: Path, scratch: Path, port: int) -> list[str]:
 def repository(folder: Path, copy: Path) -> Path:
     """Write the triton layout of `folder` into `copy`, a linked copy of it, with the stand-in; return its path."""
     shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns("triton"))
-    LAYOUTS["triton"](Layout(copy, copy, read_config(copy), ExportSettings()))
+    RUNTIMES["triton"].write(Layout(copy, copy, read_config(copy), ExportSettings()))
     config = copy / "triton" / "decoder" / "config.pbtxt"
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8")
