@@ -159,7 +159,7 @@ def random_text(rng, most):
 
 @pytest.mark.parametrize(("bos", "eos"), [(0, 1), (None, 1)])
 def test_items_are_answered_as_the_harness_answers_them(bos, eos):
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     model, tokenizer, longest = ToyModel(int(rng.integers(2**31))), Tokens(bos, eos), 24
     harness = Harness(model, tokenizer, longest)
     items = []

@@ -15,6 +15,7 @@ from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 from soco_export.runtimes.open import open_decoder
 from soco_train.errors import DataError
+from tests.support import fresh
 from tests.support.decoders import factor, tiny_model
 
 pytest.importorskip("openvino", reason="no openvino here: the extra openvino")
@@ -39,7 +40,7 @@ def test_tokens_are_those_of_torch(model: Any, settings: dict[str, Any], error: 
     folder, dense = model
     export_onnx(folder, tmp_path / "onnx", ExportSettings.model_validate(settings))
     decoder, torch_decoder = open_decoder(tmp_path / "onnx", ASKED, "openvino"), TorchDecoder(dense)
-    ids = np.random.default_rng().integers(3, 96, (2, 9))
+    ids = fresh.rng().integers(3, 96, (2, 9))
     mask = np.ones_like(ids)
     mask[0, :3] = 0
     right = torch_decoder.logits(ids, mask)
@@ -53,7 +54,7 @@ def test_weights_in_blocks_are_read_as_onnx_runtime_reads_them(model: Any, weigh
     table = {"embedding": "same", "accuracy_level": 1}
     settings = ExportSettings.model_validate({"weights": weights, "quantize": table})
     export_onnx(model[0], tmp_path / "onnx", settings)
-    ids = np.random.default_rng().integers(3, 96, (1, 9))
+    ids = fresh.rng().integers(3, 96, (1, 9))
     right = open_decoder(tmp_path / "onnx", ValidateSettings(threads=1), "ort").logits(ids)
     found = open_decoder(tmp_path / "onnx", ASKED, "openvino").logits(ids)
     assert np.abs(found - right).max() < 0.1 * np.abs(right).max()  # its own activations are in int8
