@@ -18,14 +18,17 @@ TABLE = "transformers.quantizers.auto"
 # Imports the table, and is imported before any model is loaded. If it was the table that imported PyTorch, and so
 # called `install`, the table itself can no longer be waited for.
 USER = "transformers.modeling_utils"
+LORA = "peft.tuners.lora.model"
 
 
 def install() -> None:
-    """Register our quantizer with transformers, now if its table exists, else as soon as it does. Idempotent."""
+    """Register our quantizer with transformers and our layers with PEFT, now or as soon as they are. Idempotent."""
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "register_quantizer"):
         register(table)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+    if hasattr(sys.modules.get(LORA), "dispatch_default"):
+        register_lora(sys.modules[LORA])
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
@@ -41,13 +44,20 @@ def register(table: ModuleType) -> None:
     table.register_quantizer(QUANT_METHOD)(SocoExportQuantizer)
 
 
+def register_lora(lora: ModuleType) -> None:
+    """Let PEFT's LoRA adapt pruned layers."""
+    from soco_export.adapters import register as teach
+
+    teach(lora)
+
+
 class _Watch(MetaPathFinder):
-    """Finds only the table and its user, by asking the other finders, and wraps their loaders."""
+    """Finds only the modules that are waited for, by asking the other finders, and wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (TABLE, USER):
+        if fullname not in (TABLE, USER, LORA):
             return None
         for finder in sys.meta_path:
             spec = None if isinstance(finder, _Watch) else finder.find_spec(fullname, path, target)
@@ -72,7 +82,7 @@ class _Then(Loader):
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            register(sys.modules[TABLE])
+            register_lora(module) if module.__name__ == LORA else register(sys.modules[TABLE])
         except (ImportError, AttributeError) as error:
-            # Every user of transformers passes here; a broken install of ours must not take theirs down.
-            warnings.warn(f"soco-export cannot register with transformers: {error}", stacklevel=2)
+            # Every user of these libraries passes here; a broken install of ours must not take theirs down.
+            warnings.warn(f"soco-export cannot register with {module.__name__}: {error}", stacklevel=2)
