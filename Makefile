@@ -5,9 +5,11 @@ DEMO := runs/demo
 # As many processes as the machine has cores, at most four: each imports torch and transformers once.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 RUN := $(DEMO)
+FUZZ := 500
+DOORS := tests/whole/test_doors.py tests/train/data tests/export/files tests/export/recipe tests/export/run tests/export/test_console.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat check-servers bench-onnx bench-bits mutate clean setup setup-optimum
+.PHONY: help demo tour test check test-compat check-servers bench-onnx bench-bits mutate fuzz clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -45,6 +47,9 @@ bench-onnx: setup ## measure the tables of benchmarks/speed again (about three q
 
 mutate: setup ## plant known faults one by one: does a test notice? (some minutes)
 	@$(VENV)/bin/python tools/mutate
+
+fuzz: setup ## try every reader with random input for about an hour (FUZZ=500 times as much as the tests do)
+	@SOCO_FUZZ=$(FUZZ) $(VENV)/bin/python $(PYTEST) --timeout=14400 -m hypothesis $(DOORS)
 
 bench-bits: setup ## what int4 and int2 lose on the built-in model: rounded to nearest, calibrated, trained as rounded (minutes)
 	@$(VENV)/bin/python -m benchmarks.bits dense=soco_train/builtin/tiny --keep 0.8 0.6 --rules nearest calibrated trained --out benchmarks/bits/results/tiny

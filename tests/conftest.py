@@ -16,10 +16,10 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from tests.support.fresh import SEED, seed_all
+from tests.support.fresh import SEED, examples, seed_all
 
 # How long an example takes says more about the machine's other work than about the code.
-settings.register_profile("unhurried", deadline=None)
+settings.register_profile("unhurried", deadline=None, max_examples=examples(100))
 settings.load_profile("unhurried")
 
 # A run as short as a run can be that still goes through every stage.

@@ -14,6 +14,7 @@ from soco_export.recipe.load import find_recipe, list_recipes, load_recipe, lock
 from soco_export.recipe.recipe import Recipe, keys, schema
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.settings import PlanSettings
+from tests.support.fresh import examples
 
 MINIMAL = "extends: base\nmodel: {id: someone/model}\n"
 
@@ -55,7 +56,7 @@ def test_the_promised_recipes_are_there() -> None:
     assert "base" in list_recipes(abstract=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     keep=st.floats(0, 1, exclude_min=True),
     rate=st.floats(1e-30, 1e3),

@@ -23,8 +23,9 @@ from soco_train.data.corpus import check_source, load_blocks
 from soco_train.data.reading import CHUNK, read_lines, read_text
 from soco_train.errors import DataError, SocoError
 from soco_train.settings import DataSettings
+from tests.support.fresh import examples
 
-FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
