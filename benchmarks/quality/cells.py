@@ -17,6 +17,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import stage_key
 from soco_train.scores.registry import find_scorer
 from soco_train.spectra.bases import find_basis
+from soco_train.spectra.statistics import OUTPUT_SIDE
 
 CONTROL = "svd-llm"  # every excess is measured against its, at the same size
 DENSE = "dense"
@@ -168,7 +169,7 @@ def saliency_tokens(recipe: Recipe, blocks: int) -> int:
     """Return how many tokens of `blocks` calibration blocks went backward for a closed-form score, start or basis."""
     train = recipe.train
     found = 0
-    if find_basis(train.basis).needs & {"output_curvature", "row_fisher"}:
+    if find_basis(train.basis).needs & OUTPUT_SIDE:
         found += min(blocks, train.statistics_blocks or blocks) * recipe.data.block
     if train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher"):
         found += min(blocks, train.fisher_blocks) * recipe.data.block

@@ -111,8 +111,17 @@ def plain(statistics: LayerStatistics, roots: Roots) -> Metric:
 
 @basis("fisher", needs=("row_fisher",))
 def fisher(statistics: LayerStatistics, roots: Roots) -> Metric:
-    """Rows weighted by the square root of their Fisher information (FWSVD, arXiv 2207.00112)."""
+    """Outputs (rows of W) weighted by the root of their Fisher information: FWSVD turned to the other axis [ours]."""
     return Metric(left=_diagonal(statistics.row_fisher, roots.ridge))
+
+
+@basis("fisher-inputs", needs=("column_fisher",))
+def fisher_inputs(statistics: LayerStatistics, roots: Roots) -> Metric:
+    """Inputs (columns of W) weighted by the root of their Fisher information (FWSVD, arXiv 2207.00112).
+
+    The paper weights the rows of W [inputs, outputs], as its authors' models write y = x W; PyTorch's W is [m, n].
+    """
+    return Metric(right=_diagonal(statistics.column_fisher, roots.ridge))
 
 
 @basis("activation", needs=("input_magnitude",))

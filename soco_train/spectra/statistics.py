@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
-_OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher"})
+OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher"})  # these take a backward pass
 _TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
@@ -33,20 +33,22 @@ class LayerStatistics:
 
     input_covariance: E[x xᵀ] [n, n]; input_magnitude: E|x| [n]; output_curvature: E[δ δᵀ] [m, m] with δ the gradient of
     the summed cross entropy with respect to the layer's output at one token; row_fisher: Σ_j E[(δ_i x_j)²] [m], the
-    empirical Fisher information of each row of the weight, token by token. All float64.
+    empirical Fisher information of each row of the weight, token by token; column_fisher: Σ_i E[(δ_i x_j)²] [n], that
+    of each column. All float64.
     """
 
     input_covariance: torch.Tensor | None = None
     input_magnitude: torch.Tensor | None = None
     output_curvature: torch.Tensor | None = None
     row_fisher: torch.Tensor | None = None
+    column_fisher: torch.Tensor | None = None
     tokens: int = 0
 
 
 def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
     """Return the bytes of the sums behind `needs` of a layer with weight [m, n] that shares none of them."""
     m, n = shape
-    sizes = {"input_covariance": n * n, "output_curvature": m * m, "row_fisher": m}
+    sizes = {"input_covariance": n * n, "output_curvature": m * m, "row_fisher": m, "column_fisher": n}
     return _DOUBLE_BYTES * (n + sum(size for name, size in sizes.items() if name in needs))
 
 
@@ -85,7 +87,7 @@ def collect_statistics(
     if not needs:
         return {name: LayerStatistics() for name in linears}
     listeners = _listeners(linears, needs)
-    backward = bool(needs & _OUTPUT_SIDE)
+    backward = bool(needs & OUTPUT_SIDE)
     device = next(model.parameters()).device
     batches = tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1]))
     with _at_rest(model), _attached(listeners), torch.set_grad_enabled(backward):
@@ -136,6 +138,7 @@ class _Listener:
         self.owner = False
         self.curvature = _zeros(linear, m, m) if "output_curvature" in needs else None
         self.fisher = _zeros(linear, m) if "row_fisher" in needs else None
+        self.columns = _zeros(linear, linear.in_features) if "column_fisher" in needs else None
 
     def __call__(self, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         x = _rows(args[0])
@@ -143,18 +146,26 @@ class _Listener:
             self.inputs, self.owner = self.readers.find(args[0], lambda: _InputSums(self.linear, self.needs))
         if self.owner:
             self.inputs.add(x)
-        if self.needs & _OUTPUT_SIDE:
+        if self.needs & OUTPUT_SIDE:
             # The parameters are frozen: the first layers' outputs are where the graph starts.
             output = output if output.requires_grad else output.detach().requires_grad_()
             energy = x.square().sum(dim=1)
-            output.register_hook(lambda delta: self._add_gradient(_rows(delta), energy))
+            columns = None if self.columns is None else x  # else nothing holds the inputs until the backward pass
+            output.register_hook(lambda delta: self._add_gradient(_rows(delta), energy, columns))
         return output
 
-    def _add_gradient(self, delta: torch.Tensor, energy: torch.Tensor) -> None:
+    def _add_gradient(self, delta: torch.Tensor, energy: torch.Tensor, x: torch.Tensor | None) -> None:
         if self.curvature is not None:
             _add_outer(self.curvature, delta)
         if self.fisher is not None:
             self.fisher += (delta.square() * energy[:, None]).sum(dim=0, dtype=torch.float64)
+        if self.columns is not None and x is not None:
+            self.columns += (x.square() * delta.square().sum(dim=1)[:, None]).sum(dim=0, dtype=torch.float64)
+
+    @property
+    def gradients(self) -> torch.Tensor | None:
+        """Return the sums of Fisher information that there are, of rows or of columns."""
+        return self.columns if self.fisher is None else self.fisher
 
     def finish(self, name: str) -> LayerStatistics:
         if self.inputs is None or not self.inputs.tokens:
@@ -168,6 +179,7 @@ class _Listener:
             input_magnitude=self.inputs.magnitude if "input_magnitude" in self.needs else None,
             output_curvature=self.curvature,
             row_fisher=None if self.fisher is None else self.fisher / tokens,
+            column_fisher=None if self.columns is None else self.columns / tokens,
             tokens=tokens,
         )
 
@@ -252,7 +264,7 @@ def _refuse_broken(listeners: Mapping[str, _Listener]) -> None:
         if listener.inputs is not None:
             _refuse_infinite(name, "input", listener.inputs.magnitude, listener.inputs.covariance)
     for name, listener in reversed(list(listeners.items())):
-        _refuse_infinite(name, "output gradient", listener.fisher, listener.curvature)
+        _refuse_infinite(name, "output gradient", listener.gradients, listener.curvature)
 
 
 def _refuse_infinite(name: str, what: str, vector: torch.Tensor | None, matrix: torch.Tensor | None) -> None:

@@ -18,7 +18,7 @@ from soco_train.spectra.decompose import decompose, decompose_layers, decompose_
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
 from soco_train.store.spectra import SpectrumStore
 
-BASES = ["plain", "fisher", "activation", "whitened", "two-sided"]
+BASES = ["plain", "fisher", "fisher-inputs", "activation", "whitened", "two-sided"]
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
 RIDGE = 1e-6
 
@@ -36,6 +36,7 @@ def statistics_of(m: int, n: int) -> LayerStatistics:
         input_magnitude=torch.rand(n, dtype=torch.float64) + 0.01,
         output_curvature=covariance(m),
         row_fisher=torch.rand(m, dtype=torch.float64) + 0.01,
+        column_fisher=torch.rand(n, dtype=torch.float64) + 0.01,
         tokens=4 * n,
     )
 
@@ -52,6 +53,8 @@ def metric_matrices(name: str, statistics: LayerStatistics, m: int, n: int) -> t
     left, right = torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     if name == "fisher":
         left = damp(statistics.row_fisher)
+    if name == "fisher-inputs":
+        right = damp(statistics.column_fisher)
     if name == "activation":
         right = damp(statistics.input_magnitude)
     if name in ("whitened", "two-sided"):
@@ -134,6 +137,7 @@ def test_silent_channels_leave_the_metric_regular():
     for statistics, name in (
         (LayerStatistics(input_magnitude=magnitude), "activation"),
         (LayerStatistics(row_fisher=fisher), "fisher"),
+        (LayerStatistics(column_fisher=magnitude), "fisher-inputs"),
         (LayerStatistics(input_magnitude=torch.zeros_like(magnitude)), "activation"),
         (LayerStatistics(input_covariance=torch.zeros(10, 10, dtype=torch.float64)), "whitened"),
     ):

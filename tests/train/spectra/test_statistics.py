@@ -20,7 +20,7 @@ from soco_train.spectra.statistics import LayerStatistics, collect_statistics, g
 
 pytestmark = pytest.mark.transformers
 
-ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher"})
+ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher", "column_fisher"})
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -80,8 +80,9 @@ def reference(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: torch.
     result = {}
     for name in linears:
         x, d = torch.cat(inputs[name]), torch.cat(deltas[name])
-        fisher = torch.einsum("ti,tj->tij", d, x).square().mean(0).sum(1)
-        result[name] = LayerStatistics(x.T @ x / len(x), x.abs().mean(0), d.T @ d / len(d), fisher, len(x))
+        fisher = torch.einsum("ti,tj->tij", d, x).square().mean(0)
+        sides = fisher.sum(1), fisher.sum(0)
+        result[name] = LayerStatistics(x.T @ x / len(x), x.abs().mean(0), d.T @ d / len(d), *sides, len(x))
     return result
 
 
@@ -161,6 +162,7 @@ def test_only_what_is_needed_is_there():
         assert statistics.input_magnitude is None
         assert statistics.output_curvature is None
         assert statistics.row_fisher is None
+        assert statistics.column_fisher is None
     assert run(tiny_llama(), torch.randint(64, (2, 16)), frozenset())["model.layers.0.mlp.up_proj"] == LayerStatistics()
 
 
