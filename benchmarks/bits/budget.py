@@ -14,14 +14,19 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 
-from benchmarks.bits.run import RULES, Row, measure, parse
-from soco_export.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.bits.run import _blocks, parse, settings
 from soco_export.checkpoint.layers import apply_factors, record_weights
+from soco_export.checkpoint.load import load_checkpoint
+from soco_export.checkpoint.writer import save_checkpoint
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.settings import CPU
+from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
 from soco_export.recipe.load import load_recipe
 from soco_export.run.byte_plan import plan_bytes
@@ -33,7 +38,32 @@ from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, Tra
 from soco_train.store.damage import Damage
 from soco_train.store.scores import Scores
 
+RULES = ("nearest", "calibrated")
 GRIDS = ("int8-32", "int4-32", "int4-64", "int2-32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one form; bytes: of model.onnx and its data; loss: mean cross entropy of a token."""
+
+    model: str
+    grid: str
+    rule: str
+    bytes: int
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace) -> Row:
+    """Export and score one row."""
+    _, grid, rule = name
+    with tempfile.TemporaryDirectory() as work:
+        out, text = Path(work) / "onnx", _blocks(folder, options, "calibration")
+        export_onnx(folder, out, settings(grid, rule, options.tokens), calibration=lambda: text)
+        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), _blocks(folder, options, "evaluation"))
+    return Row(*name, bytes=size, loss=found.loss, perplexity=found.value, tokens=found.tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own.add_argument("--threads", type=int, default=2)
     asked = own.parse_args(argv)
     options = parse([f"dense={asked.folder}", "--out", str(asked.out), "--threads", str(asked.threads)])
-    dense = [measure(("dense", grid, rule), asked.folder, options, "") for grid in GRIDS for rule in RULES]
+    dense = [measure(("dense", grid, rule), asked.folder, options) for grid in GRIDS for rule in RULES]
     with tempfile.TemporaryDirectory() as work:
         chosen = list(_chosen(asked.folder, sizes_of(dense), options, Path(work)))
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -74,12 +104,10 @@ def _chosen(
         plan = plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage)
         where = _folder(folder, subject, scores, plan, work / f"{size}")
         for rule in RULES:
-            yield size, _counted(plan), measure((f"{size}", "int8-32", rule), where, options, "")
+            yield size, _counted(plan), measure((f"{size}", "int8-32", rule), where, options)
 
 
 def _measured(folder: Path, options: argparse.Namespace, work: Path) -> tuple[Subject, Scores, Damage]:
-    from benchmarks.bits.run import _blocks
-
     tokens = _blocks(folder, options, "calibration")[: max(1, options.tokens // options.block)]
     subject = method.open_subject(load_checkpoint(folder), LayerSettings(), tokens, work / "spectra")
     train = TrainSettings(scorer="singular-values", basis="two-sided")
