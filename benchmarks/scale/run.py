@@ -1,6 +1,6 @@
 """The benchmark's command line.
 
-    python -m benchmarks.scale --model mistral-7b --out benchmarks/scale/results/mistral-7b
+    python -m benchmarks.scale --model mistral-7b --recipe shared/7b-soco --out benchmarks/scale/results/mistral-7b
 
 On a GPU all layers are taken, 50 steps of 16384 tokens; without one, 2 layers, few tokens, and one layer of each shape
 is decomposed for all of its shape: then what is said of the whole model is an estimate, and labelled so. --layers takes
@@ -39,7 +39,7 @@ TOKENS = 30e6  # of score training: what the whole is extrapolated to
 def main(argv: Sequence[str] | None = None) -> None:
     """Do the parts that are not there yet, each in a process of its own; write the page."""
     options = parse(argv)
-    recipe, size = load_recipe(options.model), sized(options)
+    recipe, size = load_recipe(options.model, overlay=options.recipe, name=options.model), sized(options)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.inside:
         with tempfile.TemporaryDirectory(dir=options.work) as work:
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="mistral-7b", help="a recipe: its architecture is taken")
+    parser.add_argument("--recipe", type=Path, help="laid over it: shared/7b-soco where scores are learnt")
     parser.add_argument("--layers", type=int, help="default: all on a GPU, else 2")
     parser.add_argument("--block", type=int, default=2048 if GPU else 128)
     parser.add_argument("--sequences", type=int, default=8 if GPU else 1, help="a step")

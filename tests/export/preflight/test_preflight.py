@@ -124,12 +124,13 @@ def test_precision_and_provider_do_not_matter_without_onnx(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("model", "settings", "fits"),
     [
-        ("mistral-7b", [], False),
-        ("qwen2.5-7b", [], False),  # it has some biases of its own, and no switch for the others
-        ("mistral-7b", ["train.deviation=false"], True),
+        ("mistral-7b", [], True),  # nothing that adds a bias
+        ("mistral-7b", ["train.scorer=soco"], False),
+        ("qwen2.5-7b", ["train.scorer=soco"], False),  # it has some biases of its own, and no switch for the others
+        ("mistral-7b", ["train.scorer=soco", "train.deviation=false"], True),
         ("mistral-7b", ["train.scorer=fisher"], True),
-        ("llama-3.1-8b", [], True),
-        ("opt-6.7b", [], True),
+        ("llama-3.1-8b", ["train.scorer=soco"], True),
+        ("opt-6.7b", ["train.scorer=soco"], True),
     ],
 )
 def test_a_bias_without_a_place_in_the_dense_form_is_refused_before_training(
