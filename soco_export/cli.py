@@ -235,6 +235,50 @@ def export(
 
 
 @app.command(cls=Verb)
+def sweep(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    sizes: Sizes = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="One or more types: same,int8,int4.", show_default="the recipe's", rich_help_panel=MODEL),
+    ] = None,
+    model: Moved = None,
+    set_: Set = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make and measure several sizes and types from one training.
+
+    Each is an ordinary run in a folder of the run; what is done already is not done again.
+    """
+    _call("sweep", locals())
+
+
+@app.command(cls=Verb)
+def choose(
+    run: Annotated[Path, typer.Argument(help="A run that was swept.")],
+    max_bytes: Annotated[str | None, typer.Option(help="Largest ONNX folder: 90MB.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Largest perplexity beside the dense model's.")] = None,
+    min_recovery: Annotated[
+        float | None, typer.Option(help="Least part of the dense model's accuracy, on the worst task.")
+    ] = None,
+    max_decode_ms: Annotated[float | None, typer.Option(help="Longest decode step, median milliseconds.")] = None,
+    prefer: Annotated[
+        Literal["quality", "bytes", "speed"], typer.Option(help="What the best of those that fit is best in.")
+    ] = "quality",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Pick one point of a sweep, with the reason for each that was left.
+
+    Exit code 3 where none fits.
+    """
+    _call("choose", locals())
+
+
+@app.command(cls=Verb)
 def validate(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
     against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,

@@ -20,6 +20,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "soco-export export runs/tiny --keep-params 0.8",
         "soco-export export runs/tiny --set export.weights=int8 --out runs/tiny-int8",
     ),
+    "sweep": ("soco-export sweep runs/tiny --keep-params 0.9,0.8,0.6 --weights same,int8",),
+    "choose": ("soco-export choose runs/tiny --max-bytes 8MB --max-ppl-ratio 1.1 --prefer bytes",),
     "validate": (
         "soco-export validate runs/tiny",
         "soco-export validate runs/tiny/onnx --against runs/tiny/hf",

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from soco_export.files.text import visible
+from soco_export.report.frontier import frontier_table
 from soco_export.report.markdown import render_recipe
 from soco_export.report.material import Material
 from soco_export.report.plots import NONE, draw_plots
@@ -22,6 +23,7 @@ BOLD = re.compile(r"\*\*(.+?)\*\*")
 def render_html(results: Results, material: Material = NONE) -> str:
     """Return report.html."""
     plots, absence = draw_plots(results, material)
+    frontier = frontier_table(material.frontier)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -37,7 +39,7 @@ def render_html(results: Results, material: Material = NONE) -> str:
         gates=[(verdict.state, SIGNS[verdict.state], verdict_words(verdict)) for verdict in results.verdicts],
         origin=origin(results),
         changed=changed(results),
-        tables=[*all_tables(results), run_table(results, material)],
+        tables=[*([frontier] if frontier else ()), *all_tables(results), run_table(results, material)],
         samples=material.samples,
         plots=plots,
         absence=absence,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import yaml
 
 from soco_export.files.text import fence, markdown
+from soco_export.report.frontier import frontier_table
 from soco_export.report.material import Material
 from soco_export.report.schema import Results
 from soco_export.report.tables import Row, Table, all_tables, changed, figures_sentence, origin, run_table, verdict_line
@@ -15,11 +16,14 @@ from soco_export.report.words import SIGNS, verdict_words
 
 def render_markdown(results: Results, material: Material | None = None) -> str:
     """Return report.md, as GitHub shows it in a job's summary."""
-    details = [render_table(table) for table in (*all_tables(results), run_table(results, material or Material()))]
+    shown = material or Material()
+    details = [render_table(table) for table in (*all_tables(results), run_table(results, shown))]
+    frontier = frontier_table(shown.frontier)
     recipe = render_recipe(results)
     parts = [
         *_first_screen(results),
         *(f"> {markdown(note)}" for note in results.notes),
+        *([render_table(frontier)] if frontier else []),
         _folded("All figures", "\n\n".join(details)),
         _folded("Recipe, every setting resolved", f"{fence(recipe)}yaml\n{recipe}{fence(recipe)}"),
     ]

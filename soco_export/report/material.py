@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from soco_train.plan.ranks import LayerPlan
 
+OWN = "."  # the folder of the point that is the swept run itself
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -24,12 +26,28 @@ class Sample:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One size of a sweep. `bytes_ratio`, `perplexity_ratio`: to the dense model; `chosen`: the one that ships."""
+    """One point of a sweep: a size in one type of weights, or the dense model (`keep_params` None).
+
+    `bytes_ratio`, `perplexity_ratio`: to the dense model in the run's own weights; `chosen`: the one that ships;
+    `folder`: in the swept run; `bytes`: of the ONNX folder; `recovery`: of the worst task; `decode`: how many times
+    faster than the dense model in the same weights; `decode_ms`: median milliseconds a token; `gates`: "passed",
+    "failed", "unsure" or "" (none). None: not measured.
+    """
 
     name: str
     bytes_ratio: float
-    perplexity_ratio: float
+    perplexity_ratio: float | None
     chosen: bool = False
+    keep_params: float | None = None
+    weights: str = "same"
+    folder: str = OWN
+    bytes: int = 0
+    perplexity_interval: tuple[float, float] | None = None
+    recovery: float | None = None
+    decode: float | None = None
+    decode_interval: tuple[float, float] | None = None
+    decode_ms: float | None = None
+    gates: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,7 @@ CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
 # the training curves of the two stages that train
 SCORES_CURVE, FACTORS_CURVE = "evidence/scores.jsonl", "evidence/factors.jsonl"
+# the points of a sweep of the run
+FRONTIER_FILE = "evidence/frontier.json"
 KEPT_CURVE = "work/curve.jsonl"
 REPORT_FILES = ("results.json", "report.md", "report.html", "comment.md", "junit.xml", "hf/README.md")

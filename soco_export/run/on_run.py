@@ -12,7 +12,7 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder import EVIDENCE_SECTIONS, RunFolder, check_folder, open_folder, read_folder, read_lock
+from soco_export.run.folder import EVIDENCE_SECTIONS, check_folder, open_folder, read_folder, read_lock
 from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
@@ -20,7 +20,7 @@ from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.artefacts import PLAN, artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
-from soco_export.run.stages.training import SCORES, SPECTRUM, TRAINING
+from soco_export.run.stages.training import SCORES, TRAINING
 from soco_export.run.terminal import run_outcome
 from soco_train import parallel
 from soco_train.errors import RecipeError
@@ -70,8 +70,17 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     _check_recut(keys)
     root = request.out or _recut_folder(run, keys, changed)
     check(request, changed, root, notify)
-    advance(request, changed, root, stages, notify, trained=(run, recipe))
+    advance(request, changed, root, stages, notify, trained_in(run, recipe))
     return run_outcome(root)
+
+
+# where stages have their files that are not the run's own: stage → the other run's folder and recipe
+Homes = Mapping[str, tuple[Path, Recipe]]
+
+
+def trained_in(run: Path, recipe: Recipe) -> Homes:
+    """Return what a run that cuts the scores of `run` anew has there."""
+    return {stage.name: (run, recipe) for stage in TRAINING}
 
 
 def _check_recut(keys: Sequence[str]) -> None:
@@ -180,48 +189,37 @@ def advance(
     root: Path,
     stages: Sequence[Stage[RunContext]],
     notify: Notify,
-    trained: tuple[Path, Recipe] | None = None,
+    homes: Homes | None = None,
 ) -> None:
-    """Hold the run folder (and that of the run it was trained in) and bring `stages` up to date.
+    """Hold the run folder (and those of other runs where stages are at home) and bring `stages` up to date.
 
     Of several processes the leading one does this; the others take part where it calls them.
     """
     with parallel.group():
         if parallel.leading():
-            _lead(request, recipe, root, stages, notify, trained)
+            _lead(request, recipe, root, stages, notify, homes or {})
             parallel.call("")
         else:
-            assist(stages, lambda: _helping_context(request, recipe, root, trained))
+            assist(stages, lambda: _helping_context(request, recipe, root, homes or {}))
 
 
 def _lead(
-    request: Request,
-    recipe: Recipe,
-    root: Path,
-    stages: Sequence[Stage[RunContext]],
-    notify: Notify,
-    trained: tuple[Path, Recipe] | None,
+    request: Request, recipe: Recipe, root: Path, stages: Sequence[Stage[RunContext]], notify: Notify, homes: Homes
 ) -> None:
     with ExitStack() as held:
-        homes: Mapping[str, RunFolder] = {}
-        if trained:
-            parent = held.enter_context(open_folder(*trained))
-            homes = _trained_stages(parent)
+        others = {home: held.enter_context(open_folder(home, own)) for home, own in dict(homes.values()).items()}
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
         quiet_transformers()
-        context = RunContext(folder, request.format, notify, homes)
-        Pipeline(folder, stages, context, context.sources(), homes, notify).run()
+        at_home = {stage: others[home] for stage, (home, _) in homes.items()}
+        context = RunContext(folder, request.format, notify, at_home)
+        Pipeline(folder, stages, context, context.sources(), at_home, notify).run()
 
 
-def _helping_context(request: Request, recipe: Recipe, root: Path, trained: tuple[Path, Recipe] | None) -> RunContext:
+def _helping_context(request: Request, recipe: Recipe, root: Path, homes: Homes) -> RunContext:
     """Read the folders that the leading process holds, without holding them."""
     quiet_transformers()
-    homes = _trained_stages(read_folder(*trained)) if trained else {}
-    return RunContext(read_folder(root, recipe), request.format, silent, homes)
-
-
-def _trained_stages(parent: RunFolder) -> dict[str, RunFolder]:
-    return {stage.name: parent for stage in (SPECTRUM, SCORES)}
+    at_home = {stage: read_folder(home, own) for stage, (home, own) in homes.items()}
+    return RunContext(read_folder(root, recipe), request.format, silent, at_home)
 
 
 def cost_card(recipe: Recipe, request: Request) -> Outcome:

@@ -33,6 +33,7 @@ class Stage(Generic[Context]):
     `work(context, folder)` writes `writes` into `folder`; what else it leaves there is lost once the stage is done. A
     `cache` is made only when a stage that reads it runs, so it may be deleted to save disk. Where there are several
     processes all of them do the work of a `shared` one, and only the leading one writes (soco_train.parallel).
+    `cedes`: paths inside of `writes` that another stage writes anew, whether or not it takes part this time.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage(Generic[Context]):
     work: Callable[[Context, Path], None]
     cache: bool = False
     shared: bool = False
+    cedes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Pipeline(Generic[Context]):
             stage.work(self.context, workspace)
         seconds = time.monotonic() - started
         others = {name for other in self.stages if other is not stage for name in other.writes}
+        others.update(stage.cedes)
         done = StageRecord(status="done", key=key, inputs=inputs, seconds=round(seconds, 3))
         home.install(workspace, stage.name, done, stage.writes, others)
         self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}, "done"))

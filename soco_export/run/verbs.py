@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from soco_export.recipe.load import list_recipes, load_recipe, lock
 from soco_export.run.folder import LOCK, read_lock
@@ -66,6 +67,35 @@ def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
 
     check_no_model(request)
     return export_folder(request, folder, notify)
+
+
+def sweep(
+    request: Request,
+    run: Path,
+    sizes: str | None = None,
+    weights: str | None = None,
+    notify: Notify = silent,
+) -> Outcome:
+    """Make and measure `run` at each of `sizes` ("0.9,0.8") in each type of `weights` ("same,int8"), one training."""
+    from soco_export.run.sweep import sweep_run
+
+    return sweep_run(request, run, sizes, weights, notify)
+
+
+def choose(
+    request: Request,
+    run: Path,
+    prefer: Literal["quality", "bytes", "speed"] = "quality",
+    notify: Notify = silent,
+    **limits: Any,
+) -> Outcome:
+    """Pick the point of the sweep of `run` that is best in what is preferred among those within every limit.
+
+    limits: `max_bytes` ("90MB"), `max_ppl_ratio`, `min_recovery`, `max_decode_ms`.
+    """
+    from soco_export.run.choice import choose_point, parse_limits
+
+    return choose_point(run, parse_limits(**limits), prefer)
 
 
 def validate(request: Request, folder: Path, against: Path | None = None, notify: Notify = silent) -> Outcome:

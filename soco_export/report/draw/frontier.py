@@ -11,11 +11,14 @@ from soco_export.report.schema import Results
 
 def draw(results: Results, material: Material, figure: Any) -> str:
     """Draw a point per size; no picture for fewer than two."""
-    points = sorted(material.frontier, key=lambda point: point.bytes_ratio)
+    measured = [point for point in material.frontier if point.perplexity_ratio is not None]
+    points = sorted(measured, key=lambda point: point.bytes_ratio)
     if len(points) < 2:
         return ""
     axes = figure.subplots()
-    axes.plot([p.bytes_ratio for p in points], [p.perplexity_ratio for p in points], "o-", color=MAIN)
+    for weights in dict.fromkeys(point.weights for point in points):
+        line = [(p.bytes_ratio, p.perplexity_ratio) for p in points if p.weights == weights]
+        axes.plot(*zip(*line, strict=True), "o-", color=MAIN)
     for point in points:
         at = (point.bytes_ratio, point.perplexity_ratio)
         if point.chosen:

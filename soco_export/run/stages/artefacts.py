@@ -162,7 +162,14 @@ FACTORS = Stage(
     make_factors,
     shared=True,
 )
-CHECKPOINT = Stage("checkpoint", ("model", "factors"), ("model.dtype",), ("hf", CARD_FILE), write_checkpoint)
+CHECKPOINT = Stage(
+    "checkpoint",
+    ("model", "factors"),
+    ("model.dtype",),
+    ("hf", CARD_FILE),
+    write_checkpoint,
+    cedes=("hf/README.md",),  # the report's, with the results
+)
 DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
 ONNX = Stage("onnx", ("checkpoint", "calibration"), ("export",), ("onnx", EXPORT_FILE), write_onnx)
 DENSE_ONNX = Stage("onnx-dense", ("model", "calibration"), ("export",), ("onnx-dense",), write_dense_onnx)

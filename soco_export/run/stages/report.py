@@ -14,6 +14,7 @@ from soco_export.files.json import read_config
 from soco_export.files.records import folder_bytes
 from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.recipe.recipe import Recipe
+from soco_export.report.frontier import read_frontier
 from soco_export.report.gates import GATES, GateSettings
 from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
@@ -26,6 +27,7 @@ from soco_export.run.names import (
     CARD_FILE,
     EXPORT_FILE,
     FACTORS_CURVE,
+    FRONTIER_FILE,
     PROOF_FILE,
     SCORES_CURVE,
     Format,
@@ -244,9 +246,11 @@ def gather(context: RunContext) -> Material:
     """Return what the reports show beside the figures; a run made before curves were kept has none."""
     curves = [context.path("scores", SCORES_CURVE), context.path("factors", FACTORS_CURVE)]
     samples = _read(context.path("proof", PROOF_FILE)).get("samples", [])
+    swept = context.folder.root / FRONTIER_FILE
     return Material(
         layers=RankPlan.load(context.path("plan", "plan.json")).layers,
         curves=[row for path in curves if path.exists() for row in read_curve(path)],
         samples=[Sample(**sample) for sample in samples],
         command=shlex.join(["soco-export", *context.folder.manifest.argv[1:]]),
+        frontier=read_frontier(swept) if swept.exists() else (),
     )

@@ -1,0 +1,156 @@
+"""Several sizes and types of weights from one training, each an ordinary run.
+
+    RUN                    spectrum, scores; the point of its own size and type
+    RUN/keep-0.8           another size: plan, factors, hf; its point in the run's own type
+    RUN/keep-0.8-int8      only what differs by type: onnx, evidence, report
+    RUN/dense-int8         the dense model in that type, which all sizes are timed against
+
+Nothing is trained or written twice: a point reads what it shares where it is made first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from soco_export.files.records import folder_bytes
+from soco_export.recipe.difference import differences
+from soco_export.recipe.recipe import Recipe
+from soco_export.report.frontier import dense_point, frontier_table, frontier_text, point_of
+from soco_export.report.material import FrontierPoint
+from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.run.context import RunContext
+from soco_export.run.folder import EVIDENCE_SECTIONS, open_folder
+from soco_export.run.manifest import StageRecord, stage_key
+from soco_export.run.names import FRONTIER_FILE, REPORT_FILES
+from soco_export.run.on_run import Homes, advance, check, report_again, trained_in
+from soco_export.run.pipeline import Stage
+from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe, table
+from soco_export.run.stages.artefacts import artefacts
+from soco_export.run.stages.evidence import EVIDENCE
+from soco_export.run.stages.training import TRAINING
+from soco_train import parallel
+from soco_train.errors import RecipeError
+from soco_train.events import Event, Notify
+from soco_train.settings import TYPES
+
+# what a size has in all types of weights: made in its own folder, in the run's type
+BY_SIZE = ("plan", "factors", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one point of a sweep is made: its folder, its recipe, and what lies in the folders of others."""
+
+    root: Path
+    recipe: Recipe
+    homes: Homes
+
+
+def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | None, notify: Notify) -> Outcome:
+    """Make and measure every size in every type of weights, and write what was found as the run's frontier.json.
+
+    A point that fails a gate is a point all the same. Raises RecipeError, before anything is made, for sizes and types
+    that are none, and for a point that cannot be exported.
+    """
+    recipe = run_recipe(run, request)
+    changed = recipe.override(request.overrides)
+    _check(recipe, changed)
+    wanted = [
+        place(run, changed, size, kind)
+        for kind in parse_weights(weights, changed.export.weights)
+        for size in parse_sizes(sizes, changed.keep_params)
+    ]
+    for point in wanted:
+        check(request, point.recipe, point.root, notify)
+    for number, point in enumerate(wanted, 1):
+        notify(Event("point", number, len(wanted), {"": str(point.root)}, "done"))
+        advance(request, point.recipe, point.root, _stages(point), notify, point.homes)
+    points = tuple(_points(run, wanted))
+    _record(run, changed, points)
+    if (run / RESULTS_FILE).is_file():  # its report shows the frontier
+        report_again(replace(request, set_=None), run, notify)
+    found = frontier_table(points)
+    assert found is not None
+    lines = [table(found.columns, found.rows), found.note, f"choose one: soco-export choose {run} --max-bytes …"]
+    return Outcome({"run": str(run), "points": [asdict(point) for point in points]}, "\n".join(lines))
+
+
+def _check(recipe: Recipe, changed: Recipe) -> None:
+    """Raise RecipeError where a sweep means nothing, or would vary something else."""
+    if parallel.launched():
+        raise RecipeError("a sweep is one process", fix="run it without torchrun: only the training gains by several")
+    if recipe.keep_bytes is not None:
+        raise RecipeError(
+            "this run was planned for bytes, which choose the types of weights themselves",
+            fix="sweep a run without keep_bytes, or soco-export export RUN --keep-bytes for each size",
+            where="recipe: keep_bytes",
+        )
+    keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
+    if keys:
+        raise RecipeError(
+            f"{', '.join(keys)} cannot change in a sweep",
+            fix="vary --keep-params and --weights; --set may change what measures and judges",
+            where="--set",
+        )
+
+
+def parse_weights(text: str | None, default: str) -> list[str]:
+    """Return the types of `--weights same,int8`; RecipeError for one that is none."""
+    found = [default] if text is None else [part.strip() for part in text.split(",")]
+    for kind in found:
+        if kind not in TYPES:
+            raise RecipeError(f"{kind!r} is no type of weights", fix=f"one of {', '.join(TYPES)}", where="--weights")
+    return list(dict.fromkeys(found))
+
+
+def place(run: Path, recipe: Recipe, size: float, weights: str) -> Place:
+    """Return where the point of `size` in `weights` is made, from a `run` with this recipe."""
+    own_size, own_type = size == recipe.keep_params, weights == recipe.export.weights
+    sized = recipe if own_size else recipe.replace({"keep_params": size})
+    base = run if own_size else run / f"keep-{size:g}"
+    shared = {} if own_size else dict(trained_in(run, recipe))
+    if own_type:
+        return Place(base, sized, shared | ({"onnx-dense": (run, recipe)} if shared else {}))
+    typed = sized.replace({"export.weights": weights})
+    dense = recipe.replace({"export.weights": weights})
+    homes: dict[str, tuple[Path, Recipe]] = {**trained_in(run, recipe), "onnx-dense": (run / f"dense-{weights}", dense)}
+    if recipe.optimise_for == "params":  # else the plan follows times that the type changes
+        homes |= {stage: (base, sized) for stage in BY_SIZE}
+    return Place(run / f"keep-{size:g}-{weights}", typed, homes)
+
+
+def _stages(point: Place) -> list[Stage[RunContext]]:
+    """Return the stages of a point; the model card beside a checkpoint that is another's stays as it is."""
+    stages = (*TRAINING, *artefacts(point.recipe, "onnx"), *EVIDENCE["onnx"])
+    if "checkpoint" not in point.homes:
+        return list(stages)
+    reports = tuple(name for name in REPORT_FILES if not name.startswith("hf/"))
+    return [replace(stage, writes=reports) if stage.name == "report" else stage for stage in stages]
+
+
+def _points(run: Path, wanted: Sequence[Place]) -> Iterator[FrontierPoint]:
+    """Yield the dense model once for each type, before the points of the type."""
+    own = run / "onnx-dense"
+    beside = folder_bytes(own) if own.is_dir() else 0
+    seen: set[str] = set()
+    for point in wanted:
+        results = Results.load(point.root)
+        kind = point.recipe.export.weights
+        dense = point.homes.get("onnx-dense", (run, None))[0] / "onnx-dense"
+        beside = beside or results.sizes.bytes["onnx-dense"]
+        if kind not in seen:
+            seen.add(kind)
+            yield dense_point(results, dense.relative_to(run).as_posix(), beside)
+        yield point_of(results, point.root.relative_to(run).as_posix(), beside)
+
+
+def _record(run: Path, recipe: Recipe, points: Sequence[FrontierPoint]) -> None:
+    """Put frontier.json into the run's evidence, in its manifest."""
+    text = frontier_text(points)
+    with open_folder(run, recipe) as folder:
+        work = folder.unfinished / f"frontier.{stage_key(text, {})[:12]}"
+        (work / FRONTIER_FILE).parent.mkdir(parents=True, exist_ok=True)
+        (work / FRONTIER_FILE).write_text(text, encoding="utf-8")
+        folder.install(work, "frontier", StageRecord(status="done", key=stage_key(text, {})), (FRONTIER_FILE,), set())

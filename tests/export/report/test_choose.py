@@ -1,0 +1,105 @@
+"""The choice among the points of a sweep: never one past a limit, the best by the stated order, monotone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from soco_export.report.choose import ORDERS, Choice, Limit, choose
+from soco_export.report.frontier import frontier_table, frontier_text, read_frontier
+from soco_export.report.material import FrontierPoint
+from soco_train.errors import DataError
+from tests.support.fresh import rng
+
+FIGURES = {"bytes": True, "perplexity_ratio": True, "recovery": False, "decode_ms": True}
+
+
+def some(random: np.random.Generator, low: float, high: float) -> float | None:
+    return None if random.random() < 0.1 else float(random.uniform(low, high))
+
+
+def points(random: np.random.Generator) -> list[FrontierPoint]:
+    return [
+        FrontierPoint(
+            name=f"point {number}",
+            bytes_ratio=float(random.uniform(0.1, 1)),
+            perplexity_ratio=some(random, 1, 2),
+            bytes=int(random.integers(1, 100)),
+            recovery=some(random, 0.5, 1),
+            decode_ms=some(random, 1, 10),
+            gates=str(random.choice(["passed", "", "unsure", "failed"], p=[0.5, 0.2, 0.1, 0.2])),
+        )
+        for number in range(int(random.integers(1, 12)))
+    ]
+
+
+def limits(random: np.random.Generator) -> list[Limit]:
+    ends = {"bytes": (20, 100), "perplexity_ratio": (1.1, 2), "recovery": (0.5, 0.9), "decode_ms": (3, 10)}
+    names = [name for name in FIGURES if random.random() < 0.6]
+    return [Limit(name, name, float(random.uniform(*ends[name])), FIGURES[name]) for name in names]
+
+
+def meets(point: FrontierPoint, limit: Limit) -> bool:
+    found = getattr(point, limit.figure)
+    return found is not None and (found <= limit.value if limit.at_most else found >= limit.value)
+
+
+def figures(point: FrontierPoint, prefer: str) -> list[float]:
+    order = {"quality": "perplexity_ratio bytes decode_ms", "bytes": "bytes perplexity_ratio decode_ms"}
+    names = order.get(prefer, "decode_ms perplexity_ratio bytes").split()
+    return [math.inf if getattr(point, name) is None else getattr(point, name) for name in names]
+
+
+@pytest.mark.parametrize("prefer", list(ORDERS))
+def test_the_best_of_those_that_fit_and_no_other(prefer: str) -> None:
+    random = rng()
+    for _ in range(300):
+        all_points, ends = points(random), limits(random)
+        found = choose(all_points, ends, prefer)
+        fits = [p for p in all_points if p.gates != "failed" and all(meets(p, end) for end in ends)]
+        assert (found.chosen is not None) == bool(fits)
+        if found.chosen:
+            assert found.chosen in fits
+            assert figures(found.chosen, prefer) == min(figures(p, prefer) for p in fits)
+        assert set(found.rejected) == {p.name for p in all_points} - {p.name for p in fits}
+
+
+def test_a_relaxed_limit_gives_nothing_worse() -> None:
+    random = rng()
+    for _ in range(300):
+        all_points, ends = points(random), limits(random)
+        looser = [replace(end, value=end.value * (1 + random.random() * (1 if end.at_most else -0.5))) for end in ends]
+        before, after = choose(all_points, ends), choose(all_points, looser)
+        if before.chosen:
+            assert after.chosen
+            assert figures(after.chosen, "quality") <= figures(before.chosen, "quality")
+        assert set(after.rejected) <= set(before.rejected)
+
+
+def test_each_reason_names_the_limit_and_the_nearest_misses_least() -> None:
+    small = FrontierPoint("small", 0.3, 1.5, bytes=30, decode_ms=2.0)
+    large = FrontierPoint("large", 0.9, 1.1, bytes=90, decode_ms=2.0)
+    unmeasured = FrontierPoint("dense int8", 0.4, None, bytes=40)
+    ends = [Limit("--max-bytes", "bytes", 80), Limit("--max-ppl-ratio", "perplexity_ratio", 1.05)]
+    found = choose([small, large, unmeasured], ends)
+    assert found == Choice(None, found.rejected, large)  # 12.5 % too many bytes, small 43 % too much perplexity
+    assert found.rejected["small"] == ("--max-ppl-ratio: perplexity_ratio is 1.5, above 1.05",)
+    assert len(found.rejected["large"]) == 2
+    assert found.rejected["dense int8"] == ("--max-ppl-ratio: perplexity_ratio was not measured",)
+
+
+def test_the_file_gives_back_what_was_written(tmp_path) -> None:
+    file = tmp_path / "frontier.json"
+    all_points = (*points(rng()), FrontierPoint("0.8", 0.8, 1.1, perplexity_interval=(1.05, 1.15), decode=1.2))
+    file.write_text(frontier_text(all_points))
+    assert read_frontier(file) == all_points
+    table = frontier_table(all_points)
+    assert table is not None
+    assert len(table.rows) == len(all_points)
+    for broken in ("[]", "{", '{"sweep_version": 2, "points": []}', '{"sweep_version": 1, "points": [{"name": 3}]}'):
+        file.write_text(broken)
+        with pytest.raises(DataError, match="no frontier of a sweep"):
+            read_frontier(file)

@@ -1,0 +1,78 @@
+"""A sweep of a finished run: points as ordinary runs that share what they can, one frontier, one choice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import contents, soco
+
+SWEEP = ("--keep-params", "0.8", "--weights", "same,int8", "--set", "bench.enabled=false")
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of a finished run at 0.6 that was swept at 0.8 in two types."""
+    run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("swept") / "tiny"))
+    ran = soco("sweep", run, *SWEEP)
+    assert ran.code == 0, ran.err
+    return run
+
+
+def test_what_is_shared_is_made_once(swept: Path, tiny_run: Path) -> None:
+    scores = (tiny_run / "scores.safetensors").read_bytes()
+    assert (swept / "scores.safetensors").read_bytes() == scores
+    for name, once in (("scores.safetensors", 1), ("factors.safetensors", 2), ("model.safetensors", 2)):
+        assert len(list(swept.rglob(name))) == once, name  # factors and checkpoints: of 0.6 and of 0.8
+    dense = {path.parent.name for path in swept.rglob("onnx-dense")}
+    assert dense == {"tiny", "dense-int8"}
+    assert {path.name for path in (swept / "keep-0.8-int8").iterdir()} >= {"onnx", "results.json", "report.html"}
+
+
+def test_the_frontier_says_what_the_runs_say(swept: Path) -> None:
+    manifest = json.loads((swept / "manifest.json").read_text())
+    assert list(manifest["stages"]["frontier"]["outputs"]) == ["evidence/frontier.json"]
+    found = {point["name"]: point for point in json.loads((swept / "evidence/frontier.json").read_text())["points"]}
+    assert list(found) == ["dense", "0.8", "dense int8", "0.8 int8"]
+    for name in ("0.8", "0.8 int8"):
+        results = json.loads((swept / found[name]["folder"] / "results.json").read_text())
+        assert found[name]["perplexity_ratio"] == results["perplexity"]["ratio"]
+        assert found[name]["bytes"] == results["sizes"]["bytes"]["onnx"]
+    assert "Sizes from one training" in (swept / "report.md").read_text()
+    assert "Size against quality" in (swept / "report.html").read_text()
+
+
+def test_the_same_sweep_does_nothing_again(swept: Path) -> None:
+    before = contents(swept)
+    ran = soco("sweep", swept, *SWEEP)
+    assert ran.code == 0, ran.err
+    assert " running" not in ran.err
+    changed = {name for name, data in contents(swept).items() if before.get(name) != data}
+    assert {Path(name).name for name in changed} <= {"manifest.json", "report.html", "report.md"}
+
+
+def test_one_is_chosen_and_the_others_have_a_reason(swept: Path) -> None:
+    best = json.loads(soco("choose", swept, "--max-ppl-ratio", "1.9", "--prefer", "bytes", "--json").out)
+    assert best["chosen"]["name"] == "0.8 int8"
+    assert Path(best["folder"]) == swept / "keep-0.8-int8"
+    none = soco("choose", swept, "--max-bytes", "1kB", "--json")
+    assert none.code == 3
+    assert json.loads(none.out)["nearest"]["weights"] == "int8"
+    assert len(json.loads(none.out)["rejected"]) == 4
+
+
+def test_what_means_nothing_is_refused(tiny_run: Path) -> None:
+    for flags, said in (
+        (("--weights", "int3"), "no type of weights"),
+        (("--keep-params", "2"), "(0, 1]"),
+        (("--set", "train.steps=9"), "train.steps cannot change in a sweep"),
+    ):
+        ran = soco("sweep", tiny_run, *flags)
+        assert ran.code == 2
+        assert said in ran.err
+    ran = soco("choose", tiny_run)
+    assert ran.code == 2
+    assert "soco-export sweep" in ran.err
