@@ -1,4 +1,4 @@
-"""`--tiny`: the same architecture, shrunk until the whole road takes less than a minute.
+"""`--tiny`: the same architecture, shrunk until a whole run takes less than a minute.
 
 Quirks stay (grouped heads, biases, q/k norms, sliding window, ties, rope scaling); sizes go. The weights are random,
 with a decaying spectrum and logits far from flat, so that pruning costs something and parity proves something.
@@ -22,6 +22,7 @@ POSITIONS = 1024
 WINDOW = 48
 BLOCK = 64
 VOCABULARY = 2048
+EXPERTS = 8
 LOGIT_SCALE = 2.5
 
 
@@ -48,7 +49,7 @@ def shrink_architecture(fields: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id": 0,
         "pad_token_id": None,
     }
-    for key in ("intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim"):
+    for key in ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim"):
         if fields.get(key):
             small[key] = _multiple(width * fields[key] / config.hidden_size)
     shrunk = dict(fields)
@@ -64,8 +65,14 @@ def _shrunk_quirks(fields: Mapping[str, Any], ratio: float, head_size: int) -> d
     small: dict[str, Any] = {}
     if fields.get("sliding_window"):
         small["sliding_window"] = WINDOW
-    if fields.get("max_window_layers"):
-        small["max_window_layers"] = min(LAYERS, fields["max_window_layers"])
+    # a pattern that comes once in so many layers still comes once in two
+    for key in ("max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"):
+        if fields.get(key):
+            small[key] = min(LAYERS, fields[key])
+    # as many experts as show that they are chosen among, and not all of them
+    if fields.get("num_experts", 0) > EXPERTS:
+        small["num_experts"] = EXPERTS
+        small["num_experts_per_tok"] = min(EXPERTS // 2, fields["num_experts_per_tok"])
     if fields.get("layer_types"):
         # the first and the last layer, so that a mixed pattern stays mixed
         small["layer_types"] = [fields["layer_types"][0], fields["layer_types"][-1]]
@@ -79,8 +86,8 @@ def _shrunk_quirks(fields: Mapping[str, Any], ratio: float, head_size: int) -> d
 def _shrunk_rope(key: str, value: Any, ratio: float, head_size: int) -> Any:
     if key == "original_max_position_embeddings":
         return max(1, round(value * ratio))
-    # longrope lists one factor for each rotated pair
-    return value[: HEAD_SIZE // 2] if isinstance(value, list) and len(value) == head_size // 2 else value
+    # longrope lists one factor for each rotated pair, which may be those of a part of the head
+    return value[: len(value) * HEAD_SIZE // head_size] if isinstance(value, list) else value
 
 
 def _multiple(size: float, of: int = 16) -> int:
@@ -99,8 +106,9 @@ def random_model(config: Any, seed: int) -> Any:
                     if id(parameter) not in tied or isinstance(module, nn.Embedding):
                         parameter.copy_(_random_values(module, name, parameter))
             head = model.get_output_embeddings()
-            if id(head.weight) not in tied:
-                head.weight.mul_(LOGIT_SCALE)
+            # Granite divides its logits by a constant, which would leave them flat
+            divisor = getattr(config, "logits_scaling", None) or 1.0
+            head.weight.mul_(divisor * (1.0 if id(head.weight) in tied else LOGIT_SCALE))
     return model
 
 

@@ -41,9 +41,30 @@ def test_every_shipped_recipe_parses_and_survives_its_lock(name: str, tmp_path: 
 
 
 def test_the_promised_recipes_are_there() -> None:
-    promised = """llama-2-7b llama-3.1-8b llama-3.2-1b llama-3.2-3b mistral-7b mixtral-8x7b qwen2.5-7b qwen3-0.6b qwen3-1.7b
-        qwen3-4b qwen3-8b qwen3-30b-a3b gemma-3-1b phi-4-mini smollm2-135m smollm2-360m smollm2-1.7b smollm3-3b
-        granite-3.3-2b olmo-2-1b opt-6.7b tiny""".split()
+    promised = [
+        "llama-2-7b",
+        "llama-3.1-8b",
+        "llama-3.2-1b",
+        "llama-3.2-3b",
+        "mistral-7b",
+        "mixtral-8x7b",
+        "qwen2.5-7b",
+        "qwen3-0.6b",
+        "qwen3-1.7b",
+        "qwen3-4b",
+        "qwen3-8b",
+        "qwen3-30b-a3b",
+        "gemma-3-1b",
+        "phi-4-mini",
+        "smollm2-135m",
+        "smollm2-360m",
+        "smollm2-1.7b",
+        "smollm3-3b",
+        "granite-3.3-2b",
+        "olmo-2-1b",
+        "opt-6.7b",
+        "tiny",
+    ]
     assert set(promised) <= set(list_recipes())
     assert "base" not in list_recipes()
     assert "base" in list_recipes(abstract=True)
