@@ -359,7 +359,14 @@ def gate(
 
 
 @recipes.command("list", cls=Verb)
-def recipes_list(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+def recipes_list(
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Those that are laid over a model's own with --recipe.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """List the recipes that come with the package."""
     _call("recipes_list", locals())
 
@@ -372,7 +379,7 @@ def recipes_show(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Print a recipe with everything resolved."""
+    """Print a recipe with everything resolved, or what an overlay sets."""
     _call("recipes_show", locals())
 
 

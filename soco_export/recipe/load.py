@@ -82,6 +82,16 @@ def list_recipes(abstract: bool = False) -> dict[str, Path]:
     return {name: file for name, file in names.items() if abstract or not ("/" in name or name == "base")}
 
 
+def list_overlays() -> dict[str, Path]:
+    """Return the shipped recipes that name no model and are laid over one (`--recipe`): methods/…, shared/…."""
+    return {name: file for name, file in list_recipes(abstract=True).items() if "/" in name}
+
+
+def read_overlay(name: str) -> dict[str, Any]:
+    """Return the settings of a shipped overlay, its parents' merged in, and nothing of a model's or of the defaults."""
+    return _read_chain(list_overlays()[name], ())[0]
+
+
 def lock(recipe: Recipe) -> str:
     """Return the recipe as YAML with everything resolved; `load_recipe` of it gives the equal recipe."""
     values = recipe.model_dump(mode="json", by_alias=True)

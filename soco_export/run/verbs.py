@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from soco_export.recipe.load import list_recipes, load_recipe, lock
+from soco_export.recipe.load import list_overlays, list_recipes, load_recipe, lock, read_overlay
+from soco_export.recipe.merge import overridden
+from soco_export.recipe.yaml import write_yaml
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.manifest import check_unchanged
 from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_byte_sizes, parse_sizes
@@ -152,15 +154,21 @@ def gate(
     return gate_run(run, baseline, tolerances)
 
 
-def recipes_list(request: Request, notify: Notify = silent) -> Outcome:
-    """List the shipped recipes with their descriptions."""
-    found = {name: load_recipe(name).description for name in list_recipes()}
+def recipes_list(request: Request, methods: bool = False, notify: Notify = silent) -> Outcome:
+    """List the shipped recipes with their descriptions; with `methods` those that are laid over a model's own."""
+    if methods:
+        found = {name: read_overlay(name).get("description", "") for name in list_overlays() if "methods/" in name}
+    else:
+        found = {name: load_recipe(name).description for name in list_recipes()}
     width = max(map(len, found))
     return Outcome({"recipes": found}, "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in found.items()))
 
 
 def recipes_show(request: Request, name: str, notify: Notify = silent) -> Outcome:
-    """Show a recipe with everything resolved."""
+    """Show a recipe with everything resolved; of an overlay what it sets, since the rest is the model's."""
+    if name in list_overlays():
+        values = overridden(read_overlay(name), request.overrides)[0]
+        return Outcome(values, f"# Lay it over a model: --recipe {name}\n{write_yaml(values)}".rstrip("\n"))
     recipe = load_recipe(name, request.overrides)
     return Outcome(recipe.model_dump(mode="json", by_alias=True), lock(recipe).rstrip("\n"))
 

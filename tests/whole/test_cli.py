@@ -211,6 +211,18 @@ def test_recipes() -> None:
     assert soco("recipes", "check").code == 0
 
 
+def test_overlays_are_listed_apart_and_shown_as_what_they_set() -> None:
+    listed = json.loads(soco("recipes", "list", "--methods", "--json").out)["recipes"]
+    assert "methods/svd-llm" in listed
+    assert not set(listed) & set(json.loads(soco("recipes", "list", "--json").out)["recipes"])
+    assert all(listed.values()), "each says what it is"
+    shown = json.loads(soco("recipes", "show", "methods/two-sided-distilled", "--json").out)
+    assert shown["refine"]["distill"]["steps"] == 100
+    assert shown["train"]["basis"] == "two-sided", "from what it extends"
+    assert "model" not in shown
+    assert "gates" not in shown
+
+
 def test_a_broken_recipe_fails_the_check(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: tiny\ntrain: {stepz: 4}\n")
     ran = soco("recipes", "check", "tiny", "mine.yaml")

@@ -27,6 +27,7 @@ def test_they_import_nothing_heavy(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, run)
     commands = [
         ["recipes", "list"],
+        ["recipes", "list", "--methods"],
         ["recipes", "show", "tiny"],
         ["recipes", "check", "tiny"],
         ["doctor"],
