@@ -17,6 +17,7 @@ from torch import nn
 from soco_train import method
 from soco_train.data.corpus import fingerprint
 from soco_train.events import Notify, silent
+from soco_train.modules.sites import opened
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
@@ -41,11 +42,12 @@ def learn_scores(
     Linear matches or a name is unknown, DataError for weights or losses that are not finite.
     """
     train, plan = train or TrainSettings(), plan or PlanSettings()
-    subject = method.open_subject(model, layers or LayerSettings(), tokens, _spectra(workdir))
-    method.make_spectra(subject, train, notify, afresh=True)
-    found = [fingerprint(tokens), *(subject.spectra[name].sigma.tolist() for name in subject.linears)]
-    named = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    return method.learn_scores(subject, train, plan, Session(workdir / "scores", notify, named))
+    with opened(model):
+        subject = method.open_subject(model, layers or LayerSettings(), tokens, _spectra(workdir))
+        method.make_spectra(subject, train, notify, afresh=True)
+        found = [fingerprint(tokens), *(subject.spectra[name].sigma.tolist() for name in subject.linears)]
+        named = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        return method.learn_scores(subject, train, plan, Session(workdir / "scores", notify, named))
 
 
 def cut_factors(
@@ -64,12 +66,13 @@ def cut_factors(
     result, unless they were trained as rounded. Raises RecipeError for what distillation cannot do, DataError for a
     loss that is not finite.
     """
-    layers = {name: model.get_submodule(name) for name in plan.layers}
-    linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    subject = Subject(model, linears, SpectrumStore(_spectra(workdir)), tokens)
     seed = int(scores.provenance.get("train", {}).get("seed", 0))
     session = Session(workdir / "factors", notify, fingerprint(tokens), seed)
-    return method.cut_factors(subject, scores, plan, refine or RefineSettings(), session).made()
+    with opened(model):
+        layers = {name: model.get_submodule(name) for name in plan.layers}
+        linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        subject = Subject(model, linears, SpectrumStore(_spectra(workdir)), tokens)
+        return method.cut_factors(subject, scores, plan, refine or RefineSettings(), session).made()
 
 
 def _spectra(workdir: Path) -> Path:

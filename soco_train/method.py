@@ -19,6 +19,7 @@ from torch import nn
 
 from soco_train.events import Notify, silent
 from soco_train.modules.layers import select_linears
+from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.ladder import refine
@@ -33,8 +34,10 @@ from soco_train.store.spectra import SpectrumStore
 def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, spectra: Path) -> Subject:
     """Return the layers of `model` that take part, with calibration tokens [n, t] and the folder of their spectra.
 
-    The spectra need not be there yet. Raises RecipeError if no layer matches.
+    The spectra need not be there yet. The model's sites stay open (modules/sites.py). Raises RecipeError if no layer
+    matches.
     """
+    open_sites(model)
     return Subject(model, select_linears(model, layers), SpectrumStore(spectra), tokens)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from soco_train.errors import DataError
 from soco_train.forms.base import FactoredLinear, LayerFactors
 from soco_train.forms.registry import LazyLayers, forms_of, from_factors
 from soco_train.modules.layers import replace_module
+from soco_train.modules.sites import as_linear, as_stored
 from soco_train.settings import WeightType
 from soco_train.store.factors import Factors
 
@@ -32,9 +34,9 @@ def apply_factors(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> None:
-    """Replace each Linear that `factors` names, keeping its mode, and its dtype and device unless they are given.
+    """Replace each layer that `factors` names, keeping its mode, and its dtype and device unless they are given.
 
-    A layer of full rank becomes one dense nn.Linear. On the device `meta` layers have shapes alone; `replacement` gives
+    A layer of full rank becomes one dense module. On the device `meta` layers have shapes alone; `replacement` gives
     the values. Raises DataError, with the model untouched, if a name is not a Linear of the model or a shape differs.
     """
     layers = factors.layers if isinstance(factors, Factors) else factors
@@ -44,24 +46,35 @@ def apply_factors(
         _check_same_layer(name, modules.get(name), form)
     del modules  # with it the dense weights, one at a time as they are replaced
     for name, layer in (forms if str(device) == "meta" else layers).items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        module = replacement(layer, dtype or linear.weight.dtype, device or linear.weight.device)
-        replace_module(model, name, module.train(linear.training))
+        replaced = model.get_submodule(name)
+        weight = cast(torch.Tensor, replaced.weight)
+        module = replacement(layer, dtype or weight.dtype, device or weight.device, type(replaced))
+        replace_module(model, name, module.train(replaced.training))
     record_layers(model)
 
 
-def replacement(layer: LayerFactors, dtype: torch.dtype, device: torch.device | str | None = None) -> nn.Module:
-    """Return what `apply_factors` puts in the place of a Linear; a product is formed before anything is rounded."""
+def replacement(
+    layer: LayerFactors,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    stands_for: type[nn.Module] = nn.Linear,
+) -> nn.Module:
+    """Return what `apply_factors` puts in the place of a module of the class `stands_for`.
+
+    A product is formed before anything is rounded.
+    """
     sizes = from_factors(layer, device="meta")
     if sizes.rank < sizes.out_features:
-        return from_factors(layer, dtype, device)
-    return from_factors(layer, device=device).to_linear().to(dtype)
+        factored = from_factors(layer, dtype, device)
+        factored.stands_for = stands_for
+        return factored
+    return as_stored(from_factors(layer, device=device).to_linear().to(dtype), stands_for)
 
 
 def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
     m, n = layer.shape
-    if not isinstance(module, nn.Linear) or module.weight.shape != (m, n):
+    site = None if module is None else as_linear(module)
+    if site is None or site.weight.shape != (m, n):
         raise DataError(
             f"the factors of {name} make a Linear of {m} × {n}, the model has {module or 'nothing'} there",
             fix="use the factors of this model's own run",
@@ -74,10 +87,15 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
 
+def dense_module(module: FactoredLinear) -> nn.Module:
+    """Return the dense module of the model's own class with the map of a pruned one."""
+    return as_stored(module.to_linear(), module.stands_for)
+
+
 def merge_dense(model: nn.Module) -> None:
-    """Replace each pruned module by one nn.Linear with the same map; the product is formed in float32 or float64."""
+    """Replace each pruned module by a dense one with the same map; the product is formed in float32 or float64."""
     for name, module in factored_layers(model).items():
-        replace_module(model, name, module.to_linear())
+        replace_module(model, name, dense_module(module))
     record_layers(model)
 
 

@@ -24,6 +24,7 @@ from soco_train.errors import DataError
 from soco_train.forms.base import FORMS
 from soco_train.forms.registry import from_factors
 from soco_train.modules.layers import replace_module
+from soco_train.modules.sites import as_linear
 
 
 class SocoExportConfig(QuantizationConfigMixin):
@@ -102,17 +103,18 @@ class SocoExportQuantizer(HfQuantizer):
 def _place(name: str, modules: dict[str, nn.Module], prefix: str) -> str:
     """Return where layer `name` is in this model, which may be the base model of the one that was saved."""
     for place in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if isinstance(modules.get(place), nn.Linear):
+        if place in modules and as_linear(modules[place]) is not None:
             return place
     raise DataError(
-        f"the checkpoint has pruned {name}, but the model has no Linear there",
+        f"the checkpoint has pruned {name}, but the model has no such layer there",
         fix="load it with the class that config.json names under architectures",
         where=f"config.json: quantization_config.layers.{name}",
     )
 
 
-def _empty_like(linear: nn.Module, name: str, layer: dict[str, Any]) -> nn.Module:
-    assert isinstance(linear, nn.Linear)
+def _empty_like(replaced: nn.Module, name: str, layer: dict[str, Any]) -> nn.Module:
+    linear = as_linear(replaced)
+    assert linear is not None
     if layer["rank"] >= linear.out_features:
         raise DataError(
             f"the record of {name} says rank {layer['rank']} for a layer of {linear.out_features} outputs",
@@ -120,4 +122,6 @@ def _empty_like(linear: nn.Module, name: str, layer: dict[str, Any]) -> nn.Modul
             where=f"config.json: quantization_config.layers.{name}",
         )
     numbers = FORMS[layer["kind"]].blank(linear.out_features, linear.in_features, layer["rank"], layer["bias"])
-    return from_factors(numbers, linear.weight.dtype, "meta").train(linear.training)
+    factored = from_factors(numbers, linear.weight.dtype, "meta")
+    factored.stands_for = type(replaced)
+    return factored.train(replaced.training)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from soco_export.checkpoint.biases import check_dense_parts
 from soco_export.checkpoint.layers import replacement
@@ -21,7 +22,7 @@ from soco_export.checkpoint.writer import SHARD, finish, save_checkpoint
 from soco_export.files.json import read_config
 from soco_export.files.replacing import replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
-from soco_train.forms.base import LayerFactors
+from soco_train.forms.base import FactoredLinear, LayerFactors
 from soco_train.modules.layers import replace_module
 from soco_train.store.tensorfile import Pending
 
@@ -43,7 +44,8 @@ def stream_checkpoint(
     """
     if not model.name_or_path or getattr(model, "_weight_conversions", None):
         for name, layer in layers.items():
-            replace_module(model, name, replacement(layer, dtype))
+            stood_for = _stood_for(model.get_submodule(name))
+            replace_module(model, name, replacement(layer, dtype, stands_for=stood_for))
         save_checkpoint(model.to(dtype=dtype), tokenizer, out, card, max_shard_size)
         return
     check_dense_parts(model)
@@ -61,7 +63,8 @@ def _pending(model: Any, layers: Mapping[str, LayerFactors], dtype: torch.dtype)
 
     @lru_cache(maxsize=1)  # the tensors of a layer are written one after the other
     def state_of(layer: str) -> Mapping[str, torch.Tensor]:
-        return replacement(layers[layer], dtype).state_dict()
+        stood_for = _stood_for(model.get_submodule(layer))
+        return replacement(layers[layer], dtype, stands_for=stood_for).state_dict()
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -79,6 +82,11 @@ def _pending(model: Any, layers: Mapping[str, LayerFactors], dtype: torch.dtype)
     # layer by layer, as transformers 5 divides a model into shards
     ordered = sorted(found.values(), key=lambda entry: _natural(entry[0]))
     return {name: Pending(cast(tensor.to("meta")), partial(read, name, tensor)) for name, tensor in ordered}
+
+
+def _stood_for(module: nn.Module) -> type[nn.Module]:
+    """Return the class of the module that the model had in this place."""
+    return module.stands_for if isinstance(module, FactoredLinear) else type(module)
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:

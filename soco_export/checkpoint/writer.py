@@ -16,7 +16,7 @@ from torch import nn
 
 from soco_export.checkpoint.biases import check_dense_parts, fit_biases
 from soco_export.checkpoint.card import render_card, summarise
-from soco_export.checkpoint.layers import factored_layers, record_layers
+from soco_export.checkpoint.layers import dense_module, factored_layers, record_layers
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.record import PLAN_KEY
 from soco_export.checkpoint.shards import check_values
@@ -71,8 +71,8 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, module in factored_layers(model).items():
         for part in module.state_dict():
             del state[f"{name}.{part}"]
-        linear = module.to_linear()
-        state.update({f"{name}.{part}": tensor for part, tensor in linear.state_dict().items()})
+        dense = dense_module(module)
+        state.update({f"{name}.{part}": tensor for part, tensor in dense.state_dict().items()})
     return state
 
 

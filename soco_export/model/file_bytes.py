@@ -14,6 +14,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.modules.layers import select_linears
+from soco_train.modules.sites import open_sites
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, menus_of
 from soco_train.settings import TABLE_TYPES, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, no_damage
@@ -41,6 +42,7 @@ class FileBytes:
         self.architecture = architecture
         model = dense_skeleton(recipe)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        open_sites(model)
         self.linears = {
             name: (linear.out_features, linear.in_features)
             for name, linear in select_linears(model, recipe.layers).items()

@@ -20,6 +20,7 @@ from torch import nn
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
+from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
 from soco_train.numbers.pair import chain_error, kappa, product
@@ -100,6 +101,7 @@ def calibrate(
     from soco_export.checkpoint.load import load_checkpoint
 
     model = load_checkpoint(folder).requires_grad_(False)
+    open_sites(model)
     layers = _layers(model, settings)
     _check_tokens(layers, tokens.numel())
     figures: dict[str, LayerRounding] = {}
@@ -139,7 +141,7 @@ def _table_serves(model: nn.Module, embedding: nn.Module, settings: ExportSettin
 
 
 def _is_known(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or getattr(module, "kind", "") == "stacked"
+    return is_linear(module) or getattr(module, "kind", "") == "stacked"
 
 
 def _check_tokens(layers: Mapping[str, nn.Linear], tokens: int) -> None:

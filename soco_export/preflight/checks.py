@@ -165,11 +165,13 @@ def check_biases(recipe: Recipe) -> None:
     from soco_export.checkpoint.biases import check_bias_places
     from soco_export.model.load import dense_skeleton
     from soco_train.modules.layers import select_linears
+    from soco_train.modules.sites import open_sites
     from soco_train.scores.registry import find_scorer
 
     if not find_scorer(recipe.train.scorer).deviates(recipe.train):
         return
     model = dense_skeleton(recipe)
+    open_sites(model)
     check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
 
 

@@ -22,9 +22,11 @@ def measure(recipe: Recipe) -> ModelShape:
     """
     from soco_export.model.load import dense_skeleton
     from soco_train.modules.layers import select_linears
+    from soco_train.modules.sites import open_sites
 
     model = dense_skeleton(recipe)
     config = model.config
+    open_sites(model)
     linears = select_linears(model, recipe.layers)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return ModelShape(

@@ -68,6 +68,7 @@ class FactoredLinear(nn.Module):
     height_part: ClassVar[str]  # the tensor whose first axis has out_features entries
     bias_part: ClassVar[str] = "bias"
     order_part: ClassVar[str | None] = None  # the tensor that says in which order the outputs come, if not in their own
+    stands_for: type[nn.Module] = nn.Linear  # the class of the module in whose place it is
 
     def __init__(
         self,

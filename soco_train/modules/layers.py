@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from soco_train.errors import RecipeError
+from soco_train.modules.sites import is_linear
 from soco_train.settings import LayerSettings
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,7 +24,7 @@ class Teacher(Protocol):
 
 
 def select_linears(model: nn.Module, settings: LayerSettings) -> dict[str, nn.Linear]:
-    """Return the participating `nn.Linear` modules by qualified name, in model order.
+    """Return the participating Linears by qualified name, in model order; other layouts once `open_sites` was called.
 
     A module takes part if a glob of `include` matches its name and none of `exclude` does. Modules whose weight is
     shared with another parameter (a tied head) never take part. Raises RecipeError if nothing matches.
@@ -34,7 +35,10 @@ def select_linears(model: nn.Module, settings: LayerSettings) -> dict[str, nn.Li
     chosen = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and owners[id(module.weight)] == 1 and _matches(name, settings)
+        if isinstance(module, nn.Linear)
+        and is_linear(module)
+        and owners[id(module.weight)] == 1
+        and _matches(name, settings)
     }
     if not chosen:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

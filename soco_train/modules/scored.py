@@ -42,22 +42,21 @@ class ScoredProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, s: torch.Tensor, P: torch.Tensor, B: torch.Tensor, shift: torch.Tensor | None
     ) -> torch.Tensor:
-        """x: [..., n], s: [k], P: [m, k], B: [k, n], shift: [m] or None → [..., m]."""
-        z = x.flatten(0, -2) @ B.t()
+        """x: [t, n], s: [k], P: [m, k], B: [k, n], shift: [m] or None → [t, m]."""
+        z = x @ B.t()
         ctx.save_for_backward(z, s, P, B)
-        ctx.lead, ctx.shift_dtype = x.shape[:-1], None if shift is None else shift.dtype
+        ctx.shift_dtype = None if shift is None else shift.dtype
         # the shift rides along with the product; added afterwards it would cost another pass over y
         scaled = z * s.to(z.dtype)
-        y = scaled @ P.t() if shift is None else torch.addmm(shift.to(z.dtype), scaled, P.t())
-        return y.unflatten(0, ctx.lead)
+        return scaled @ P.t() if shift is None else torch.addmm(shift.to(z.dtype), scaled, P.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, s and the shift; sums over tokens run in the dtype of s and of the shift."""
         z, s, P, B = ctx.saved_tensors
-        delta = gradients[0].flatten(0, -2)
+        delta = gradients[0]
         h = delta @ P
-        grad_x = ((h * s.to(h.dtype)) @ B).unflatten(0, ctx.lead) if ctx.needs_input_grad[0] else None
+        grad_x = (h * s.to(h.dtype)) @ B if ctx.needs_input_grad[0] else None
         grad_s = h.mul_(z).sum(0, dtype=s.dtype) if ctx.needs_input_grad[1] else None  # h is not needed any more
         grad_shift = delta.sum(0, dtype=ctx.shift_dtype) if ctx.needs_input_grad[4] else None
         return grad_x, grad_s, None, None, grad_shift
@@ -91,7 +90,10 @@ class ScoredLinear(nn.Module):
         if self.teaching or self.left_dense:
             return self.dense(x)
         shift = self.d if self.dense.bias is None else self.dense.bias if self.d is None else self.d + self.dense.bias
-        return ScoredProduct.apply(x.to(self.P.dtype), self.s[self.index], self.P, self.B, shift).to(x.dtype)
+        rows = x.to(self.P.dtype).flatten(0, -2)
+        y = ScoredProduct.apply(rows, self.s[self.index], self.P, self.B, shift)
+        # shaped out here, for a model may change in place what a layer returns, but no view made inside the function
+        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
     @torch.no_grad()
     def compact(self, support: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from soco_train.modules.sites import as_linear
+
 BASE = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -67,10 +69,11 @@ def factor(model: torch.nn.Module, folder: Path, kinds: dict[str, tuple[str, int
     """Write `model` with the Linears of `kinds` (suffix → kind, rank) factored, and put the same maps into `model`."""
     save_dense(model, folder)
     tensors, layers = load_file(folder / "model.safetensors"), {}
-    for name, linear in model.named_modules():
+    for name, module in model.named_modules():
         kind, rank = next((value for suffix, value in kinds.items() if name.endswith(suffix)), (None, 0))
         if kind is None:
             continue
+        linear = as_linear(module)
         m, n = linear.weight.shape
         left, right = torch.randn(m, rank) / rank**0.5, torch.randn(rank, n) / n**0.5
         if kind == "stacked":

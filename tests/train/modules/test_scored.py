@@ -25,7 +25,7 @@ def spectrum(weight: torch.Tensor, whitened: bool) -> Spectrum:
 def test_gradients_match_finite_differences(whitened: bool, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, dtype=torch.float64)
     parts = spectrum(weight, whitened)
-    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, shape[1], dtype=torch.float64, requires_grad=True)
     s = torch.rand(min(shape), dtype=torch.float64, requires_grad=True)
     d = torch.randn(shape[0], dtype=torch.float64, requires_grad=True)
     for inputs in ((x, s, parts.P, parts.B, d), (x, s, parts.P, parts.B, None)):
@@ -99,3 +99,15 @@ def test_teacher_mode_ignores_scores_and_records_no_gradient() -> None:
     assert torch.equal(taught, linear(x))
     assert not taught.requires_grad
     assert not torch.allclose(layer(x), taught)
+
+
+def test_a_model_may_change_in_place_what_a_layer_returns() -> None:
+    """OLMo clips queries, and Falcon adds attention to the MLP's output, in place."""
+    linear = nn.Linear(5, 7).double()
+    layer = ScoredLinear(linear, spectrum(linear.weight.detach(), False), torch.float64)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.clamp_(-0.5, 0.5)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(linear(x).clamp(-0.5, 0.5).sum(), x)
+    torch.testing.assert_close(found, expected)
