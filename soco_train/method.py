@@ -19,6 +19,7 @@ from torch import nn
 
 from soco_train.events import Notify, silent
 from soco_train.modules.layers import select_linears
+from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
@@ -38,7 +39,8 @@ def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, 
     matches.
     """
     open_sites(model)
-    return Subject(model, select_linears(model, layers), SpectrumStore(spectra), tokens)
+    linears = select_linears(model, layers)
+    return Subject(model, linears, SpectrumStore(spectra), tokens, left_out(model, linears, layers))
 
 
 def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> None:
@@ -51,8 +53,13 @@ def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent
 
 
 def learn_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
-    """Give every component its importance with `train.scorer`, heading for the size of `plan`; see `train_scores`."""
-    return train_scores(subject, train, plan, session)
+    """Give every component its importance with `train.scorer`, heading for the size of `plan`; see `train_scores`.
+
+    What takes no part, and why, joins the provenance, if there is anything.
+    """
+    scores = train_scores(subject, train, plan, session)
+    rest = {name: [weight.shape, weight.reason] for name, weight in subject.left_out.items()}
+    return Scores(scores.layers, {**scores.provenance, "left_out": rest}) if rest else scores
 
 
 def cut_factors(

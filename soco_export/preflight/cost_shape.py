@@ -41,6 +41,22 @@ def measure(recipe: Recipe) -> ModelShape:
     )
 
 
+def participation_notes(recipe: Recipe) -> list[str]:
+    """Return which weights of the blocks the recipe leaves out, and the share that takes part; errors as `measure`."""
+    from soco_export.model.load import dense_skeleton
+    from soco_train.modules.layers import select_linears
+    from soco_train.modules.participation import left_out
+    from soco_train.modules.sites import open_sites
+    from soco_train.plan.left_out import notes
+
+    model = dense_skeleton(recipe)
+    open_sites(model)
+    linears = select_linears(model, recipe.layers)
+    selected = sum(linear.weight.numel() for linear in linears.values())
+    keep = None if recipe.keep_bytes else recipe.keep_params
+    return list(notes(selected, left_out(model, linears, recipe.layers), keep))
+
+
 def host(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of a host that passes weights on: a few at a time, for all others are pages of their files.
 

@@ -110,6 +110,7 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
         return
     from soco_export.model.source import find_folder
     from soco_export.preflight.checks import check_everything
+    from soco_export.preflight.cost_shape import participation_notes
     from soco_train.spectra.bases import find_basis
 
     find_basis(recipe.train.basis)
@@ -117,7 +118,7 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
     check_apart(root, [folder] if folder else [])
     check_folder(root, recipe, request.fresh)
     check_everything(recipe, root, request.format)
-    for note in _unread(request, recipe):
+    for note in [*_unread(request, recipe), *participation_notes(recipe)]:
         notify(Event("check", 1, 1, {"": note}, "done"))
 
 
@@ -226,9 +227,10 @@ def cost_card(recipe: Recipe, request: Request) -> Outcome:
     """Answer with what the run would cost; no network, no weights, nothing written."""
     from soco_export.preflight.checks import check_recipe
     from soco_export.preflight.cost import estimate, measure
+    from soco_export.preflight.cost_shape import participation_notes
 
     check_recipe(recipe, request.format)
     card = estimate(recipe, measure(recipe), request.format)
-    notes = _unread(request, recipe)
+    notes = [*_unread(request, recipe), *participation_notes(recipe)]
     text = "\n".join([*card.lines(), *(f"note: {note}" for note in notes)])
     return Outcome(card.document() | ({"notes": notes} if notes else {}), text)

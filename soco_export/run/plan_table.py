@@ -120,4 +120,15 @@ def _layers(plan: RankPlan, total: int) -> str:
         why = layer.reason if not plan.bytes else ""
         rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", " ".join(filter(None, stored)) or why))
     tables = [(name, "", "", "", "", kind) for name, kind in plan.weights.items() if name not in plan.layers]
-    return f"{table(LAYER_HEADER, [*rows, *tables])}\n{plan.describe(total)}"
+    rest = [
+        (
+            name,
+            "×".join(map(str, weight.shape)),
+            "left out",
+            f"{weight.numbers:,}",
+            f"{weight.numbers:,}",
+            weight.reason,
+        )
+        for name, weight in plan.left_out.items()
+    ]
+    return f"{table(LAYER_HEADER, [*rows, *tables, *rest])}\n{plan.describe(total)}"

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from soco_train.events import Notify, silent
+from soco_train.plan.left_out import LeftOut
 from soco_train.store.spectra import Spectrum
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A dense model, its participating Linears and their spectra by name, and calibration tokens [n, t] int64."""
+    """A dense model, its participating Linears and their spectra by name, and calibration tokens [n, t] int64.
+
+    `left_out`: weights of its blocks that take no part, by tensor name.
+    """
 
     model: nn.Module
     linears: Mapping[str, nn.Linear]
     spectra: Mapping[str, Spectrum]
     tokens: torch.Tensor
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

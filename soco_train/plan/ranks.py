@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,7 @@ from soco_train.plan.allocation import (
     refuse_impossible,
     uniform_ranks,
 )
+from soco_train.plan.left_out import LeftOut, taking_part
 from soco_train.settings import Allocation, PlanSettings, Storage, WeightType
 from soco_train.store.bounded import MADE_ANEW, parse_object, read_text
 
@@ -62,6 +63,7 @@ class RankPlan:
     """One rank per participating layer, in model order, and the settings it answers.
 
     `bytes`: types and forms, layer by layer, where bytes were the budget; else every layer is stored as `storage`.
+    `left_out`: weights of the blocks that take no part, by tensor name.
     """
 
     layers: Mapping[str, LayerPlan]
@@ -69,6 +71,7 @@ class RankPlan:
     storage: Storage
     allocation: Allocation
     bytes: BytePlan | None = None
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     @property
     def forms(self) -> Mapping[str, Storage]:
@@ -108,6 +111,8 @@ class RankPlan:
             f"(selected {_millions(before)} → {_millions(after)}) · "
             f"{len(self.dense_layers)} of {len(self.layers)} layers left dense"
         )
+        if self.left_out:
+            text = f"{text} · {taking_part(before, self.left_out):.1%} of the blocks' weights take part"
         if self.bytes is None:
             return f"{text} · stored {self.storage}"
         return f"{text} · {self.bytes.written:,} of {self.bytes.keep_bytes:,} bytes"
@@ -118,6 +123,8 @@ class RankPlan:
         document = asdict(self)
         if self.bytes is None:
             del document["bytes"]
+        if not self.left_out:
+            del document["left_out"]
         return json.dumps(document | totals, indent=2) + "\n"
 
     @staticmethod
@@ -168,6 +175,15 @@ class _Bytes(BaseModel):
     weights: dict[str, WeightType]
 
 
+class _LeftOut(BaseModel):
+    """A weight of a plan.json that takes no part."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=2, max_length=8)
+    reason: str
+
+
 class _Plan(BaseModel):
     """plan.json, checked; a plan of no layers is none."""
 
@@ -178,6 +194,7 @@ class _Plan(BaseModel):
     storage: Storage
     allocation: Allocation
     bytes: _Bytes | None = None
+    left_out: dict[str, _LeftOut] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known_layers(self) -> _Plan:
@@ -191,7 +208,8 @@ class _Plan(BaseModel):
             for name, layer in self.layers.items()
         }
         chosen = BytePlan(**dict(self.bytes)) if self.bytes else None
-        return RankPlan(layers, self.keep_params, self.storage, self.allocation, chosen)
+        rest = {name: LeftOut(tuple(weight.shape), weight.reason) for name, weight in self.left_out.items()}
+        return RankPlan(layers, self.keep_params, self.storage, self.allocation, chosen, rest)
 
 
 def _millions(count: int) -> str:
@@ -226,7 +244,8 @@ def plan_ranks(
         allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
         survivors = allocate(ladders, importances, budget)
     layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))
-    return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation)
+    rest = {name: LeftOut(tuple(shape), why) for name, (shape, why) in scores.provenance.get("left_out", {}).items()}
+    return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest)
 
 
 def kept(importance: torch.Tensor, rank: int) -> torch.Tensor:

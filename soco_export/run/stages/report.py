@@ -33,6 +33,7 @@ from soco_export.run.names import (
     Format,
 )
 from soco_export.run.stages.model_card import model_card
+from soco_train.plan import left_out
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import BITS
 from soco_train.store.bounded import MADE_ANEW, read_json
@@ -160,6 +161,8 @@ def _notes(context: RunContext) -> Iterator[str]:
     if context.format == "onnx":
         yield from _export_notes(context)
     yield from distillation_notes(context)
+    plan = RankPlan.load(context.path("plan", "plan.json"))
+    yield from left_out.notes(plan.params_before, plan.left_out, plan.keep_params)
     if thresholds(context.recipe, context.format) != applicable(context.recipe, context.format):
         yield f"gates on ONNX are not judged: the format is {context.format}"
 

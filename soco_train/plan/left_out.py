@@ -1,0 +1,46 @@
+"""The weights of a model's blocks that take no part in a plan, and what that makes of `keep_params`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+FEW = 0.5  # share of the blocks' weights below which keep_params says little about the model
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that takes no part, and why."""
+
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def taking_part(selected: int, left_out: Mapping[str, LeftOut]) -> float:
+    """Return the share of the blocks' weights that takes part; `selected`: how many numbers do."""
+    return selected / (selected + sum(weight.numbers for weight in left_out.values()))
+
+
+def notes(selected: int, left_out: Mapping[str, LeftOut], keep_params: float | None) -> Iterator[str]:
+    """Yield what share of the blocks' weights takes part, then a line for each kind of weight that does not.
+
+    keep_params: None where the plan is for bytes.
+    """
+    if not left_out:
+        return
+    share, total = taking_part(selected, left_out), selected + sum(weight.numbers for weight in left_out.values())
+    removed = f": keep_params {keep_params:g} removes {(1 - keep_params) * share:.1%} of them" if keep_params else ""
+    few = ", less than half" if share < FEW else ""
+    yield f"{share:.1%} of the weights in the blocks take part{few}{removed}"
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for name, weight in left_out.items():
+        kinds.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), weight.reason), []).append(weight.numbers)
+    for (pattern, reason), sizes in kinds.items():
+        yield f"left out: {pattern} ({len(sizes)} tensors, {sum(sizes) / total:.1%} of the blocks): {reason}"
