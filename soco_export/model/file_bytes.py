@@ -14,6 +14,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.modules.layers import select_linears
+from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, menus_of
 from soco_train.settings import TABLE_TYPES, TYPES, WeightType
@@ -47,6 +48,7 @@ class FileBytes:
             name: (linear.out_features, linear.in_features)
             for name, linear in select_linears(model, recipe.layers).items()
         }
+        self.left_out = left_out(model, self.linears, recipe.layers)
         self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
         how = recipe.export.quantize
         self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], how.block, how.symmetric)

@@ -20,7 +20,7 @@ def plan_bytes(recipe: Recipe, damage: Damage) -> RankPlan:
     layers = {name: _layer(damage.layers[name], choices[name]) for name in file.linears}
     forms = {name: choice.form for name, choice in choices.items() if choice.form != DENSE}
     plan = BytePlan(recipe.keep_bytes, written, forms, file.weights(choices))
-    return RankPlan(layers, _share(layers), recipe.storage, "lagrangian", plan)
+    return RankPlan(layers, _share(layers), recipe.storage, "lagrangian", plan, file.left_out)
 
 
 def _layer(damage: LayerDamage, choice: Choice) -> LayerPlan:
