@@ -35,8 +35,8 @@ from soco_train.settings import DataSettings
 
 METHODS = {
     "main": (
-        *("svd", "fwsvd", "asvd", "svd-llm", "fisher", "soco-scores"),
-        *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted", "acip"),
+        *("svd", "fwsvd-outputs", "asvd", "svd-llm", "fisher", "soco-scores"),
+        *("svd-llm-distilled", "fisher-distilled", "soco", "soco-pivoted", "acip-merged"),
     ),
     "attribution": (
         *("fisher", "soco-scores", "soco-rescale-only", "soco-select-only", "soco-reallocate-only"),
@@ -45,6 +45,7 @@ METHODS = {
         *("soco-plain", "soco-activation", "soco-fisher-rows", "soco-two-sided", "soco-published"),
     ),
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
+    "relatives": ("fwsvd", "fwsvd-outputs", "acip", "acip-merged"),
     "any-size": ("soco-scores", "soco-any-size"),
 }
 RESULTS = "results.json"

@@ -66,7 +66,8 @@ def compensate(
 
 def _untrained(layer: LayerScores) -> bool:
     """Return whether all components together are the dense layer."""
-    return layer.deviation is None and layer.correction is None and bool((layer.scale == 1).all())
+    added = (layer.deviation, layer.correction, layer.adapter)
+    return all(part is None for part in added) and bool((layer.scale == 1).all())
 
 
 def compensated(

@@ -19,7 +19,7 @@ from soco_train.forms.registry import LazyLayers, find_form, forms_of
 from soco_train.forms.stacked import StackedFactors
 from soco_train.plan.ranks import RankPlan, kept
 from soco_train.settings import Storage
-from soco_train.store.scores import Scores
+from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 
 
@@ -45,17 +45,33 @@ def make_factors(
 
 def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
     layer = scores.layers[name]
-    survivors = kept(layer.importance, rank)
+    beside = _adapter(layer, rank)
+    survivors = kept(layer.importance, rank - len(beside[1]) if beside else rank)
     up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
     if layer.correction is not None:
         left, right = layer.correction
         down = down + left[survivors].double() @ right.double()
-    root = layer.scale[survivors].double().clamp(min=0).sqrt()
+    scale = layer.scale[survivors].double().clamp(min=0)
+    if beside:
+        up, down = torch.cat((up, beside[0]), 1), torch.cat((down, beside[1]))
+        scale = torch.cat((scale, scale.new_ones(len(beside[1]))))
+    root = scale.sqrt()
     balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
     up, down = up * (root * balance), down * (root / balance)[:, None]
     if layer.deviation is not None:
         bias = layer.deviation if bias is None else layer.deviation + bias
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
+
+
+def _adapter(layer: LayerScores, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the adapter that stays beside the components, of at most `rank` ranks: its SVD's largest, in float64."""
+    if layer.adapter is None:
+        return None
+    left, right = (part.double() for part in layer.adapter)
+    if len(right) <= rank:
+        return left, right
+    u, sigma, v = torch.linalg.svd(left @ right, full_matrices=False)
+    return u[:, :rank] * sigma[:rank], v[:rank]
 
 
 def store_as(

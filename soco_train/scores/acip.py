@@ -1,6 +1,6 @@
 """ACIP's rule as a scorer: binary masks over singular components under a growing l1 pressure, with LoRA beside them.
 
-    y = P (1[p > 0] ⊙ (B x + α C A x)) + bias        L = CE + λ_t Σ relu(p)
+    y = P (1[p > 0] ⊙ B x) + α C A x + bias        L = CE + λ_t Σ relu(p)
 
 Published (arXiv 2502.01717 and its code): the mask is binary in the forward pass and passes gradients straight through
 to p, p starts at 1/√k and stays dead once it is 0; λ_t grows geometrically; masks and adapters learn together, on cross
@@ -9,8 +9,9 @@ rank by p; the basis is the plain SVD.
 
 Ours, so that it fits the same few tokens as every other method here: λ is measured in the typical gradient of the first
 step and grows by the step count and not by 1 % in 4 steps; the masks stop after 70 % of the steps at the latest; the
-learning rates; no dropout. And LoRA works on the inner factor instead of beside the layer: B + α C A has the rank that
-the support leaves it, so the adapter costs no parameter at any size, where the published one stays beside the layer.
+learning rates; rank 8; no dropout; and the adapter's parameters count: its ranks are taken from those that the plan
+gives a layer. With `train.acip.adapter: merged` LoRA works on the inner factor instead: B + α C A has the rank that the
+support leaves it, so the adapter costs no parameter at any size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.size import SoftSize
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings import PlanSettings, Section, TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when the masks must stop
@@ -44,17 +45,23 @@ MASKS_STOP = 0.7  # of all steps
 READS = "steps batch_tokens lr lr_deviation clip checkpoint_every checkpoint_activations logit_chunk"
 
 
-@scorer("acip", reads=READS.split(), trains=True, cost=learning_cost)
+class AcipSettings(Section):
+    """Where the adapter works: inside the masked inner factor [ours], or beside the masked layer, as published."""
+
+    adapter: Literal["merged", "beside"] = "merged"
+
+
+@scorer("acip", reads=READS.split(), trains=True, section=AcipSettings, cost=learning_cost)
 def acip(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
     seeds = {name: train.seed * 1_000_003 + number for number, name in enumerate(subject.linears)}
-    dtype = getattr(torch, train.factor_dtype)
+    dtype, beside = getattr(torch, train.factor_dtype), train.of_step("acip").adapter == "beside"
     subject.model.eval()
     with (
         substituted(
             subject.model,
             subject.linears,
-            lambda name, linear: MaskedLinear(linear, subject.spectra[name], dtype, seeds[name]),
+            lambda name, linear: MaskedLinear(linear, subject.spectra[name], dtype, seeds[name], beside),
         ) as layers,
         recomputing(subject.model, train.checkpoint_activations),
     ):
@@ -92,6 +99,8 @@ class _Masks(Loop):
         super().__init__(session, train, subject.tokens, parameters, [optimiser])
         ranks = [p.numel() for p in self.masks]
         self.size = SoftSize(self.shapes, ranks, plan, False, self.device)
+        beside = sum(x.adapter_rank * (m + n) for x, (m, n) in zip(layers.values(), self.shapes, strict=True))
+        self.beside = beside / sum(m * n for m, n in self.shapes)
         self.died = torch.full((sum(ranks),), math.inf, device=self.device)
         self.frozen, self.unit = False, math.nan
         self.resume()
@@ -105,7 +114,7 @@ class _Masks(Loop):
     def one_step(self) -> None:
         """Take a step: cross entropy, pressure; note who died."""
         ratio = float(self.size.whole(self.size((torch.cat(self.masks) > 0).float())))
-        if not self.frozen and (ratio <= self.plan.keep_params or self.step >= MASKS_STOP * self.steps):
+        if not self.frozen and (ratio + self.beside <= self.plan.keep_params or self.step >= MASKS_STOP * self.steps):
             self._freeze()
         tokens, weight = self.own_part()
         logits = self.model(input_ids=tokens, use_cache=False).logits
@@ -116,8 +125,8 @@ class _Masks(Loop):
         self._press()
         self.update()
         self.step += 1
-        dead = (torch.cat(self.masks) <= 0) & self.died.isinf()
-        self.died = torch.where(dead, float(self.step), self.died)
+        if not self.frozen:
+            self._bury(torch.cat(self.masks) <= 0, self.step)
         self.report({"loss": value, "hard": ratio})
 
     def _press(self) -> None:
@@ -134,16 +143,27 @@ class _Masks(Loop):
         for p in self.masks:
             p.grad = _gradient(p) + pressure * (p > 0)
 
+    def _bury(self, dead: torch.Tensor, step: int) -> None:
+        """Note the step of those [components] that are dead and were not before."""
+        self.died = torch.where(dead & self.died.isinf(), float(step), self.died)
+
     def _freeze(self) -> None:
-        """Fix the masks at the support that the plan will cut; layers it leaves dense answer as such from now on."""
-        scores, self.frozen = self.scores(), True
+        """Fix the masks at the support that the plan will cut; layers it leaves dense answer as such from now on.
+
+        An adapter beside the layer takes the ranks of the last that the plan keeps: their masks close, they do not die.
+        """
+        scores, self.frozen, seats = self.scores(), True, []
         for name, planned in plan_ranks(scores, self.plan).layers.items():
             layer = self.layers[name]
             layer.left_dense = planned.dense
             support = torch.zeros_like(layer.p, dtype=torch.bool)
-            support[kept(scores.layers[name].importance, planned.rank).to(self.device)] = True
+            ranks = kept(scores.layers[name].importance, planned.rank)
+            components = kept(scores.layers[name].importance, max(0, planned.rank - layer.adapter_rank))
+            support[components.to(self.device)] = True
+            seats.append(torch.zeros_like(support).index_fill(0, ranks.to(self.device), True) & ~support)
             layer.p.data.copy_(torch.where(support, layer.p.clamp(min=1e-6), layer.p.clamp(max=0)))
             layer.p.requires_grad_(False)
+        self._bury((torch.cat(self.masks) <= 0) & ~torch.cat(seats), self.step + 1)
 
     def scores(self) -> Scores:
         """Read the scores off: survivors by p, above all the dead, who rank the higher the later they died."""
@@ -152,9 +172,10 @@ class _Masks(Loop):
         parts = died.split([p.numel() for p in self.masks])
         for (name, layer), order, shape in zip(self.layers.items(), parts, self.shapes, strict=True):
             p = layer.p.detach()
-            correction = ((ADAPTER_SCALE * layer.C.detach()).cpu(), layer.A.detach().cpu())
+            adapter = ((ADAPTER_SCALE * layer.C.detach()).cpu(), layer.A.detach().cpu())
+            where = {"adapter" if layer.beside else "correction": adapter}
             importance = torch.where(p > 0, p + 1.0, order.to(p)).cpu()
-            found[name] = LayerScores(importance, torch.ones_like(importance), None, shape, correction)
+            found[name] = LayerScores(importance, torch.ones_like(importance), None, shape, **where)
         return Scores(found, {"scorer": "acip", "steps": self.step, "train": self.train.model_dump(mode="json")})
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -11,6 +11,8 @@ import torch
 from soco_train.store.bounded import MADE_ANEW, answering
 from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class LayerScores:
@@ -18,14 +20,16 @@ class LayerScores:
 
     importance: [k] fp32, larger lives longer; scale: [k] fp32, multiplies the component; deviation: [m] or None,
     added to the layer's output; shape: (m, n) of the dense weight; correction: (C [k, r], A [r, n]) or None, where C A
-    is added to the component's B, of whatever size the cut is.
+    is added to the component's B, of whatever size the cut is; adapter: (C [m, r], A [r, n]) or None, where C A is
+    added to the layer beside its components and takes r of the ranks that the plan gives it.
     """
 
     importance: torch.Tensor
     scale: torch.Tensor
     deviation: torch.Tensor | None
     shape: tuple[int, int]
-    correction: tuple[torch.Tensor, torch.Tensor] | None = None
+    correction: Pair | None = None
+    adapter: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Scores:
             tensors[f"{name}:scale"] = layer.scale
             if layer.deviation is not None:
                 tensors[f"{name}:deviation"] = layer.deviation
-            if layer.correction is not None:
-                tensors[f"{name}:correction.C"], tensors[f"{name}:correction.A"] = layer.correction
+            for part, pair in (("correction", layer.correction), ("adapter", layer.adapter)):
+                if pair is not None:
+                    tensors[f"{name}:{part}.C"], tensors[f"{name}:{part}.A"] = pair
         shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
         write_tensors(path, tensors, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
 
@@ -68,16 +73,20 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
         scale=tensors[f"{name}:scale"],
         deviation=tensors.get(f"{name}:deviation"),
         shape=(m, n),
-        correction=_correction(name, tensors),
+        correction=_pair(f"{name}:correction", tensors),
+        adapter=_pair(f"{name}:adapter", tensors),
     )
     components = (min(m, n),)
     left, right = layer.correction or (torch.empty(*components, 0), torch.empty(0, n))
+    outer, inner = layer.adapter or (torch.empty(m, 0), torch.empty(0, n))
     parts = {
         "importance": (layer.importance, components),
         "scale": (layer.scale, components),
         "deviation": (layer.deviation, (m,)),
         "correction.C": (left, (*components, left.shape[-1])),
         "correction.A": (right, (left.shape[-1], n)),
+        "adapter.C": (outer, (m, outer.shape[-1])),
+        "adapter.A": (inner, (outer.shape[-1], n)),
     }
     for part, (tensor, expected) in parts.items():
         if tensor is not None and (tuple(tensor.shape) != expected or not bool(tensor.isfinite().all())):
@@ -85,6 +94,6 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
     return layer
 
 
-def _correction(name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    left = tensors.get(f"{name}:correction.C")
-    return None if left is None else (left, tensors[f"{name}:correction.A"])
+def _pair(name: str, tensors: Mapping[str, torch.Tensor]) -> Pair | None:
+    left = tensors.get(f"{name}.C")
+    return None if left is None else (left, tensors[f"{name}.A"])

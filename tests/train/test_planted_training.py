@@ -219,7 +219,7 @@ def test_pressure_on_masks_grows_from_a_tenth_to_a_hundred_typical_gradients():
 
 
 def test_the_adapter_goes_into_the_factors_at_its_scale():
-    layer = SimpleNamespace(p=torch.ones(2), C=torch.full((2, 1), 4.0), A=torch.ones(1, 3))
+    layer = SimpleNamespace(p=torch.ones(2), C=torch.full((2, 1), 4.0), A=torch.ones(1, 3), beside=False)
     run = object.__new__(acip._Masks)
     run.train, run.died, run.step = TrainSettings(steps=10), torch.full((2,), math.inf), 10
     run.masks, run.layers, run.shapes = [layer.p], {"a": layer}, [(3, 3)]

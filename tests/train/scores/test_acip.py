@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
-from soco_train.modules.masked import ADAPTER_SCALE, MaskedLinear
+from soco_train.modules.masked import ADAPTER_RANK, ADAPTER_SCALE, MaskedLinear
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.cut import make_factors
-from soco_train.scores.acip import MASKS_STOP
+from soco_train.scores.acip import MASKS_STOP, AcipSettings
 from soco_train.scores.registry import train_scores
 from soco_train.settings import LayerSettings, PlanSettings, TrainSettings
 from soco_train.spectra.decompose import decompose_layers
@@ -36,20 +36,22 @@ def spectrum(linear: nn.Linear) -> Spectrum:
     return Spectrum(u * sigma, v, sigma)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("shape", [(7, 5), (5, 8)])
-def test_the_mask_is_binary_forward_and_passes_its_gradient_straight_through(shape: tuple[int, int]) -> None:
+def test_the_mask_is_binary_forward_and_passes_its_gradient_straight_through(shape: tuple[int, int], beside) -> None:
     m, n = shape
     k = min(shape)
     linear = nn.Linear(n, m).double()
-    layer = MaskedLinear(linear, spectrum(linear), torch.float64, seed=1).double()
+    layer = MaskedLinear(linear, spectrum(linear), torch.float64, seed=1, beside=beside).double()
     x = torch.randn(3, 4, n, dtype=torch.float64)
     torch.testing.assert_close(layer(x), linear(x), msg="all alive and no adapter yet: the dense layer")
     layer.p.data = torch.rand(k, dtype=torch.float64) - 0.5
     layer.p.data[:2] = torch.tensor([0.3, -0.3])
     layer.C.data.normal_()
     mask = (layer.p.detach() > 0).double().requires_grad_()
-    inner = x @ (layer.B + ADAPTER_SCALE * layer.C @ layer.A).detach().T
-    expected = (inner * mask) @ layer.P.T + linear.bias
+    adapter = (ADAPTER_SCALE * layer.C @ layer.A).detach()
+    inner = x @ (layer.B if beside else layer.B + adapter).T
+    expected = (inner * mask) @ layer.P.T + linear.bias + (x @ adapter.T if beside else 0)
     found = layer(x)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
@@ -111,6 +113,28 @@ def test_the_cut_is_the_support_and_the_adapter_in_it_and_costs_nothing(model, t
         expected = parts.P.double()[:, alive] @ inner[alive]
         assert layer.up.shape[1] == plan.layers[name].rank
         torch.testing.assert_close(layer.up.double() @ layer.down.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_published_adapter_stays_beside_the_support_and_its_ranks_are_counted(model, tmp_path: Path) -> None:
+    work, events = task(model, tmp_path)
+    train = TRAIN.model_copy(update={"acip": AcipSettings(adapter="beside")})
+    train_scores(work.subject, train, work.plan, work.session).save(tmp_path / "scores.safetensors")
+    scores = Scores.load(tmp_path / "scores.safetensors")
+    plan = plan_ranks(scores, work.plan)
+    assert plan.ratio <= 0.5
+    factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
+    for name, layer in factors.items():
+        parts, own, rank = work.subject.spectra[name], scores.layers[name], plan.layers[name].rank
+        alive = torch.nonzero(own.importance > 1).flatten()
+        assert len(alive) == max(0, rank - ADAPTER_RANK), "the masks stopped at what is cut, adapter included"
+        u, sigma, v = torch.linalg.svd(own.adapter[0].double() @ own.adapter[1].double(), full_matrices=False)
+        room = min(rank, ADAPTER_RANK)
+        expected = parts.P.double()[:, alive] @ parts.B.double()[alive] + u[:, :room] * sigma[:room] @ v[:room]
+        assert layer.up.shape[1] == rank
+        torch.testing.assert_close(layer.up.double() @ layer.down.double(), expected, rtol=0, atol=1e-5)
+    assert factors
+    late = [event.values["loss"] for event in events if event.step > MASKS_STOP * STEPS]
+    assert late[-1] < late[0]
 
 
 def test_recomputed_activations_learn_the_same_masks(model, tmp_path: Path) -> None:
