@@ -58,7 +58,7 @@ clean: ## remove what the targets above made, runs/ included
 	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 setup: ## make .venv and install everything into it
-	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,serve,report,dev
+	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,serve,report,pack,dev
 
 setup-optimum:
 	@ACCELERATOR=cpu tools/make-venv $(VENV_OPTIMUM) tools/constraints-transformers-4.txt optimum,report,dev

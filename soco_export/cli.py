@@ -358,6 +358,34 @@ def gate(
     _call("gate", locals())
 
 
+@app.command(cls=Verb)
+def pack(
+    folder: Annotated[Path, typer.Argument(help="An exported folder: onnx/ or hf/ of a run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write.", show_default="RUN-onnx.socopack, beside the run")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an export as one compressed file for download."""
+    _call("pack", locals())
+
+
+@app.command(cls=Verb)
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="A file that pack made.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write.", show_default="the file's name without .socopack")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the folder that was packed, bit for bit."""
+    _call("unpack", locals())
+
+
 @recipes.command("list", cls=Verb)
 def recipes_list(
     methods: Annotated[

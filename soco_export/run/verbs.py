@@ -154,6 +154,29 @@ def gate(
     return gate_run(run, baseline, tolerances)
 
 
+def pack(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
+    """Write an exported folder as one compressed file for download."""
+    from soco_export.files.pack import default_archive, pack_folder
+
+    out = request.out or default_archive(folder)
+    contents = pack_folder(folder, out, notify)
+    before, after = sum(size for size, _ in contents.values()), out.stat().st_size
+    text = f"{out}\n{len(contents)} files · {before:,} → {after:,} bytes ({after / before:.1%})"
+    return Outcome({"file": str(out), "files": len(contents), "bytes": before, "packed_bytes": after}, text)
+
+
+def unpack(request: Request, archive: Path, notify: Notify = silent) -> Outcome:
+    """Write the folder that `pack` was given, bit for bit."""
+    from soco_export.files.pack import unpack_file
+
+    out = request.out or archive.with_suffix("")
+    contents = unpack_file(archive, out, notify)
+    size = sum(size for size, _ in contents.values())
+    return Outcome(
+        {"folder": str(out), "files": len(contents), "bytes": size}, f"{out}\n{len(contents)} files · {size:,} bytes"
+    )
+
+
 def recipes_list(request: Request, methods: bool = False, notify: Notify = silent) -> Outcome:
     """List the shipped recipes with their descriptions; with `methods` those that are laid over a model's own."""
     if methods:
