@@ -9,7 +9,7 @@ FUZZ := 500
 DOORS := tests/whole/test_doors.py tests/train/data tests/export/files tests/export/recipe tests/export/run tests/export/test_console.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test check test-compat check-servers bench-onnx bench-bits mutate fuzz clean setup setup-optimum
+.PHONY: help docs demo tour test check test-compat check-servers bench-onnx bench-bits mutate fuzz clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -54,8 +54,12 @@ fuzz: setup ## try every reader with random input for about an hour (FUZZ=500 ti
 bench-bits: setup ## what int4 and int2 lose on the built-in model: rounded to nearest, calibrated, trained as rounded (minutes)
 	@$(VENV)/bin/python -m benchmarks.bits dense=soco_train/builtin/tiny --keep 0.8 0.6 --rules nearest calibrated trained --out benchmarks/bits/results/tiny
 
+docs: setup ## build the documentation site into site/ (needs the extra docs)
+	@$(VENV)/bin/python -m pip install --quiet '.[docs]'
+	@$(VENV)/bin/python -m mkdocs build --strict
+
 clean: ## remove what the targets above made, runs/ included
-	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OPTIMUM) runs dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 setup: ## make .venv and install everything into it
 	@tools/make-venv $(VENV) tools/constraints-transformers-5.txt genai,serve,report,pack,dev
