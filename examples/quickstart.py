@@ -1,4 +1,4 @@
-"""The whole road in Python: learn scores, choose a size, write the model as a Hugging Face and as an ONNX folder.
+"""Every stage in Python: learn scores, choose a size, write the model as a Hugging Face and as an ONNX folder.
 
 python examples/quickstart.py --out runs/quickstart
 """

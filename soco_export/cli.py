@@ -281,7 +281,9 @@ def choose(
 @app.command(cls=Verb)
 def validate(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
-    against: Annotated[Path | None, typer.Option(help="The folder that is right; needed unless it is a run.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The reference to compare with; needed unless it is a run.")
+    ] = None,
     model: Moved = None,
     recipe: RecipeFile = None,
     set_: Set = None,
@@ -413,7 +415,9 @@ def recipes_show(
 
 @recipes.command("check", cls=Verb)
 def recipes_check(
-    names: Annotated[list[str] | None, typer.Argument(help="Names or files; default: all that are shipped.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names or files; default: all that come with the package.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -80,12 +80,12 @@ class Cost:
     phase: str = ""
 
 
-# None: the step computes next to nothing. width: bytes of a weight of the dense model where the step computes
+# None: the step's computation is negligible. width: bytes of a weight of the dense model where the step computes
 CostOf = Callable[[Task, ModelShape, int], Cost | None]
 
 
 def free(task: Task, shape: ModelShape, width: int) -> Cost | None:
-    """Return the cost of a step that computes next to nothing."""
+    """Return the cost of a step whose computation is negligible."""
     return None
 
 

@@ -45,7 +45,8 @@ def recipe_keys() -> str:
     from soco_export.recipe.recipe import schema
 
     whole = schema()
-    rows = (f"| `{key}` | {kind} | {default} |" for key, kind, default in _rows(whole, whole, ""))
+    found = [*_rows(whole, whole, ""), *_rows_of_steps()]
+    rows = (f"| `{key}` | {kind} | {default} |" for key, kind, default in found)
     head = (
         "# Every recipe key\n\nWhat each means: [recipes](../recipes.md).\n\n| key | takes | default |\n|---|---|---|\n"
     )
@@ -61,6 +62,18 @@ def _rows(node: Mapping[str, Any], whole: Mapping[str, Any], prefix: str) -> Ite
         else:
             default = f"`{value['default']}`" if value.get("default") is not None else ""
             yield f"{prefix}{name}", takes(value, whole), default
+
+
+def _rows_of_steps() -> Iterator[tuple[str, str, str]]:
+    """Yield the keys of the sections that scorers and refinement steps register for themselves."""
+    import soco_train.refine
+    import soco_train.scores  # noqa: F401
+    from soco_train.settings import RefineSettings, TrainSettings
+
+    for owner, settings in {"train": TrainSettings, "refine": RefineSettings}.items():
+        for name, section in settings.of_steps.items():
+            own = section.model_json_schema()
+            yield from _rows(own, own, f"{owner}.{name}.")
 
 
 def _resolved(value: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:

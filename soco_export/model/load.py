@@ -153,7 +153,7 @@ def load_model(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def open_model(recipe: Recipe) -> Any:
-    """Return the dense model on the CPU as its files have it, next to nothing of it in memory; values unchecked.
+    """Return the dense model on the CPU as its files have it, mapped and hardly in memory; values unchecked.
 
     Random weights are made, in fp32. Errors as `load_model`, short of values that are not finite.
     """

@@ -51,7 +51,7 @@ def _recipe_of_id(model: str, file: Path | None, overrides: Sequence[str]) -> Re
 
 
 def _recipe_of_folder(folder: Path, file: Path | None, overrides: Sequence[str]) -> Recipe:
-    """Take the settings of the shipped recipe whose sizes agree, else the base's; the architecture is the folder's."""
+    """Take the settings of our recipe whose sizes agree, else the base's; the architecture is the folder's."""
     fields = read_architecture(folder)
     own = {"path": str(folder), "weights": "pretrained", "architecture": fields}
     for name in list_recipes():

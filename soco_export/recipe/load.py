@@ -1,7 +1,7 @@
 """YAML files → Recipe, and back as a lock file.
 
 A recipe is a chain of YAML files (`extends:`, deep-merged, the nearer file wins) plus `--set key=value` overrides.
-It is looked up by name among the shipped recipes or given as a path. `lock` writes it back with everything resolved;
+It is looked up by name among the package's recipes or given as a path. `lock` writes it back with everything resolved;
 loading a lock file gives the equal recipe. Paths inside a recipe are relative to the working directory.
 """
 
@@ -29,7 +29,7 @@ def load_recipe(
     name: str | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Read a recipe by shipped name or path; lay `overlay` (a file), `model` fields and `key=value` overrides over it.
+    """Read a recipe by name or path; lay `overlay` (a file), `model` fields and `key=value` overrides over it.
 
     `name` renames the result. Raises RecipeError: unknown recipe, cycle, misspelt key, value out of range.
     """
@@ -46,7 +46,7 @@ def load_recipe(
 
 
 def find_recipe(source: str | Path) -> Path:
-    """Return the file of a shipped recipe (by name) or of a path; RecipeError with the nearest name otherwise."""
+    """Return the file of a recipe of ours (by name) or of a path; RecipeError with the nearest name otherwise."""
     shipped = list_recipes(abstract=True)
     if str(source) in shipped:
         return shipped[str(source)]
@@ -69,13 +69,13 @@ def _is_file(path: Path) -> bool:
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside the installed package, or at the top of a source tree."""
+    """Where the package's recipes are: inside the installed package, or at the top of a source tree."""
     package = Path(__file__).parents[1]
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
 def list_recipes(abstract: bool = False) -> dict[str, Path]:
-    """Return the shipped recipes by name; `abstract` adds those that only serve `extends:` (base, methods/…)."""
+    """Return the package's recipes by name; `abstract` adds those that only serve `extends:` (base, methods/…)."""
     folder = recipes_folder()
     files = sorted(folder.rglob("*.yaml"))
     names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
@@ -83,12 +83,12 @@ def list_recipes(abstract: bool = False) -> dict[str, Path]:
 
 
 def list_overlays() -> dict[str, Path]:
-    """Return the shipped recipes that name no model and are laid over one (`--recipe`): methods/…, shared/…."""
+    """Return the package's recipes that name no model and are laid over one (`--recipe`): methods/…, shared/…."""
     return {name: file for name, file in list_recipes(abstract=True).items() if "/" in name}
 
 
 def read_overlay(name: str) -> dict[str, Any]:
-    """Return the settings of a shipped overlay, its parents' merged in, and nothing of a model's or of the defaults."""
+    """Return the settings of an overlay, its parents' merged in, and nothing of a model's or of the defaults."""
     return _read_chain(list_overlays()[name], ())[0]
 
 

@@ -17,7 +17,7 @@ OWN = "."  # the folder of the point that is the swept run itself
 
 @dataclass(frozen=True)
 class Sample:
-    """What the dense and the shipped model write, greedily, after the same prompt."""
+    """What the dense and the exported model write, greedily, after the same prompt."""
 
     prompt: str
     dense: str

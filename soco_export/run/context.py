@@ -65,7 +65,7 @@ class RunContext:
         return model
 
     def take_stored_model(self) -> Any:
-        """Return the dense model on the CPU as its files have it, next to nothing of it in memory, for good.
+        """Return the dense model on the CPU as its files have it, mapped and hardly in memory, for good.
 
         The one that trains is let go.
         """

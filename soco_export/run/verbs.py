@@ -178,7 +178,7 @@ def unpack(request: Request, archive: Path, notify: Notify = silent) -> Outcome:
 
 
 def recipes_list(request: Request, methods: bool = False, notify: Notify = silent) -> Outcome:
-    """List the shipped recipes with their descriptions; with `methods` those that are laid over a model's own."""
+    """List the package's recipes with their descriptions; with `methods` those that are laid over a model's own."""
     if methods:
         found = {name: read_overlay(name).get("description", "") for name in list_overlays() if "methods/" in name}
     else:
@@ -197,7 +197,7 @@ def recipes_show(request: Request, name: str, notify: Notify = silent) -> Outcom
 
 
 def recipes_check(request: Request, names: Sequence[str] | None = None, notify: Notify = silent) -> Outcome:
-    """Read recipes (default: all shipped ones) and say what is wrong with each."""
+    """Read recipes (default: all of the package) and say what is wrong with each."""
     problems: dict[str, str] = {}
     for name in names or list_recipes():
         try:

@@ -32,7 +32,7 @@ class Scorer:
     """A way to score components, and what is to be known of it before it runs.
 
     reads: keys of `train` beside those that every scorer's run reads; trains: it learns over `train.steps` batches;
-    check: raises RecipeError for settings that it cannot do; cost: None where it computes next to nothing.
+    check: raises RecipeError for settings that it cannot do; cost: None where its computation is negligible.
     """
 
     run: Run

@@ -12,7 +12,10 @@ from typer.main import get_command
 from soco_export.cli import app
 from soco_export.recipe.recipe import Recipe, keys
 from soco_export.recipe.yaml import read_yaml_value
+from soco_train import refine, scores
+from soco_train.settings import RefineSettings, TrainSettings
 
+STEPS = (scores, refine)  # importing them registers the sections of their own
 COMMON = {"--json", "--quiet", "--verbose"}
 DOCS = Path(__file__).parents[2] / "docs"
 REQUIRED = {"name": "any", "model": {}, "data": {"builtin": "speeches"}, "evaluation": {"builtin": "speeches"}}
@@ -31,6 +34,9 @@ def test_every_recipe_key_is_documented_and_no_other() -> None:
 def test_every_default_in_the_table_is_that_of_the_code() -> None:
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     values = Recipe.model_validate(REQUIRED).model_dump(mode="json", by_alias=True)
+    for owner, settings in {"train": TrainSettings, "refine": RefineSettings}.items():
+        for name, section in settings.of_steps.items():
+            values[owner].setdefault(name, section().model_dump(mode="json"))
     compared = 0
     for names, cell in re.findall(r"^\| (`[^|]*) \| ?([^|]*?) ?\|", page, re.MULTILINE):
         if not cell or cell in IN_WORDS:
