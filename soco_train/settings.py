@@ -174,11 +174,18 @@ class PhaseSettings(Section):
         return self
 
 
+class AcipSettings(Section):
+    """Where the adapter works: inside the masked inner factor [ours], or beside the masked layer, as published."""
+
+    adapter: Literal["merged", "beside"] = "merged"
+
+
 class TrainSettings(OpenSection):
     """How scores are learnt. `lr`: on the scores; `steps` optimiser steps of `batch_tokens` tokens each."""
 
     of_steps: ClassVar[dict[str, type[Section]]] = {}
     scorer: str = "soco"
+    acip: AcipSettings = AcipSettings()
     basis: str = "whitened"
     ridge: float = Field(default=1e-6, ge=0, description="added to the covariance diagonal, as a share of its mean")
     statistics_blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind the covariances")
@@ -231,6 +238,12 @@ class RefitSettings(Section):
     ridge: float = Field(default=1e-3, gt=0, description="pull to the present factors, as a share of the mean variance")
 
 
+class FlattenSettings(Section):
+    """How much of the logarithm of singular values is taken away: 1/2 is their root, 1 makes them equal; 0: off."""
+
+    by: float = Field(default=0, ge=0, le=1)
+
+
 class RoundingSettings(Section):
     """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`."""
 
@@ -271,6 +284,7 @@ class RefineSettings(OpenSection):
     of_steps: ClassVar[dict[str, type[Section]]] = {}
     compensate: CompensateSettings = CompensateSettings()
     refit: RefitSettings = RefitSettings()
+    flatten: FlattenSettings = FlattenSettings()
     distill: DistillSettings = DistillSettings()
 
 

@@ -1,5 +1,8 @@
-"""From scores and a plan to factors: compensate, cut, refit, distil, store. Importing it registers the rungs in it."""
+"""From scores and a plan to factors: compensate, cut, refit, flatten, distil, store.
 
-from soco_train.refine import compensate, distill, refit
+Importing it registers the rungs in it; those in closed form are climbed in this order.
+"""
 
-__all__ = ["compensate", "distill", "refit"]
+from soco_train.refine import compensate, distill, refit, svs
+
+__all__ = ["compensate", "distill", "refit", "svs"]

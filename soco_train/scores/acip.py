@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.size import SoftSize
-from soco_train.settings import PlanSettings, Section, TrainSettings
+from soco_train.settings import PlanSettings, TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when the masks must stop
@@ -45,17 +45,11 @@ MASKS_STOP = 0.7  # of all steps
 READS = "steps batch_tokens lr lr_deviation clip checkpoint_every checkpoint_activations logit_chunk"
 
 
-class AcipSettings(Section):
-    """Where the adapter works: inside the masked inner factor [ours], or beside the masked layer, as published."""
-
-    adapter: Literal["merged", "beside"] = "merged"
-
-
-@scorer("acip", reads=READS.split(), trains=True, section=AcipSettings, cost=learning_cost)
+@scorer("acip", reads=READS.split(), trains=True, cost=learning_cost)
 def acip(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn masks and adapters as ACIP does: the control whose components die under l1 pressure."""
     seeds = {name: train.seed * 1_000_003 + number for number, name in enumerate(subject.linears)}
-    dtype, beside = getattr(torch, train.factor_dtype), train.of_step("acip").adapter == "beside"
+    dtype, beside = getattr(torch, train.factor_dtype), train.acip.adapter == "beside"
     subject.model.eval()
     with (
         substituted(
