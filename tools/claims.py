@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/relatives.md")
 MARKER = re.compile(r"<!-- figures: (\S+) (\S+) -->\n((?:\|.*\n)+)")
 NUMBER = re.compile(r"-?\d+\.\d+")
 SAID: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))

@@ -46,6 +46,10 @@ METHODS = {
     ),
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
     "relatives": ("fwsvd", "fwsvd-outputs", "acip", "acip-merged"),
+    "parts": (
+        *("svd-llm-distilled", "two-sided-uniform-distilled", "two-sided-distilled", "two-sided-flattened"),
+        *("fisher-distilled", "fisher-price-distilled"),
+    ),
     "any-size": ("soco-scores", "soco-any-size"),
 }
 RESULTS = "results.json"
