@@ -234,7 +234,7 @@ def test_markdown_has_the_verdict_first_and_whole_tables(results):
     assert all(f"- {SIGNS[verdict.state]} " in first for verdict in results.judged(GATES).verdicts)
     assert "keep_params: 0.8" in folded
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block}) == 1
     assert "n/a (n=30)" in text
