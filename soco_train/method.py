@@ -4,6 +4,7 @@
     make_spectra(subject, train, notify)                       P, B, σ by layer, into `folder`
     scores = learn_scores(subject, train, plan, session)       once
     factors = cut_factors(subject, scores, ranks, refine, session)    for each `ranks = plan_ranks(scores, plan)`
+    or once whole = distill_sizes(subject, scores, planner, refine, session), then cut_to(whole, ranks) for each
 
 The Python API (api.py), the stages of a run and the benchmarks call these; each decides alone where files lie and what
 is done already.
@@ -23,6 +24,7 @@ from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
+from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
 from soco_train.scores.registry import train_scores
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
@@ -73,3 +75,15 @@ def cut_factors(
     """Cut every pruned layer of `plan` and refine the factors; see `refine`. `origin` joins their provenance."""
     provenance = {"keep_params": plan.keep_params, **(origin or {}), "scores": dict(scores.provenance)}
     return refine(subject, scores, plan, settings, session, provenance)
+
+
+def distill_sizes(
+    subject: Subject,
+    scores: Scores,
+    planner: Planner,
+    settings: RefineSettings,
+    session: Session,
+    origin: Mapping[str, object] | None = None,
+) -> Factors:
+    """Distil the factors of all `refine.distill.sizes` at once; `planner`: size → plan. `cut_to` cuts one."""
+    return distill_any_size(subject, scores, planner, settings.distill, session, origin or {})

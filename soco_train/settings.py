@@ -35,6 +35,7 @@ WeightType = Literal["same", "int8", "int4", "int2"]
 TYPES: tuple[WeightType, ...] = get_args(WeightType)
 TABLE_TYPES: tuple[WeightType, ...] = ("same", "int8", "int4")  # that ONNX Runtime looks tokens up in
 Share = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 BuiltinText = Literal["speeches", "time-machine"]
 
@@ -276,6 +277,20 @@ class DistillSettings(Section):
     evaluate_every: int = Field(default=25, ge=1, description="steps between two looks at the held-out blocks")
     patience: int = Field(default=3, ge=1, description="looks without a better loss that end the distillation")
     checkpoint_every: int = Field(default=25, ge=1)
+    sizes: tuple[Fraction, Fraction] | None = Field(
+        default=None,
+        description="smallest and largest keep_params that the factors can be cut to afterwards; none: one",
+    )
+
+    @model_validator(mode="after")
+    def _any_size(self) -> DistillSettings:
+        if self.sizes is None:
+            return self
+        if self.sizes[0] > self.sizes[1]:
+            raise ValueError("sizes are the smallest keep_params and then the largest: [0.4, 0.8]")
+        if not self.steps or self.checkpoint_activations or self.rounding.weights != "same":
+            raise ValueError("sizes needs steps, and neither checkpoint_activations nor rounding.weights")
+        return self
 
 
 class RefineSettings(OpenSection):
@@ -286,6 +301,12 @@ class RefineSettings(OpenSection):
     refit: RefitSettings = RefitSettings()
     flatten: FlattenSettings = FlattenSettings()
     distill: DistillSettings = DistillSettings()
+
+    @model_validator(mode="after")
+    def _any_size(self) -> RefineSettings:
+        if self.distill.sizes and (self.compensate.blocks or self.refit.blocks):
+            raise ValueError("compensate and refit fit the factors to one size: leave them off with distill.sizes")
+        return self
 
 
 class PlanSettings(Section):

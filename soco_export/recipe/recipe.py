@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from soco_export.bench.settings import BenchSettings, LatencySettings
 from soco_export.evaluate.settings import ValidateSettings
@@ -73,6 +73,25 @@ class Recipe(PlanSettings):
             raise ValueError(f"it is {len(name.encode())} bytes long, and a folder's name has at most {LONGEST_NAME}")
         return name
 
+    @model_validator(mode="after")
+    def _a_distilled_size(self) -> Recipe:
+        sizes = self.refine.distill.sizes
+        if sizes is None:
+            return self
+        if not sizes[0] <= self.keep_params <= sizes[1]:
+            raise ValueError(f"keep_params {self.keep_params:g} is not within refine.distill.sizes {list(sizes)}")
+        if self.keep_bytes is not None or self.optimise_for != "params" or self.allocation == "lagrangian":
+            raise ValueError(
+                "refine.distill.sizes needs plans that are prefixes of each other: no keep_bytes, "
+                "optimise_for: params, allocation: global or uniform"
+            )
+        if self.train.deviation:
+            raise ValueError(
+                "refine.distill.sizes needs train.deviation: false: a layer that is dense at some sizes has no place "
+                "for the bias that the others would have"
+            )
+        return self
+
     @property
     def plan(self) -> PlanSettings:
         """The plan's settings alone."""
@@ -133,7 +152,7 @@ def _translated(error: ValidationError, origins: Origins) -> RecipeError:
     elif reason.startswith("Input "):
         message, fix = f"{key} cannot be {repr(found['input'])[:60]}", f"it {reason.removeprefix('Input ')}"
     else:
-        message, fix = f"{key}: {reason}", "`soco-export recipes show` prints every key"
+        message, fix = f"{key}: {reason}" if key else reason, "`soco-export recipes show` prints every key"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return RecipeError(message + more, fix=fix, where=_origin(key, origins))
 

@@ -26,6 +26,7 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.load import load_recipe, lock
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.manifest import MANIFEST, Manifest, Process, StageRecord, record_outputs
+from soco_export.run.names import SIZES_FILE
 from soco_train.errors import MachineError, RecipeError
 
 LOCK = "recipe.lock.yaml"
@@ -39,6 +40,7 @@ CONTENT = (
         "scores.safetensors",
         DAMAGE,
         "plan.json",
+        SIZES_FILE,
         "factors.safetensors",
         "hf",
         "dense",

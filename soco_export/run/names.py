@@ -11,6 +11,8 @@ CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"
 # the training curves of the two stages that train
 SCORES_CURVE, FACTORS_CURVE = "evidence/scores.jsonl", "evidence/factors.jsonl"
+# factors that were distilled for all sizes of refine.distill.sizes
+SIZES_FILE = "any-size.safetensors"
 # the points of a sweep of the run
 FRONTIER_FILE = "evidence/frontier.json"
 KEPT_CURVE = "work/curve.jsonl"

@@ -17,7 +17,7 @@ from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
-from soco_export.run.stages.artefacts import PLAN, artefacts
+from soco_export.run.stages.artefacts import PLAN, SIZES, artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
 from soco_export.run.stages.training import SCORES, TRAINING
@@ -67,7 +67,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
         check(request, changed, run, notify)
         advance(request, changed, run, stages, notify)
         return run_outcome(run)
-    _check_recut(keys)
+    _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
     check(request, changed, root, notify)
     advance(request, changed, root, stages, notify, trained_in(run, recipe))
@@ -80,12 +80,15 @@ Homes = Mapping[str, tuple[Path, Recipe]]
 
 def trained_in(run: Path, recipe: Recipe) -> Homes:
     """Return what a run that cuts the scores of `run` anew has there."""
-    return {stage.name: (run, recipe) for stage in TRAINING}
+    once = (*TRAINING, SIZES) if recipe.refine.distill.sizes else TRAINING
+    return {stage.name: (run, recipe) for stage in once}
 
 
-def _check_recut(keys: Sequence[str]) -> None:
+def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
     fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
-    wrong = [key for key in keys if key.partition(".")[0] in fixed | {"model", "data"} and key != "model.dtype"]
+    wrong = [
+        key for key in keys if key.partition(".")[0] in fixed | distilled | {"model", "data"} and key != "model.dtype"
+    ]
     if wrong:
         raise RecipeError(
             f"{', '.join(wrong)} cannot change after training",

@@ -27,11 +27,13 @@ class FactorPair(nn.Module):
         self.up = nn.Parameter(factors.up.clone().to(device))
         self.down = nn.Parameter(factors.down.clone().to(device))
         self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
+        self.rank: int | None = None  # how many components take part, the first; None: all
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
-        z = functional.linear(x, _seen(self.down, self.rounding, x))
-        return functional.linear(z, _seen(self.up, self.rounding, x), _bias(self.bias, x))
+        down, up = self.down[: self.rank], self.up[:, : self.rank]
+        z = functional.linear(x, _seen(down, self.rounding, x))
+        return functional.linear(z, _seen(up, self.rounding, x), _bias(self.bias, x))
 
     @torch.no_grad()
     def load(self, factors: StackedFactors) -> None:

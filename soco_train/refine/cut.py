@@ -33,7 +33,8 @@ def make_factors(
     biases = {name: None if linears[name].bias is None else linears[name].bias.detach().cpu() for name in plan.layers}
 
     def make(name: str) -> StackedFactors:
-        return _cut(spectra[name], scores, name, plan.layers[name].rank, biases[name])
+        layer = scores.layers[name]
+        return _cut(spectra[name], layer, plan.layers[name].rank, biases[name])
 
     forms = {}
     for name, layer in plan.layers.items():
@@ -43,10 +44,26 @@ def make_factors(
     return LazyLayers(forms, make)
 
 
-def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.Tensor | None) -> StackedFactors:
-    layer = scores.layers[name]
+Adapter = tuple[torch.Tensor, torch.Tensor]
+
+
+def _cut(spectrum: Spectrum, layer: LayerScores, rank: int, bias: torch.Tensor | None) -> StackedFactors:
     beside = _adapter(layer, rank)
     survivors = kept(layer.importance, rank - len(beside[1]) if beside else rank)
+    return cut_layer(spectrum, layer, survivors, bias, beside)
+
+
+def cut_layer(
+    spectrum: Spectrum,
+    layer: LayerScores,
+    survivors: torch.Tensor,
+    bias: torch.Tensor | None,
+    beside: Adapter | None = None,
+) -> StackedFactors:
+    """Return the factors of the components `survivors` [r] (indices), in their order, then those of `beside`.
+
+    bias: the dense layer's, [m] or None.
+    """
     up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
     if layer.correction is not None:
         left, right = layer.correction
@@ -63,7 +80,7 @@ def _cut(spectrum: Spectrum, scores: Scores, name: str, rank: int, bias: torch.T
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())
 
 
-def _adapter(layer: LayerScores, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _adapter(layer: LayerScores, rank: int) -> Adapter | None:
     """Return the adapter that stays beside the components, of at most `rank` ranks: its SVD's largest, in float64."""
     if layer.adapter is None:
         return None

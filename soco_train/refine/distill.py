@@ -13,8 +13,10 @@ Several processes share each batch (parallel.py); each holds all factors, or its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +31,7 @@ from soco_train.learn.divergence import divergence
 from soco_train.learn.loop import Loop
 from soco_train.learn.optimiser import check_optimiser, optimisers, warmup_cosine
 from soco_train.learn.recompute import recomputing
-from soco_train.learn.teacher import Teacher
+from soco_train.learn.teacher import Teacher, TopPredictions
 from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
@@ -47,11 +49,32 @@ def check_distillation(settings: DistillSettings, storage: Storage) -> None:
     check_optimiser(settings.optimiser)
 
 
+@dataclass(frozen=True)
+class Smaller:
+    """The smaller model that each step trains beside the whole one: the first components of each layer.
+
+    sizes: smallest and largest; ranks: size → how many components each layer has; seed: of the sizes drawn.
+    """
+
+    sizes: tuple[float, float]
+    ranks: Callable[[float], Mapping[str, int]]
+    seed: int
+
+    def size(self, step: int) -> float:
+        """Return the size of a step, evenly drawn, the same however often a training is resumed."""
+        return round(random.Random(f"{self.seed} {step}").uniform(*self.sizes), 3)
+
+
 def distill(
-    subject: Subject, factors: Mapping[str, StackedFactors], settings: DistillSettings, session: Session
+    subject: Subject,
+    factors: Mapping[str, StackedFactors],
+    settings: DistillSettings,
+    session: Session,
+    smaller: Smaller | None = None,
 ) -> dict[str, LayerFactors]:
     """Train towards the dense model's predictions and return the factors, and the dense weights if they are trained.
 
+    smaller: train a smaller model in the same factors too; the loss is the sum of both (any_size.py).
     Resumes from its checkpoint. Raises DataError if the loss is not finite, or if held-out blocks leave nothing to
     train on.
     """
@@ -74,7 +97,7 @@ def distill(
         teacher = Teacher(
             lambda tokens: _dense_logits(subject.model, everything.values(), tokens), settings.teacher_top, folder
         )
-        work = _Distillation(subject, settings, session, layers, teacher)
+        work = _Distillation(subject, settings, session, layers, teacher, smaller)
         if settings.teacher_top:
             work.ask_beforehand()
             with parked(layer.dense for layer in layers.values()):
@@ -104,8 +127,10 @@ class _Distillation(Loop):
         session: Session,
         layers: Mapping[str, TrainedLinear[FactorPair | WholeWeight]],
         teacher: Teacher,
+        smaller: Smaller | None = None,
     ) -> None:
-        self.model, self.settings, self.teacher = subject.model, settings, teacher
+        self.model, self.settings, self.teacher, self.smaller = subject.model, settings, teacher, smaller
+        self.pairs = {name: layer.learnt for name, layer in layers.items() if isinstance(layer.learnt, FactorPair)}
         self.learnt = [layer.learnt for layer in layers.values()]
         parameters = {
             f"{name}:{part}": parameter
@@ -152,7 +177,7 @@ class _Distillation(Loop):
     def one_step(self) -> None:
         """Take a step, and from time to time look at the held-out blocks."""
         tokens, weight = self.own_part()
-        loss, kl = self._loss(tokens)
+        loss, kl = self._loss(tokens, self.smaller.size(self.step) if self.smaller else None)
         value = self.backward(loss, kl, weight)
         self.clip()
         self.update(warmup_cosine(self.step, self.steps, self.settings.warmup))
@@ -166,10 +191,31 @@ class _Distillation(Loop):
             return ()
         return self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
 
-    def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, tokens: torch.Tensor, size: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (loss, KL) of all components; with `size` the loss of the model of that size is added."""
         teacher = self.teacher(tokens)
+        loss, kl = self._divergence(tokens, teacher)
+        if self.smaller and size is not None:
+            with self._only(self.smaller.ranks(size)):
+                loss = loss + self._divergence(tokens, teacher)[0]
+        return loss, kl
+
+    def _divergence(
+        self, tokens: torch.Tensor, teacher: torch.Tensor | TopPredictions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         student = self.model(input_ids=tokens, use_cache=False).logits
         return divergence(student, teacher, tokens, self.settings.ce_weight)
+
+    @contextmanager
+    def _only(self, ranks: Mapping[str, int]) -> Iterator[None]:
+        """Let only the first components of each layer take part."""
+        for name, pair in self.pairs.items():
+            pair.rank = ranks[name]
+        try:
+            yield
+        finally:
+            for pair in self.pairs.values():
+                pair.rank = None
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -177,7 +223,8 @@ class _Distillation(Loop):
         parts = self._held_out_parts()
         if not parts:
             return
-        losses = torch.tensor([float(self._loss(part.to(self.device))[0]) * len(part) for part in parts])
+        size = self.smaller.sizes[0] if self.smaller else None
+        losses = torch.tensor([float(self._loss(part.to(self.device), size)[0]) * len(part) for part in parts])
         parallel.agree([losses])  # so that all processes stop at the same step
         loss = float(losses.sum()) / len(self.held_out)
         if loss < self.best_loss:

@@ -28,7 +28,7 @@ def _memory(task: Task, shape: ModelShape, width: int, checkpoint: int) -> int:
     settings = task.refine.distill
     tokens, learning = settings.batch_tokens, _factors(task, shape, width)
     saved = width * (sum(n for _, n in shape.linears) + shape.components) + saved_by_the_rest(shape, width)
-    learning += tokens * activations(saved, shape, width, settings.checkpoint_activations)
+    learning += _students(task) * tokens * activations(saved, shape, width, settings.checkpoint_activations)
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
         # before the first step it is there beside the factors, moments and best factors of a run that goes on
@@ -56,12 +56,17 @@ def _factors(task: Task, shape: ModelShape, width: int) -> int:
 def _flops(task: Task, shape: ModelShape) -> dict[str, float]:
     settings, dtype = task.refine.distill, task.train.factor_dtype
     student = stacked(task.plan, shape) + shape.parameters - shape.selected
-    passes = 4 if settings.checkpoint_activations else 3
+    passes = _students(task) * (4 if settings.checkpoint_activations else 3)
     tokens = 2.0 * settings.steps * settings.batch_tokens
     flops: dict[str, float] = {dtype: tokens * (shape.parameters + passes * student)}
     if settings.optimiser == "muon":
         flops["bfloat16"] = flops.get("bfloat16", 0) + settings.steps * _muon_flops(task, shape)
     return flops
+
+
+def _students(task: Task) -> int:
+    """Return how many models each step trains: with `sizes` a smaller one beside the whole."""
+    return 2 if task.refine.distill.sizes else 1
 
 
 def _muon_flops(task: Task, shape: ModelShape) -> float:

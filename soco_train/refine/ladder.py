@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from soco_train.errors import RecipeError
 from soco_train.forms.base import LayerFactors
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
@@ -33,6 +34,12 @@ def refine(
     until then the spectra must stay as they are.
     Raises RecipeError for what a rung cannot do, before anything is cut, DataError for a loss that is not finite.
     """
+    if settings.distill.sizes:
+        raise RecipeError(
+            "refine.distill.sizes distils all sizes at once, before one is cut",
+            fix="soco_train.method.distill_sizes and cut_to, or leave sizes out",
+            where="recipe: refine.distill.sizes",
+        )
     for rung in wanted_rungs(settings):
         rung.check(settings.of_step(rung.name), plan.storage)
     for rung in wanted_rungs(settings, on="scores"):
@@ -42,13 +49,13 @@ def refine(
         own, named = settings.of_step(rung.name), session
         if rung.trains:  # all of them, in memory, until the last step
             layers = dict(layers)
-            named = session.named(_fingerprint(own, layers, session))
+            named = session.named(name_training(own, layers, session))
         layers = rung.run(subject, layers, own, named)
     return Factors(store_as(layers, plan.storage, plan.forms), provenance)
 
 
-def _fingerprint(settings: Section, layers: Mapping[str, LayerFactors], session: Session) -> str:
-    """Name the training of these layers with these settings; another one's checkpoint is not continued."""
+def name_training(settings: Section, layers: Mapping[str, LayerFactors], session: Session) -> str:
+    """Return a name for the training of these layers with these settings; another one's checkpoint is not continued."""
     parts = [
         session.fingerprint,
         settings.model_dump_json(exclude={"checkpoint_every", "checkpoint_activations", "shard"}),

@@ -18,7 +18,7 @@ from soco_export.files.curve import recording
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.context import RunContext
 from soco_export.run.folder import DAMAGE, EVIDENCE_SECTIONS
-from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, Format
+from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, SIZES_FILE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
@@ -67,6 +67,40 @@ def make_factors(context: RunContext, out: Path) -> None:
         factors = method.cut_factors(subject, scores, plan, context.recipe.refine, session, origin)
     if parallel.leading():
         factors.save(out / "factors.safetensors")
+
+
+def distill_sizes(context: RunContext, out: Path) -> None:
+    """Distil the factors of all sizes that the recipe names, in score order; goes on from its own checkpoint."""
+    from soco_export.run.measured_plan import plan_for
+    from soco_train import method
+    from soco_train.modules.subject import Session
+    from soco_train.plan.ranks import RankPlan
+    from soco_train.store.scores import Scores
+
+    recipe = context.recipe
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    subject = context.subject(context.path("spectrum", "spectrum"))
+
+    def planner(size: float) -> RankPlan:
+        sized = recipe.model_copy(update={"keep_params": size})
+        return plan_for(sized, scores, context.folder.root, context.notify)
+
+    origin = {"calibration": context.blocks("calibration").fingerprint}
+    with recording(context.notify, out / KEPT_CURVE, out / FACTORS_CURVE) as notify:
+        session = Session(out / "work", notify, fingerprint=out.name, seed=recipe.train.seed)
+        factors = method.distill_sizes(subject, scores, planner, recipe.refine, session, origin)
+    if parallel.leading():
+        factors.save(out / SIZES_FILE)
+
+
+def cut_to_size(context: RunContext, out: Path) -> None:
+    """Cut the factors that were distilled for all sizes to the planned one."""
+    from soco_train.plan.ranks import RankPlan
+    from soco_train.refine.any_size import cut_to
+    from soco_train.store.factors import Factors
+
+    plan = RankPlan.load(context.path("plan", "plan.json"))
+    cut_to(Factors.load(context.path("sizes", SIZES_FILE)), plan).save(out / "factors.safetensors")
 
 
 def write_checkpoint(context: RunContext, out: Path) -> None:
@@ -162,6 +196,15 @@ FACTORS = Stage(
     make_factors,
     shared=True,
 )
+SIZES = Stage(
+    "sizes",
+    ("model", "calibration", "spectrum", "scores"),
+    ("refine", "train.seed", "storage", "allocation", "multiple"),
+    (SIZES_FILE, FACTORS_CURVE),
+    distill_sizes,
+    shared=True,
+)
+CUT = Stage("factors", ("sizes", "plan"), (), ("factors.safetensors",), cut_to_size)
 CHECKPOINT = Stage(
     "checkpoint",
     ("model", "factors"),
@@ -182,6 +225,8 @@ ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
 
 def artefacts(recipe: Recipe, format: Format) -> tuple[Stage[RunContext], ...]:
     """Return the stages of a format; where bytes are the budget, the plan asks the model, the checkpoint the plan."""
+    if recipe.refine.distill.sizes:
+        return (SIZES, *(CUT if stage is FACTORS else stage for stage in ARTEFACTS[format]))
     if recipe.keep_bytes is None:
         return ARTEFACTS[format]
     plan = replace(

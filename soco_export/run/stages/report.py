@@ -181,7 +181,9 @@ def distillation_notes(context: RunContext) -> Iterator[str]:
     if not trained:
         yield "every layer stays dense: there were no factors to distil, and nothing was trained"
         return
-    if dense:
+    if dense and context.recipe.refine.distill.sizes:
+        yield f"{dense} layers are dense at this size, as the product of their distilled factors"
+    elif dense:
         yield f"{dense} layers that stay dense were trained as they are once rounded to {rounding}"
     if rounding != "same" and (context.format != "onnx" or weights == "same"):
         yield f"what was trained is meant to be rounded to {rounding}, and here it is not"
@@ -247,7 +249,8 @@ def write_reports(results: Results, context: RunContext, out: Path) -> None:
 
 def gather(context: RunContext) -> Material:
     """Return what the reports show beside the figures; a run made before curves were kept has none."""
-    curves = [context.path("scores", SCORES_CURVE), context.path("factors", FACTORS_CURVE)]
+    distilled = "sizes" if context.recipe.refine.distill.sizes else "factors"
+    curves = [context.path("scores", SCORES_CURVE), context.path(distilled, FACTORS_CURVE)]
     samples = _read(context.path("proof", PROOF_FILE)).get("samples", [])
     swept = context.folder.root / FRONTIER_FILE
     return Material(
