@@ -39,9 +39,8 @@ def distill_any_size(
 ) -> Factors:
     """Return factors in score order, for every layer that is pruned at the smallest of `settings.sizes`.
 
-    Raises RecipeError if there is an adapter beside the scores, or a rank above the
-    one at the largest size, DataError for
-    a loss that is not finite.
+    Raises RecipeError for scores with an adapter beside them, or a rank at a smaller size that is above the one at the
+    largest, DataError for a loss that is not finite.
     """
     assert settings.sizes is not None
     if any(layer.adapter is not None for layer in scores.layers.values()):
