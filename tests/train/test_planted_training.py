@@ -100,7 +100,7 @@ def test_compensation_is_its_formula_with_scores_that_are_not_1():
 class Toy(nn.Module):
     def __init__(self):
         super().__init__()
-        self.pair = nn.Linear(3, 3)
+        self.learnt = nn.Linear(3, 3)
 
 
 def distilling(tmp_path, **settings):
@@ -122,14 +122,14 @@ def test_cross_entropy_has_the_weight_that_was_asked_for(monkeypatch, tmp_path):
     work, given = distilling(tmp_path, ce_weight=0.7), []
     work.model = lambda input_ids, use_cache: SimpleNamespace(logits=None)
     monkeypatch.setattr(distillation, "divergence", lambda student, teacher, tokens, weight: given.append(weight))
-    work._loss(work.tokens)
+    work._loss(work.tokens, None)
     assert given == [0.7]
 
 
 def test_gradients_are_clipped_and_the_rate_follows_its_curve(tmp_path):
     work, rates, norms = distilling(tmp_path, clip=0.5, lr=0.1), [], []
 
-    def loss(tokens):
+    def loss(tokens, size):
         total = 1e4 * sum(parameter.sum() for parameter in work.parameters.values())
         return total, total.detach()
 
@@ -160,8 +160,8 @@ def test_refit_adds_the_bias_of_the_dense_layer():
 def test_cut_factors_are_as_large_on_both_sides():
     torch.manual_seed(0)
     P, B = 1e3 * torch.randn(6, 4), 1e-3 * torch.randn(4, 5)
-    scores = SimpleNamespace(layers={"a": LayerScores(torch.arange(4.0), torch.ones(4), None, (6, 5))})
-    found = _cut(SimpleNamespace(P=P, B=B), scores, "a", 3, None)
+    layer = LayerScores(torch.arange(4.0), torch.ones(4), None, (6, 5))
+    found = _cut(SimpleNamespace(P=P, B=B), layer, 3, None)
     assert torch.allclose(found.up.norm(dim=0), found.down.norm(dim=1), rtol=1e-4)
     assert torch.allclose(found.up @ found.down, P[:, 1:] @ B[1:], rtol=1e-3, atol=1e-4)
 

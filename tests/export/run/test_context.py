@@ -13,8 +13,10 @@ from transformers.utils import logging
 from soco_export.model import load
 from soco_export.model.source import BUILTIN_MODEL
 from soco_export.recipe.load import load_recipe
+from soco_export.run import on_run
 from soco_export.run.context import RunContext
 from soco_export.run.folder import RunFolder
+from soco_export.run.request import Request
 from soco_train.events import silent
 
 pytestmark = pytest.mark.transformers
@@ -35,10 +37,13 @@ def as_published(model: Any) -> bool:
     return all(torch.equal(weight.float(), state[name]) for name, weight in weights.items())
 
 
-def test_a_run_keeps_the_bars_of_transformers_off_the_terminal(tmp_path: Path) -> None:
+def test_a_run_keeps_the_bars_of_transformers_off_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bool] = []
+    monkeypatch.setattr(on_run.Pipeline, "run", lambda self: shown.append(logging.is_progress_bar_enabled()))
+    monkeypatch.setattr(on_run, "check", lambda *asked: None)
     logging.enable_progress_bar()
-    a_context(tmp_path)
-    assert not logging.is_progress_bar_enabled()
+    on_run.training(Request(model="tiny", out=tmp_path / "run"), silent)
+    assert shown == [False]
 
 
 def test_on_the_cpu_the_model_is_read_once_and_given_away_once(tmp_path: Path) -> None:
