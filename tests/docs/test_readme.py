@@ -96,6 +96,6 @@ def test_the_tour_is_what_a_run_prints(tiny_run: Path) -> None:
 
 
 def labels(text: str) -> list[str]:
-    """What each line is about, however it is folded; whether a model as small as this one is slower than dense changes from run to run."""
+    """What each line is about, however it is folded; a model as small as this one may be slower than dense or not."""
     lines = [line for line in text.splitlines() if not line.startswith(("note: slower than dense", " "))]
     return [re.sub(r"[\d.,]+M?", "#", line.split(":")[0]) for line in lines]
