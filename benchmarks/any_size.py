@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from soco_train.settings import RefineSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 
+FIGURES = {"mean": "perplexity", "ratio": "ratio"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,12 +51,22 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += [{"seed": seed, **row} for row in measure(recipe, given.sizes, given.steps, Path(folder))]
     command = f"python -m benchmarks.any_size --steps {given.steps} --sizes {' '.join(map(str, given.sizes))}"
+    command += "".join(f" --set {setting}" for setting in given.settings)
     document = {
         "command": f"{command} --seeds {' '.join(map(str, given.seeds))}",
         "tokens_a_size": given.steps * 1024,
-        "rows": rows,
+        "rows": list(by_way(rows)),
     }
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def by_way(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way and size: the mean over seeds, and its ratio to the dense model."""
+    for way, size in dict.fromkeys((row["way"], row["size"]) for row in rows):
+        own = [row for row in rows if (row["way"], row["size"]) == (way, size)]
+        means = {name: sum(row[key] for row in own) / len(own) for name, key in FIGURES.items()}
+        seeds = {str(row["seed"]): row["perplexity"] for row in own}
+        yield {"method": way, "keep": size, "texts": {"evaluation": {**means, "seeds": seeds}}}
 
 
 def measure(recipe: Recipe, sizes: list[float], steps: int, folder: Path) -> list[dict[str, Any]]:
