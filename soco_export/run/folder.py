@@ -286,6 +286,7 @@ def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunF
         stages=before.stages if before and not fresh else {},
         written=before.written if before else {},
         earlier=before.earlier if before else {},
+        homes=before.homes if before else {},
     )
     manifest.settle(root)
     manifest.save(root)

@@ -49,7 +49,8 @@ class Manifest(Record):
     """The whole run. `inputs` are the files read from outside, by path; the recipe lies beside it as a lock file.
 
     `written` are all files of the run as they were last written; while some are being replaced `earlier` still has
-    the ones that go, so that a run killed in between knows either as its own.
+    the ones that go, so that a run killed in between knows either as its own. `homes`: the folder, relative to this
+    one, of each stage whose files are another run's.
     """
 
     schema_version: Literal[1] = 1
@@ -62,6 +63,7 @@ class Manifest(Record):
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     written: dict[str, FileRecord] = Field(default_factory=dict)
     earlier: dict[str, FileRecord] = Field(default_factory=dict)
+    homes: dict[str, str] = Field(default_factory=dict)
 
     @staticmethod
     def load(root: Path) -> Manifest | None:

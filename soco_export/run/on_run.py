@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder import EVIDENCE_SECTIONS, check_folder, open_folder, read_folder, read_lock
-from soco_export.run.manifest import StageRecord, check_unchanged, stage_key
+from soco_export.run.manifest import MANIFEST, Manifest, StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
@@ -142,15 +143,36 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     recipe = run_recipe(run, request).override(request.overrides)
     there = replace(request, format=run_format(run))
     check(there, recipe, run, notify)
-    stages = (*TRAINING, *artefacts(recipe, there.format), *EVIDENCE[there.format])
+    homes = homes_of(run)
+    stages = stages_of(recipe, there.format, homes)
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
-    with open_folder(run, recipe) as folder:
-        quiet_transformers()
-        folder.manifest.stages.pop(stage, None)  # its files stay listed as the run's own
-        context = RunContext(folder, there.format, notify)
-        Pipeline(folder, stages, context, context.sources(), notify=notify).run()
+    _lead(replace(there, argv=(), fresh=False), recipe, run, stages, notify, homes, afresh=stage)
     return run_outcome(run)
+
+
+def stages_of(recipe: Recipe, format: Format, homes: Homes) -> list[Stage[RunContext]]:
+    """Return all stages of a run; the model card beside a checkpoint that is another run's stays as it is."""
+    stages = (*TRAINING, *artefacts(recipe, format), *EVIDENCE[format])
+    if "checkpoint" not in homes:
+        return list(stages)
+    reports = tuple(name for name in REPORT_FILES if not name.startswith("hf/"))
+    return [replace(stage, writes=reports) if stage.name == "report" else stage for stage in stages]
+
+
+def homes_of(root: Path) -> Homes:
+    """Return what the run in `root` has in other runs' folders; RecipeError where its scores are nowhere."""
+    manifest = Manifest.load(root)
+    if manifest is None:
+        return {}
+    if SCORES.name not in {**manifest.stages, **manifest.homes}:
+        raise RecipeError(
+            f"{root} is another size of a run, and does not say of which",
+            fix="make it again from the run that was trained: soco-export export RUN --keep-params … --out FOLDER",
+            where=str(root / MANIFEST),
+        )
+    places = {stage: Path(os.path.normpath(root / place)) for stage, place in manifest.homes.items()}
+    return {stage: (home, read_lock(home)) for stage, home in places.items()}
 
 
 def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
@@ -208,12 +230,23 @@ def advance(
 
 
 def _lead(
-    request: Request, recipe: Recipe, root: Path, stages: Sequence[Stage[RunContext]], notify: Notify, homes: Homes
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    homes: Homes,
+    afresh: str = "",
 ) -> None:
+    """Bring `stages` up to date in this process; the one called `afresh` runs whatever it has done."""
     with ExitStack() as held:
         others = {home: held.enter_context(open_folder(home, own)) for home, own in dict(homes.values()).items()}
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
         quiet_transformers()
+        places = {stage: os.path.relpath(home.absolute(), root.absolute()) for stage, (home, _) in homes.items()}
+        folder.manifest.homes = places
+        folder.manifest.stages.pop(afresh, None)  # its files stay listed as the run's own
+        folder.save()
         at_home = {stage: others[home] for stage, (home, _) in homes.items()}
         context = RunContext(folder, request.format, notify, at_home)
         Pipeline(folder, stages, context, context.sources(), at_home, notify).run()

@@ -20,16 +20,11 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import dense_point, frontier_table, frontier_text, point_of
 from soco_export.report.material import FrontierPoint
 from soco_export.report.schema import RESULTS_FILE, Results
-from soco_export.run.context import RunContext
 from soco_export.run.folder import EVIDENCE_SECTIONS, open_folder
 from soco_export.run.manifest import StageRecord, stage_key
-from soco_export.run.names import FRONTIER_FILE, REPORT_FILES
-from soco_export.run.on_run import Homes, advance, check, report_again, trained_in
-from soco_export.run.pipeline import Stage
+from soco_export.run.names import FRONTIER_FILE
+from soco_export.run.on_run import Homes, advance, check, report_again, stages_of, trained_in
 from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe, table
-from soco_export.run.stages.artefacts import artefacts
-from soco_export.run.stages.evidence import EVIDENCE
-from soco_export.run.stages.training import TRAINING
 from soco_train import parallel
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify
@@ -66,7 +61,7 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
         check(request, point.recipe, point.root, notify)
     for number, point in enumerate(wanted, 1):
         notify(Event("point", number, len(wanted), {"": str(point.root)}, "done"))
-        advance(request, point.recipe, point.root, _stages(point), notify, point.homes)
+        advance(request, point.recipe, point.root, stages_of(point.recipe, "onnx", point.homes), notify, point.homes)
     points = tuple(_points(run, wanted))
     _record(run, changed, points)
     if (run / RESULTS_FILE).is_file():  # its report shows the frontier
@@ -119,15 +114,6 @@ def place(run: Path, recipe: Recipe, size: float, weights: str) -> Place:
     if recipe.optimise_for == "params":  # else the plan follows times that the type changes
         homes |= {stage: (base, sized) for stage in BY_SIZE}
     return Place(run / f"keep-{size:g}-{weights}", typed, homes)
-
-
-def _stages(point: Place) -> list[Stage[RunContext]]:
-    """Return the stages of a point; the model card beside a checkpoint that is another's stays as it is."""
-    stages = (*TRAINING, *artefacts(point.recipe, "onnx"), *EVIDENCE["onnx"])
-    if "checkpoint" not in point.homes:
-        return list(stages)
-    reports = tuple(name for name in REPORT_FILES if not name.startswith("hf/"))
-    return [replace(stage, writes=reports) if stage.name == "report" else stage for stage in stages]
 
 
 def _points(run: Path, wanted: Sequence[Place]) -> Iterator[FrontierPoint]:

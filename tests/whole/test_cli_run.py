@@ -173,6 +173,10 @@ class TestExport:
         assert small["params_after"] <= 0.75 * small["params_before"]
         assert not (run / "keep-0.75" / "scores.safetensors").exists()
         assert {name for name in before if contents(run).get(name) != before[name]} == {"manifest.json"}
+        again = soco("validate", run / "keep-0.75", "--json")
+        assert again.code == 0, again.err
+        assert stages(again)["scores"] == "up to date"
+        assert not (run / "keep-0.75" / "scores.safetensors").exists()
 
     def test_what_the_scores_depend_on_is_refused(self, run: Path) -> None:
         ran = soco("export", run, "--set", "train.steps=9", "--out", run.parent / "other")
