@@ -42,7 +42,7 @@ PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when 
 MASKS_STOP = 0.7  # of all steps
 
 
-READS = "steps batch_tokens lr lr_deviation clip checkpoint_every checkpoint_activations logit_chunk"
+READS = "acip steps batch_tokens lr lr_deviation clip checkpoint_every checkpoint_activations logit_chunk"
 
 
 @scorer("acip", reads=READS.split(), trains=True, cost=learning_cost)

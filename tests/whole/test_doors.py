@@ -390,7 +390,7 @@ def test_any_file_is_a_mapping_or_our_error(tmp_path_factory: pytest.TempPathFac
 
 
 BEFORE_TRAINING = {
-    "a layout that nobody writes": ("export.layouts=[optimum,nothing]", "no layout"),
+    "a layout that nobody writes": ("export.layouts=[optimum,nothing]", "no runtime"),
     "a task that is not there": ('validate.tasks=[{"path": "absent.jsonl"}]', "absent"),
     "a multiple above all budgets": ("multiple=4096", "keep_params|budget|multiple|smallest"),
     "a budget below rank 1": ("keep_params=0.001", "keep_params|budget|smallest"),

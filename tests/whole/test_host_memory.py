@@ -22,8 +22,10 @@ from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.cost_shape import BASE_HOST, WEIGHTS_AT_ONCE
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings
+from soco_train.plan.ranks import plan_ranks
+from soco_train.settings import LayerSettings, PlanSettings
 from soco_train.store.factors import Factors
+from soco_train.store.scores import LayerScores, Scores
 
 HIDDEN, INNER, LAYERS = 512, 16384, 6
 LARGEST = 4 * HIDDEN * INNER  # in fp32
@@ -86,11 +88,14 @@ def store(folder: Path, layers: int, inner: int) -> int:
     model.save_pretrained(folder / "model", max_shard_size="100MB")
     for file in BUILTIN_MODEL.glob("tokenizer*"):
         shutil.copy(file, folder / "model")
-    factors = {}
+    factors, scores = {}, {}
     for name, linear in select_linears(model, LayerSettings()).items():
         m, n = linear.weight.shape
         rank = int(0.6 * m * n / (m + n))
         factors[name] = StackedFactors(torch.randn(m, rank), torch.randn(rank, n), None)
+        scores[name] = LayerScores(torch.ones(min(m, n)), torch.ones(min(m, n)), None, (m, n))
+    plan = plan_ranks(Scores(scores), PlanSettings(keep_params=0.6, allocation="uniform"))
+    (folder / "plan.json").write_text(plan.to_json())
     Factors(factors).save(folder / "factors.safetensors")
     return model.num_parameters() * 2
 

@@ -152,4 +152,5 @@ def test_the_models_of_the_recipes_are_described(name, tmp_path: Path) -> None:
     found = read(tmp_path, published)
     assert found is not None
     assert found.layers == published["num_hidden_layers"]
-    assert found.hidden == found.attention.sizes[0]
+    heads = published["num_attention_heads"]
+    assert found.attention.sizes[0] == heads * published.get("head_dim", found.hidden // heads)
