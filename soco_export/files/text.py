@@ -1,8 +1,9 @@
-"""Text of a model, a recipe or a file system, made harmless for a terminal, for Markdown and for one line."""
+"""Text for a terminal, for Markdown and for one line, made harmless where others wrote it; and lines in columns."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # What moves a cursor, hides or reorders text, or cannot be encoded: C0 and C1 controls, the marks that change the
 # direction of writing (Unicode annex 9), characters without width, line and paragraph separators, half surrogate pairs.
@@ -48,3 +49,10 @@ def fence(text: str) -> str:
 def markdown(text: str) -> str:
     """Return `text` as Markdown that shows it word for word."""
     return MARKUP.sub(r"\\\1", one_line(text))
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of aligned columns: the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]

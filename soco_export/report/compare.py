@@ -7,16 +7,16 @@ compared, only speed-ups: each of those is a ratio from one interleaved series.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from soco_export.evaluate.paired import perplexity_ratio
-from soco_export.files.text import one_line
+from soco_export.files.text import aligned, one_line
 from soco_export.report.baseline import apart, changes, leaves
 from soco_export.report.schema import Results
-from soco_export.report.tables import Row, number, verdict_line
+from soco_export.report.tables import number, verdict_line
 
 LESS_IS_BETTER = (
     "perplexity.*.value",
@@ -96,22 +96,15 @@ def render_comparison(comparison: Comparison, names: tuple[str, str] = ("first",
     settings = [(key, _short(one), _short(two)) for key, (one, two) in comparison.settings.items()]
     parts = [f"{name}: {verdict}" for name, verdict in zip(names, comparison.verdicts, strict=True)]
     if figures:
-        parts += ["", *columns(("", *names, "recovery", "> noise"), figures)]
+        parts += ["", *aligned(("", *names, "recovery", "> noise"), figures)]
         parts += ["recovery: above 1, the second is better", "> noise: n/a where no uncertainty was measured"]
     parts += _texts(comparison.texts)
     parts.append(f"{len(comparison.figures) - len(differing)} of {len(comparison.figures)} figures are the same")
     if settings:
-        parts += ["", "settings that differ", *columns(("", *names), settings)]
+        parts += ["", "settings that differ", *aligned(("", *names), settings)]
     if comparison.changed:
         parts += ["", f"what else changed ({names[0]} → {names[1]})", *comparison.changed]
     return "\n".join(parts) + "\n"
-
-
-def columns(header: Row, rows: Sequence[Row]) -> list[str]:
-    """Return lines of aligned columns: the first to the left, figures to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
 
 
 def _brief(name: str) -> str:

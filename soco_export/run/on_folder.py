@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soco_export.bench.figures import LatencyFigures
-from soco_export.bench.stats import Ratio, render_percentile
+from soco_export.bench.stats import render_percentile
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.json import context_length, read_config
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
-from soco_export.files.text import one_line
+from soco_export.files.text import aligned, one_line
 from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings, Verdict, judge
-from soco_export.report.tables import ratio_text
+from soco_export.report.tables import ratio, ratio_text
 from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
-from soco_export.run.request import Outcome, Request, table
+from soco_export.run.request import Outcome, Request
 from soco_export.runtimes.open import is_onnx, open_decoder
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
@@ -139,7 +139,7 @@ def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdi
     ]
     values = f"{perplexity['reference']['value']:.4g} → {perplexity['candidate']['value']:.4g}"
     lines = [
-        table((step, "mean KL", "same token", "max logit difference"), rows),
+        *aligned((step, "mean KL", "same token", "max logit difference"), rows),
         f"perplexity: {values} ({ratio_text(perplexity['ratio'], perplexity['ratio_interval'], 4)}, "
         f"{one_line(perplexity['text'])}, {len(perplexity['reference']['blocks'])} windows)",
     ]
@@ -172,12 +172,8 @@ def bench_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
 def _latency_lines(figures: LatencyFigures) -> list[str]:
     rows = []
     for name, work in figures.workloads.items():
-        one, two, ratio = work.dense, work.compressed, work.speedup
+        one, two, speed = work.dense, work.compressed, work.speedup
         times = (render_percentile(value, n) for value, n in ((one.p50, one.n), (two.p50, two.n), (two.p95, two.n)))
-        rows.append((name, *times, _ratio(ratio), _ratio(work.control) if work.control else "not timed"))
-    lines = [table(("", "reference p50", "p50", "p95", "speed-up", "reference / itself"), rows)]
+        rows.append((name, *times, ratio(speed), ratio(work.control) if work.control else "not timed"))
+    lines = aligned(("", "reference p50", "p50", "p95", "speed-up", "reference / itself"), rows)
     return [*lines, *(f"{name} was skipped: {reason}" for name, reason in figures.skipped.items())]
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.value:.2f}× ({ratio.low:.2f} … {ratio.high:.2f})"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.files.atomic import write_atomic
+from soco_export.files.text import aligned
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import DAMAGE
 from soco_export.run.manifest import check_unchanged
 from soco_export.run.measured_plan import plan_for
-from soco_export.run.request import Outcome, table
+from soco_export.run.request import Outcome
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 from soco_train.plan.ranks import RankPlan
@@ -109,7 +110,7 @@ def _sizes(plans: dict[float, RankPlan], total: int) -> str:
                 f"{len(plan.dense_layers)} of {len(plan.layers)}",
             )
         )
-    return table(SIZE_HEADER, rows)
+    return "\n".join(aligned(SIZE_HEADER, rows))
 
 
 def _layers(plan: RankPlan, total: int) -> str:
@@ -131,4 +132,4 @@ def _layers(plan: RankPlan, total: int) -> str:
         )
         for name, weight in plan.left_out.items()
     ]
-    return f"{table(LAYER_HEADER, [*rows, *tables, *rest])}\n{plan.describe(total)}"
+    return "\n".join([*aligned(LAYER_HEADER, [*rows, *tables, *rest]), plan.describe(total)])

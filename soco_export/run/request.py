@@ -161,14 +161,3 @@ def parse_byte_sizes(text: str | None, default: int | None) -> list[int]:
             f"keep_bytes is {text}", fix="give sizes separated by commas: 90MB,70MB", where="--keep-bytes"
         )
     return sizes
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns: the first to the left, the others to the right."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in lines)
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column else cell.ljust(width)

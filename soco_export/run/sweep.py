@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from soco_export.files.records import folder_bytes
+from soco_export.files.text import aligned
 from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import dense_point, frontier_table, frontier_text, point_of
@@ -24,7 +25,7 @@ from soco_export.run.folder import EVIDENCE_SECTIONS, open_folder
 from soco_export.run.manifest import StageRecord, stage_key
 from soco_export.run.names import FRONTIER_FILE
 from soco_export.run.on_run import Homes, advance, check, report_again, stages_of, trained_in
-from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe, table
+from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe
 from soco_train import parallel
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify
@@ -68,7 +69,7 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
         report_again(replace(request, set_=None), run, notify)
     found = frontier_table(points)
     assert found is not None
-    lines = [table(found.columns, found.rows), found.note, f"choose one: soco-export choose {run} --max-bytes …"]
+    lines = [*aligned(found.columns, found.rows), found.note, f"choose one: soco-export choose {run} --max-bytes …"]
     return Outcome({"run": str(run), "points": [asdict(point) for point in points]}, "\n".join(lines))
 
 
