@@ -24,7 +24,7 @@ from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_b
 from soco_export.files.json import read_config
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
-from soco_train.store.bounded import read_json
+from soco_train.bounded import read_json
 
 SHARD = "5GB"
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from soco_export.files.atomic import write_atomic
 from soco_train import parallel
+from soco_train.bounded import MADE_ANEW, read_text
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
-from soco_train.store.bounded import MADE_ANEW, read_text
 
 Row = dict[str, Any]
 SPEED = "tokens/s"

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soco_train.bounded import read_json
 from soco_train.errors import DataError, SocoError
-from soco_train.store.bounded import read_json
 
 CONFIG_BYTES = 16 << 20
 FIX = "give the folder of a Hugging Face model"

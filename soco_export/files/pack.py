@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 from soco_export.files.coding import BLOCK, DAMAGED, decode, encode, load_zstandard, plane_lengths
 from soco_export.files.records import check_apart, record_file, walk
 from soco_export.files.replacing import LISTING, replacing_folder
+from soco_train.bounded import open_plain, parse_object
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.events import Event, Notify, silent
-from soco_train.store.bounded import open_plain, parse_object
 
 MAGIC = b"SOCOPACK1\n"
 SUFFIX = ".socopack"

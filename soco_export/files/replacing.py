@@ -21,8 +21,8 @@ from pydantic import Field, ValidationError
 
 from soco_export.files.atomic import remove, write_atomic
 from soco_export.files.records import FileRecord, Record, check_apart, check_ours, record_files
+from soco_train.bounded import read_bytes
 from soco_train.errors import DataError, RecipeError
-from soco_train.store.bounded import read_bytes
 
 LISTING = "soco_files.json"
 FIX = "give another --out, or move these files away"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from soco_train.bounded import read_json
 from soco_train.errors import DataError, RecipeError
-from soco_train.store.bounded import read_json
 from soco_train.store.header import read_header
 
 REPAIR = "copy or write the checkpoint again"

@@ -12,8 +12,8 @@ from soco_export.files.json import check_sizes, making_a_model
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
+from soco_train.bounded import read_bytes, read_json
 from soco_train.errors import DataError, RecipeError
-from soco_train.store.bounded import read_bytes, read_json
 
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
 SMALLEST_VOCABULARY = 0.75

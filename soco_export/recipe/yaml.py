@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from soco_train.bounded import read_text
 from soco_train.errors import DataError, RecipeError
-from soco_train.store.bounded import read_text
 
 # dotted key → "file:line", or the command-line flag that set it
 Origins = dict[str, str]

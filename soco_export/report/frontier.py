@@ -18,8 +18,8 @@ from soco_export.bench.figures import LatencyFigures, WorkloadFigures
 from soco_export.report.material import OWN, FrontierPoint
 from soco_export.report.schema import Results
 from soco_export.report.tables import Table, ratio_text, size
+from soco_train.bounded import read_text
 from soco_train.errors import DataError
-from soco_train.store.bounded import read_text
 
 SWEEP_VERSION = 1
 AGAIN = "make it anew: soco-export sweep RUN"

@@ -21,8 +21,8 @@ from soco_export.evaluate.figures import PerplexityFigures, StepParity, TaskComp
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.atomic import write_atomic
 from soco_export.report.gates import GateSettings, Verdict, judge
+from soco_train.bounded import read_text
 from soco_train.errors import DataError
-from soco_train.store.bounded import read_text
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"

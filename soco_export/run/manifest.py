@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError
 
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
+from soco_train.bounded import read_bytes
 from soco_train.errors import RecipeError
-from soco_train.store.bounded import read_bytes
 
 MANIFEST = "manifest.json"
 NEW = "not run yet"

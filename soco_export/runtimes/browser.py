@@ -14,8 +14,8 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.runtimes.openvino import refuse_quantised_table
 from soco_export.runtimes.optimum import write_hugging_face_files
 from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
+from soco_train.bounded import read_json
 from soco_train.errors import RecipeError
-from soco_train.store.bounded import read_json
 
 NAME = "transformers.js"
 # Its words for types and what it appends to the file's name: utils/dtypes.js of transformers.js 4.3.

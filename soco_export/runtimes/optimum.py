@@ -8,8 +8,8 @@ from pathlib import Path
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
 from soco_export.files.json import FIX, read_config
 from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
+from soco_train.bounded import read_json
 from soco_train.installed import install_command
-from soco_train.store.bounded import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

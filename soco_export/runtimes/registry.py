@@ -16,9 +16,9 @@ from soco_export.files.json import FIX
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.settings import ExportSettings
+from soco_train.bounded import read_json
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import version_of
-from soco_train.store.bounded import read_json
 
 if TYPE_CHECKING:
     from soco_export.evaluate.decoder import Decoder

@@ -10,13 +10,13 @@ import codecs
 import gzip
 import json
 import os
-import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soco_train.bounded import open_plain
 from soco_train.errors import DataError, RecipeError
 
 CHUNK = 1 << 16
@@ -46,7 +46,8 @@ def kind_of(path: Path) -> str:
 def read_text(path: Path) -> Iterator[str]:
     """Yield the text of a file in pieces, without byte order mark and with line ends of one character.
 
-    Raises RecipeError (absent, unreadable, no regular file) and DataError (not UTF-8, NUL, too long, damaged).
+    Raises RecipeError (absent, unreadable, no plain file, a git-lfs pointer) and DataError (not UTF-8, NUL, too long,
+    damaged).
     """
     found, held = 0, ""
     for piece in _decoded(path):
@@ -94,20 +95,19 @@ def _check_start(chunk: bytes, path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a regular file, packed or not; a device or pipe would never end, or never begin."""
+    """Open a plain file, packed or not; RecipeError for what cannot be opened: a recipe has named it."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "no regular file"
-            raise RecipeError(f"{path} is {kind}", fix="give a text file", where=str(path))
-        with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
+        file = open_plain(path, "give a readable text file")
+    except DataError as error:
+        raise RecipeError(error.message, fix=error.fix, where=error.where) from None
+    try:
+        with file as raw:
+            packed = raw.peek(2).startswith(b"\x1f\x8b")
             yield gzip.GzipFile(fileobj=raw) if packed else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path.name} is damaged: {error}", fix="pack it again", where=str(path)) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"cannot read {path}: {reason}", fix="give a readable text file", where=str(path)) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path.name}: {error.strerror}", fix="copy it anew", where=str(path)) from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

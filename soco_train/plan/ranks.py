@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from soco_train.bounded import MADE_ANEW, parse_object, read_text
 from soco_train.errors import DataError
 from soco_train.plan.allocation import (
     Ladder,
@@ -25,7 +26,6 @@ from soco_train.plan.allocation import (
 )
 from soco_train.plan.left_out import LeftOut, taking_part
 from soco_train.settings import Allocation, PlanSettings, Storage, WeightType
-from soco_train.store.bounded import MADE_ANEW, parse_object, read_text
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from soco_train.bounded import MADE_ANEW, answering
 from soco_train.settings import TYPES, WeightType
-from soco_train.store.bounded import MADE_ANEW, answering
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"

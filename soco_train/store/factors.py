@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import form_of_class, forms_of, from_factors
-from soco_train.store.bounded import MADE_ANEW, answering
 from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write_tensors
 
 

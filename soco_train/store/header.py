@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_train.bounded import open_plain, parse_object
 from soco_train.errors import DataError
-from soco_train.store.bounded import open_plain, parse_object
 
 MOST_HEADER = 16 << 20  # bytes; a model of 50,000 tensors has about 6 MB
 MOST_TENSORS = 100_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from soco_train.store.bounded import MADE_ANEW, answering
+from soco_train.bounded import MADE_ANEW, answering
 from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
 
 Pair = tuple[torch.Tensor, torch.Tensor]

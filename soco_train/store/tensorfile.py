@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from soco_train.bounded import MADE_ANEW, parse_object
 from soco_train.errors import DataError
-from soco_train.store.bounded import MADE_ANEW, parse_object
 from soco_train.store.header import read_header
 
 DTYPES = {

@@ -26,9 +26,9 @@ from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
 from soco_export.run.manifest import Manifest
+from soco_train.bounded import parse_object, read_json
 from soco_train.errors import DataError, RecipeError, SocoError
 from soco_train.plan.ranks import LayerPlan, RankPlan
-from soco_train.store.bounded import parse_object, read_json
 from soco_train.store.factors import Factors
 from soco_train.store.header import MOST_TENSORS, read_header
 from soco_train.store.scores import LayerScores, Scores

@@ -22,7 +22,7 @@ from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CU
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
-from soco_train.store.bounded import read_json
+from soco_train.bounded import read_json
 
 
 def cut_plan(context: RunContext, out: Path) -> None:

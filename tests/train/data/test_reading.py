@@ -203,3 +203,9 @@ def test_only_as_much_is_tokenised_as_the_blocks_need(name: str, tmp_path: Path)
     few = load_blocks(tokenizer, DataSettings(path=tmp_path / name, block=64, blocks=8), "calibration").tokens
     assert tokenizer.given < 6 * CHUNK < sum(map(len, lines)) / 4
     assert torch.equal(few, blocks(tmp_path / name, block=64)[:8])
+
+
+def test_a_git_lfs_pointer_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SocoError, match="git-lfs pointer"):
+        list(read_text(tmp_path / "a.txt"))

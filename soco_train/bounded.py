@@ -11,8 +11,9 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from soco_train.errors import DataError
 
@@ -36,7 +37,7 @@ FIXES = {
 }
 
 
-def open_plain(path: Path, fix: str) -> BinaryIO:
+def open_plain(path: Path, fix: str) -> BufferedReader:
     """Open a plain file to read its bytes; DataError for anything else, a file that may not be read, and a pointer.
 
     fix: what to do where the file is absent or not what it must be.
