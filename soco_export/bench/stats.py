@@ -45,6 +45,11 @@ class Ratio:
     rounds: int
     block: int = 1
 
+    @property
+    def within_noise(self) -> bool:
+        """Whether the interval contains 1: no difference was measured."""
+        return self.low <= 1 <= self.high
+
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
     """Return the `share` quantile (0 < share < 1, linear between ranks), or None if too few samples lie above it.

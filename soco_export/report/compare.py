@@ -15,8 +15,9 @@ from typing import Any
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.text import aligned, one_line
 from soco_export.report.baseline import apart, changes, leaves
+from soco_export.report.rendering import number
 from soco_export.report.schema import Results
-from soco_export.report.tables import number, verdict_line
+from soco_export.report.sentences import verdict_line
 
 LESS_IS_BETTER = (
     "perplexity.*.value",

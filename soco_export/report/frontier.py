@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, WorkloadFigures
 from soco_export.report.material import OWN, FrontierPoint
+from soco_export.report.rendering import Table, ratio_text, size
 from soco_export.report.schema import Results
-from soco_export.report.tables import Table, ratio_text, size
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
 

@@ -13,7 +13,8 @@ from soco_export.report.markdown import render_recipe
 from soco_export.report.material import Material
 from soco_export.report.plots import NONE, draw_plots
 from soco_export.report.schema import Results
-from soco_export.report.tables import all_tables, changed, figures_sentence, origin, run_table, verdict_line
+from soco_export.report.sentences import figures_sentence, origin, verdict_line
+from soco_export.report.tables import all_tables, changed, run_table
 from soco_export.report.words import SIGNS, verdict_words
 
 TEMPLATE = "report.html.jinja"

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from soco_export.report.gates import Verdict
 from soco_export.report.schema import Results
-from soco_export.report.tables import figures_sentence
+from soco_export.report.sentences import figures_sentence
 from soco_export.report.words import verdict_words
 
 FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # not allowed in XML 1.0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from soco_export.report.gates import State, Verdict
-from soco_export.report.tables import percent
+from soco_export.report.rendering import percent
 
 # gate → what its figure is, and its unit ("%": a share; "×": a ratio to the dense model)
 PLAIN: Mapping[str, tuple[str, str]] = {

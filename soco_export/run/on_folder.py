@@ -20,7 +20,7 @@ from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.gates import GATES, GateSettings, Verdict, judge
-from soco_export.report.tables import ratio, ratio_text
+from soco_export.report.rendering import ratio, ratio_text
 from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from soco_export.files.records import folder_bytes
 from soco_export.files.text import folded, one_line
+from soco_export.report.rendering import ratio_text
 from soco_export.report.schema import RESULTS_FILE, Results
-from soco_export.report.tables import ratio_text, verdict_sentence
+from soco_export.report.sentences import verdict_sentence
 from soco_export.report.words import verdict_terminal
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode

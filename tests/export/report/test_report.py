@@ -20,6 +20,7 @@ from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import FrontierPoint, Material, Sample
+from soco_export.report.rendering import number, percent, size
 from soco_export.report.schema import (
     ModelFigures,
     ParityResults,
@@ -27,7 +28,8 @@ from soco_export.report.schema import (
     Results,
     SizeFigures,
 )
-from soco_export.report.tables import all_tables, headline, number, percent, size, verdict_line, verdict_sentence
+from soco_export.report.sentences import headline, verdict_line, verdict_sentence
+from soco_export.report.tables import all_tables
 from soco_export.report.words import PLAIN, SIGNS, verdict_words
 from soco_export.run.stages.report import _largest_coefficient, slower
 from soco_train.errors import DataError

@@ -11,7 +11,7 @@ from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import Ratio, summarise
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.tasks import TaskAnswers, compare_answers
-from soco_export.report.tables import speedup
+from soco_export.report.rendering import speedup
 from soco_export.run.stages import evidence, report
 from soco_export.runtimes import open as opening
 from soco_train.settings import DataSettings
