@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bits.models import LEARNING_RATES, Subject
 from benchmarks.bits.off_grid import BLOCK, moves, on_grid, rescale
 from benchmarks.bits.run import forms, parse
 from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings, RoundingSettings
+from tests.support.models import small_llama
 
 
 def on_a_grid(weight: torch.Tensor) -> torch.Tensor:
@@ -23,16 +23,7 @@ def on_a_grid(weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_model_off_its_grid_computes_what_it_did() -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama(hidden_size=64, intermediate_size=96)
     linears = select_linears(model, LayerSettings())
     for linear in linears.values():
         linear.weight.data = on_a_grid(linear.weight.detach())

@@ -47,6 +47,20 @@ _SHARED = {
 _GQA = {**_SHARED, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
 
 
+def small_llama(**changes: Any) -> LlamaForCausalLM:
+    """Return a random Llama of two layers and 64 tokens, width 32 unless `changes` of its config say otherwise."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+
+
 def _rope(theta: float, scaling: dict[str, Any] | None = None) -> dict[str, Any]:
     """Rotary settings under both versions' names; each takes its own."""
     parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_train import method
 from soco_train.errors import RecipeError
@@ -25,6 +24,7 @@ from soco_train.refine.distill import Smaller
 from soco_train.settings import DistillSettings, LayerSettings, PlanSettings, RefineSettings, TrainSettings
 from soco_train.store.scores import Scores
 from tests.support.fresh import rng
+from tests.support.models import small_llama
 
 TRAIN = TrainSettings(scorer="singular-values", basis="whitened")
 SIZES = (0.4, 0.9)
@@ -33,19 +33,9 @@ SIZES = (0.4, 0.9)
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Scores]:
     torch.manual_seed(int(rng().integers(1 << 30)))
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attention_bias=True,
-    )
     folder = tmp_path_factory.mktemp("subject")
     tokens = torch.randint(64, (24, 16))
-    subject = method.open_subject(LlamaForCausalLM(config).eval(), LayerSettings(), tokens, folder / "spectrum")
+    subject = method.open_subject(small_llama(attention_bias=True), LayerSettings(), tokens, folder / "spectrum")
     method.make_spectra(subject, TRAIN)
     return subject, method.learn_scores(subject, TRAIN, PlanSettings(), Session(folder / "work"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
@@ -36,7 +36,7 @@ from soco_train.settings import (
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
-from tests.support.models import make_model
+from tests.support.models import make_model, small_llama
 
 HAS_MUON = hasattr(torch.optim, "Muon")
 TRAIN = TrainSettings(scorer="singular-values", basis="whitened")
@@ -46,17 +46,7 @@ PLAN = PlanSettings(keep_params=0.5, allocation="uniform")
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attention_bias=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(attention_bias=True)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from soco_export import signals
 from soco_train import stopping
@@ -27,6 +27,7 @@ from soco_train.spectra.bases import find_basis
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import collect_statistics
 from soco_train.store.spectra import SpectrumStore
+from tests.support.models import small_llama
 from tests.support.work import Work
 
 STEPS = 30
@@ -36,17 +37,7 @@ TRAIN = TrainSettings(steps=STEPS, batch_tokens=64, lr=0.05, checkpoint_every=7,
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

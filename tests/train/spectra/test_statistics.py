@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
 from soco_train.settings import LayerSettings
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
+from tests.support.models import small_llama
 
 pytestmark = pytest.mark.transformers
 
@@ -24,16 +25,7 @@ ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(hidden_size=16, intermediate_size=24, initializer_range=0.3).train()
 
 
 def tiny_opt() -> OPTForCausalLM:
