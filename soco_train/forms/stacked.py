@@ -93,3 +93,8 @@ class LowRankLinear(FactoredLinear):
     def dense_bias(self) -> torch.Tensor | None:
         """Return the bias of `up`."""
         return self.up.bias
+
+
+def balance(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return the factors [r] by which columns of `up` grow and rows of `down` shrink until both are as long."""
+    return (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)

@@ -16,7 +16,7 @@ from torch import nn
 
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import LazyLayers, find_form, forms_of
-from soco_train.forms.stacked import StackedFactors
+from soco_train.forms.stacked import StackedFactors, balance
 from soco_train.plan.ranks import RankPlan, kept
 from soco_train.settings import Storage
 from soco_train.store.scores import LayerScores, Scores
@@ -73,8 +73,8 @@ def cut_layer(
         up, down = torch.cat((up, beside[0]), 1), torch.cat((down, beside[1]))
         scale = torch.cat((scale, scale.new_ones(len(beside[1]))))
     root = scale.sqrt()
-    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
-    up, down = up * (root * balance), down * (root / balance)[:, None]
+    evened = balance(up, down)
+    up, down = up * (root * evened), down * (root / evened)[:, None]
     if layer.deviation is not None:
         bias = layer.deviation if bias is None else layer.deviation + bias
     return StackedFactors(up.float(), down.float(), None if bias is None else bias.float())

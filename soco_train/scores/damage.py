@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from soco_train.events import Event, Notify, silent
 from soco_train.forms.base import FORMS, LayerFactors
 from soco_train.forms.registry import from_factors
-from soco_train.forms.stacked import StackedFactors
+from soco_train.forms.stacked import StackedFactors, balance
 from soco_train.modules.subject import Subject
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
@@ -105,8 +105,8 @@ def _components(spectrum: Spectrum, scores: LayerScores) -> tuple[torch.Tensor, 
     """Return (up [m, k], down [k, n]), the components that live longest first, each with its norm shared evenly."""
     order = torch.sort(scores.importance, descending=True, stable=True).indices
     up, down = spectrum.P[:, order].double(), spectrum.B[order].double()
-    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
-    return up * balance, down / balance[:, None]
+    evened = balance(up, down)
+    return up * evened, down / evened[:, None]
 
 
 def _sampled(
