@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib import metadata
 from urllib.parse import unquote, urlsplit
 
 PACKAGE = "soco-export"
@@ -32,14 +31,13 @@ def requirement(extra: str, origin: dict[str, object]) -> str:
 
 def version() -> str:
     """Return the installed version of this package, "unknown" in a source tree that is not installed."""
-    try:
-        return metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return version_of(PACKAGE) or "unknown"
 
 
 def version_of(package: str) -> str | None:
     """Return the installed version of a distribution, None if it is not installed."""
+    from importlib import metadata  # a quarter of what --help takes
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -47,6 +45,8 @@ def version_of(package: str) -> str | None:
 
 
 def _origin() -> dict[str, object]:
+    from importlib import metadata
+
     try:
         text = metadata.distribution(PACKAGE).read_text("direct_url.json")
     except metadata.PackageNotFoundError:

@@ -311,7 +311,11 @@ def lose_the_order(folder: Path) -> None:
 
 
 def repeat_a_row(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors[first(folder, "pivoted") + ".order"].__setitem__(0, 1))
+    def repeat(tensors: dict[str, torch.Tensor]) -> None:
+        order = tensors[first(folder, "pivoted") + ".order"]
+        order[0] = order[1]
+
+    rewrite(folder, repeat)
 
 
 def spoil_a_number(folder: Path) -> None:
