@@ -159,13 +159,23 @@ def _example_tokens(past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return torch.ones(2, new, dtype=torch.long), torch.ones(2, past + new, dtype=torch.long), positions
 
 
+def _names(port: str) -> dict[int, str]:
+    """Return what the sizes of an input or output that vary are called, by axis."""
+    if port.startswith((CACHE, "present")):
+        return {0: BATCH, 2: PAST if port.startswith(CACHE) else TOTAL}
+    return {0: BATCH, 1: TOTAL if port == "attention_mask" else SEQUENCE}
+
+
 def _name_sizes(graph: ir.Graph) -> None:
-    """Give the sizes that vary the names that they have in the builder's graphs, wherever they occur."""
-    ports = {value.name: [str(size) for size in value.shape or ()] for value in (*graph.inputs, *graph.outputs)}
-    (batch, sequence), past = ports["input_ids"], ports[f"{CACHE}.0.key"][2]
-    names = {batch: BATCH, sequence: SEQUENCE, past: PAST}
-    # the mask's length, and what the tracer writes for the sum of past and new
-    names |= dict.fromkeys((ports["attention_mask"][1], ports["present.0.key"][2]), TOTAL)
+    """Give the sizes that vary the names that they have in the builder's graphs, wherever they occur.
+
+    The tracer may take the lengths of two layers' caches for two sizes, and writes a sum for past and new.
+    """
+    names: dict[str, str] = {}
+    for port in (*graph.inputs, *graph.outputs):
+        sizes = list(port.shape or ())
+        varying = ((str(sizes[axis]), name) for axis, name in _names(str(port.name)).items())
+        names |= {size: name for size, name in varying if not size.isdigit()}
     produced = (value for node in graph.all_nodes() for value in node.outputs)
     for value in (*graph.inputs, *produced):
         if value.shape is not None:
