@@ -52,17 +52,17 @@ def test_float32_is_as_good_as_the_float64_reference() -> None:
 def test_close_to_the_best_levels_that_there_are() -> None:
     """All 4^6 roundings of each row on the scale that was found: the one chosen is (nearly) the best of them."""
     grid, lost = Grid(2, 16, True), []
-    for _ in range(60):
+    options = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.float64)
+    for _ in range(240):
         weight, C = torch.randn(1, 6, dtype=torch.float64), covariance(6)
         found = calibrated(weight, grid, curvature(C, torch.float64))
-        options = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.float64)
         values = (options - grid.half) * found.scales[0, 0]
         errors = row_errors(weight, values, C)
         closest = (values - weight).square().sum(1).argmin()
         lost.append([total(weight, found, C) / float(errors.min()), float(errors[closest] / errors.min())])
     feedback, alone = torch.tensor(lost).T
     assert feedback.min() >= 1 - 1e-9
-    assert feedback.median() < 1.4 < alone.median()
+    assert feedback.median() < 1.2 < 1.4 < alone.median()
 
 
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
