@@ -16,7 +16,7 @@ from soco_train.errors import RecipeError
 from soco_train.forms.base import FactoredLinear
 
 
-def register(lora: ModuleType) -> None:
+def register_adapters(lora: ModuleType) -> None:
     """Teach `peft.tuners.lora.model` about pruned layers, once."""
     known = lora.dispatch_default
     if getattr(known, "takes_pruned_layers", False):

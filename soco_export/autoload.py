@@ -25,14 +25,14 @@ def install() -> None:
     """Register our quantizer with transformers and our layers with PEFT, now or as soon as they are. Idempotent."""
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "register_quantizer"):
-        register(table)
+        register_checkpoints(table)
     if hasattr(sys.modules.get(LORA), "dispatch_default"):
         register_lora(sys.modules[LORA])
     if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
-def register(table: ModuleType) -> None:
+def register_checkpoints(table: ModuleType) -> None:
     """Add our quantizer and its configuration to transformers' table, once."""
     from soco_export.checkpoint.record import QUANT_METHOD
 
@@ -46,9 +46,9 @@ def register(table: ModuleType) -> None:
 
 def register_lora(lora: ModuleType) -> None:
     """Let PEFT's LoRA adapt pruned layers."""
-    from soco_export.adapters import register as teach
+    from soco_export.adapters import register_adapters
 
-    teach(lora)
+    register_adapters(lora)
 
 
 class _Watch(MetaPathFinder):
@@ -82,7 +82,7 @@ class _Then(Loader):
             module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            register_lora(module) if module.__name__ == LORA else register(sys.modules[TABLE])
+            register_lora(module) if module.__name__ == LORA else register_checkpoints(sys.modules[TABLE])
         except (ImportError, AttributeError) as error:
             # Every user of these libraries passes here; a broken install of ours must not take theirs down.
             warnings.warn(f"soco-export cannot register with {module.__name__}: {error}", stacklevel=2)

@@ -27,7 +27,7 @@ from soco_export.options import (
     Aim,
     ByteSizes,
     DryRun,
-    Format,
+    FormatOption,
     Fresh,
     Json,
     KeepBytes,
@@ -89,7 +89,7 @@ def common(
 def train_and_export(
     model: Model = None,
     recipe: RecipeFile = None,
-    format: Format = "onnx",
+    format: FormatOption = "onnx",
     target: Target = None,
     keep_params: KeepParams = None,
     keep_bytes: KeepBytes = None,
@@ -150,7 +150,7 @@ def plan(
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
     model: Moved = None,
-    format: Format = "onnx",
+    format: FormatOption = "onnx",
     target: Target = None,
     keep_params: KeepParams = None,
     keep_bytes: KeepBytes = None,

@@ -15,9 +15,9 @@ from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
 from soco_export.onnx.check import check_architecture
-from soco_export.onnx.describe.config import Config, read_config
+from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
-from soco_export.onnx.inspect import GraphSummary, summarise
+from soco_export.onnx.inspect import GraphSummary, summarise_graph
 from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.trace import export_traced
@@ -61,7 +61,7 @@ def export_onnx(
     """
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
-    config = read_config(folder)
+    config = resolve_config(folder)
     settings = settings.planned(planned_weights(config.values))
     architecture = check_architecture(config, settings)
     check_runtimes(settings, architecture)
@@ -89,7 +89,7 @@ def export_onnx(
         flavour=settings.flavour,
         forms=dict(forms),
         bytes=folder_bytes(out),
-        graph=summarise(out),
+        graph=summarise_graph(out),
         rounding=rounding,
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from soco_export.help import MODEL, OUTPUT, RUN
+from soco_export.run.names import Format
 
 Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.", rich_help_panel=MODEL)]
 Moved = Annotated[
@@ -17,8 +18,8 @@ Moved = Annotated[
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file, laid over the model's own.", rich_help_panel=MODEL)
 ]
-Format = Annotated[
-    Literal["onnx", "hf", "dense"],
+FormatOption = Annotated[
+    Format,
     typer.Option(help="ONNX, Hugging Face low rank, or merged dense.", rich_help_panel=MODEL),
 ]
 Target = Annotated[

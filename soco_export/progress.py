@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 60.0
 NAME, COUNT, CLOCK = 12, 9, 11  # columns of a stage's name, of n/N, of the time left or taken
 BAR_FROM, WIDEST_BAR = 72, 24  # columns of the narrowest terminal that has a bar, and of the longest bar
 BETWEEN = " · "
-WORDS = {"kl": "KL", "soft": "soft size", "hard": "size"}  # figures of a training, in words
+_WORDS = {"kl": "KL", "soft": "soft size", "hard": "size"}  # figures of a training, in words
 
 
 @dataclass
@@ -124,7 +124,7 @@ def render_values(values: Mapping[str, float | int | str]) -> str:
 
 def render_value(name: str, value: float | int | str) -> str:
     """Return one figure with its name."""
-    return one_line(f"{WORDS.get(name, name)} {_figure(value)}".strip())
+    return one_line(f"{_WORDS.get(name, name)} {_figure(value)}".strip())
 
 
 def _figure(value: float | int | str) -> str:

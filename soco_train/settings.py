@@ -34,7 +34,7 @@ BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation 
 WeightType = Literal["same", "int8", "int4", "int2"]
 TYPES: tuple[WeightType, ...] = get_args(WeightType)
 TABLE_TYPES: tuple[WeightType, ...] = ("same", "int8", "int4")  # that ONNX Runtime looks tokens up in
-Share = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 BuiltinText = Literal["speeches", "time-machine"]
@@ -62,7 +62,7 @@ Storage = Annotated[str, AfterValidator(_known_storage)]
 SUFFIXES = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 
 
-def read_bytes(value: Any) -> Any:
+def as_bytes(value: Any) -> Any:
     """Return the bytes of `90MB`, `1.5GiB` or `90000000`; whatever is no text as it is."""
     if not isinstance(value, str):
         return value
@@ -158,7 +158,7 @@ class PhaseSettings(Section):
     """SoCo's three phases (docs/method.md §2): preset fractions of the steps, and the optional stopping rules."""
 
     phases: tuple[Literal[1, 2, 3], ...] = Field(default=(1, 2, 3), min_length=1)
-    shares: tuple[Share, Share, Share] = (0.3, 0.4, 0.3)
+    shares: tuple[_Share, _Share, _Share] = (0.3, 0.4, 0.3)
     reach: float = Field(default=0.7, gt=0, le=1, description="part of phase 1 after which the soft size meets R")
     freeze: float = Field(
         default=0.1, ge=0, lt=1, description="last part of all steps: support frozen, survivors train"
@@ -318,7 +318,7 @@ class PlanSettings(Section):
     """
 
     keep_params: float = Field(default=0.8, gt=0, le=1)
-    keep_bytes: Annotated[int, Field(ge=1), BeforeValidator(read_bytes)] | None = None
+    keep_bytes: Annotated[int, Field(ge=1), BeforeValidator(as_bytes)] | None = None
     storage: Storage = "stacked"
     allocation: Allocation = "global"
     multiple: int = Field(default=1, ge=1, description="round ranks down to a multiple (32 suits int4 kernels)")

@@ -33,7 +33,7 @@ from soco_export.run.byte_plan import plan_bytes
 from soco_train import method
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
-from soco_train.scores.damage import Blocks, measure_damage
+from soco_train.scores.damage import RoundedInBlocks, measure_damage
 from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
 from soco_train.store.damage import Damage
 from soco_train.store.scores import Scores
@@ -113,7 +113,7 @@ def _measured(folder: Path, options: argparse.Namespace, work: Path) -> tuple[Su
     train = TrainSettings(scorer="singular-values", basis="two-sided")
     method.make_spectra(subject, train)
     scores = method.learn_scores(subject, train, PlanSettings(), Session(work / "scores"))
-    return subject, scores, measure_damage(subject, scores, tokens, Blocks())
+    return subject, scores, measure_damage(subject, scores, tokens, RoundedInBlocks())
 
 
 def _folder(folder: Path, subject: Subject, scores: Scores, plan: RankPlan, out: Path) -> Path:

@@ -29,7 +29,7 @@ from benchmarks.speed.series import measure
 from soco_export.bench.roofline import measure_bandwidth
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
-from soco_export.onnx.read import Form
+from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import MachineError, SocoError
 from soco_train.plan.ranks import RankPlan
@@ -139,7 +139,7 @@ def write_all(
     return folders
 
 
-def write(model: str, forms: Mapping[str, Form], folder: Path, settings: ExportSettings) -> None:
+def write(model: str, forms: Mapping[str, StoredForm], folder: Path, settings: ExportSettings) -> None:
     """Export one model."""
     write_model(architecture_of(model, folder), forms, folder, settings)
 

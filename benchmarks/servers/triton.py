@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.settings import ExportSettings
 from soco_export.runtimes.registry import RUNTIMES, Layout
 
@@ -53,7 +53,7 @@ def command(folder: Path, place: Path, scratch: Path, port: int) -> list[str]:
 def repository(folder: Path, copy: Path) -> Path:
     """Write the triton layout of `folder` into `copy`, a linked copy of it, with the stand-in; return its path."""
     shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns("triton"))
-    RUNTIMES["triton"].write(Layout(copy, copy, read_config(copy), ExportSettings()))
+    RUNTIMES["triton"].write(Layout(copy, copy, resolve_config(copy), ExportSettings()))
     config = copy / "triton" / "decoder" / "config.pbtxt"
     text = config.read_text(encoding="utf-8")
     config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"'), encoding="utf-8")

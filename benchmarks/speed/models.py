@@ -20,9 +20,9 @@ import torch
 from soco_export.bench.layer_times import Profile, limits
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.describe.architecture import Architecture
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families.registry import describe
-from soco_export.onnx.read import Form, expected_tensors
+from soco_export.onnx.read import StoredForm, expected_tensors
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import silent
@@ -80,14 +80,14 @@ MODELS["7b-small"] = {
     "vocab_size": 1000,
 }
 PLANNED = ("smollm2", "1b")  # of which there are tables
-DENSE = Form()
+DENSE = StoredForm()
 POOL = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)
 
 
 class RandomModel:
     """A source of weights for an architecture whose Linears have the given forms; `bias`: pruned layers have one."""
 
-    def __init__(self, architecture: Architecture, forms: Mapping[str, Form], bias: bool = False) -> None:
+    def __init__(self, architecture: Architecture, forms: Mapping[str, StoredForm], bias: bool = False) -> None:
         self._forms = forms
         needed, allowed = expected_tensors(architecture, self)
         biases = {
@@ -98,7 +98,7 @@ class RandomModel:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         """Return how a Linear is stored."""
         return self._forms.get(name, DENSE)
 
@@ -124,7 +124,7 @@ def architecture_of(model: str, folder: Path) -> Architecture:
     """Write config.json of a model into `folder` and return its description."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODELS[model]))
-    found = describe(read_config(folder))
+    found = describe(resolve_config(folder))
     assert found is not None
     return found
 
@@ -144,9 +144,9 @@ def measured_plan(architecture: Architecture, keep: float, profile: Profile, for
     return plan_ranks(scores, settings, extra_cost={}, limits=ends)
 
 
-def forms_of(plan: RankPlan) -> dict[str, Form]:
+def forms_of(plan: RankPlan) -> dict[str, StoredForm]:
     """Return the pruned layers' forms."""
-    return {name: Form(plan.storage, layer.rank) for name, layer in plan.layers.items() if not layer.dense}
+    return {name: StoredForm(plan.storage, layer.rank) for name, layer in plan.layers.items() if not layer.dense}
 
 
 def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
@@ -166,7 +166,7 @@ def _scores(architecture: Architecture) -> Scores:
 
 def write_model(
     architecture: Architecture,
-    forms: Mapping[str, Form],
+    forms: Mapping[str, StoredForm],
     folder: Path,
     settings: ExportSettings,
     bias: bool = False,

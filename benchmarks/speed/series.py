@@ -14,9 +14,10 @@ import onnx
 from soco_export.bench.roofline import bytes_per_decode_step
 from soco_export.bench.runner import Run, Workload, interleave, prepare
 from soco_export.bench.stats import paired_ratio
-from soco_export.evaluate.session import MODEL_FILE, OnnxDecoder
+from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
-from soco_export.onnx.inspect import summarise
+from soco_export.files.names import MODEL_FILE
+from soco_export.onnx.inspect import summarise_graph
 
 WORKLOADS = (Workload(1, 128), Workload(512, 0))
 SAMPLES = {"decode_128": 4, "prefill_512": 1}
@@ -99,7 +100,7 @@ def prefill_flops(folder: Path, tokens: int) -> int:
         return 0
     heads = next(a.i for a in attention.attribute if a.name in ("num_heads", "q_num_heads"))
     hidden = heads * cache[0].dim[3].dim_value
-    every = summarise(folder).flops_per_token
+    every = summarise_graph(folder).flops_per_token
     head = 2 * logits[2].dim_value * _width(graph)
     once = logits[1].dim_value == 1
     return (every - head) * tokens + head * (1 if once else tokens) + len(cache) * 4 * tokens * tokens * hidden

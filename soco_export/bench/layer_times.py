@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from soco_train.data.reading import read_text
+from soco_train.data.reading import decoded
 from soco_train.errors import DataError
 from soco_train.plan.allocation import Limit
 from soco_train.settings import Storage
 
 Shape = tuple[int, int]
 DIGITS = 10  # a side of a matrix has fewer
-Reals = npt.NDArray[np.float64]
+_Reals = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Profile:
     def load(path: Path) -> Profile:
         """Read a profile's file; DataError if it is none, RecipeError if it cannot be read."""
         try:
-            return Profile.from_json("".join(read_text(path)))
+            return Profile.from_json("".join(decoded(path)))
         except DataError as error:
             raise DataError(error.message, fix=error.fix, where=str(path)) from error
 
@@ -137,7 +137,7 @@ def _checked(forms: Mapping[Storage, FormTimes], conditions: Conditions) -> dict
     return {str(name): form for name, form in forms.items()}
 
 
-def at_rank(form: FormTimes, rank: int) -> Reals:
+def at_rank(form: FormTimes, rank: int) -> _Reals:
     """Return the microseconds at `rank`, one for each workload: linear between measured ranks, monotone in the rank.
 
     A larger rank never counts as faster than a smaller one: where a measurement says so, it is noise or alignment.

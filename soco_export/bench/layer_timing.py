@@ -23,10 +23,10 @@ from soco_export.bench.runner import Run, interleave
 from soco_export.bench.settings import LatencySettings
 from soco_export.evaluate.session import DEVICES, check_provider, session_options
 from soco_export.evaluate.settings import CPU
-from soco_export.onnx.build import DTYPES
+from soco_export.files.names import MODEL_FILE
+from soco_export.onnx.build import ONNX_DTYPES
 from soco_export.onnx.emit.linear import Linears
-from soco_export.onnx.inspect import MODEL_FILE
-from soco_export.onnx.read import Form
+from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_export.onnx.write.matrix import Array
@@ -37,12 +37,12 @@ from soco_train.settings import BITS, Storage
 
 # Parts of the dense layer's parameters at which a form is measured; the last one saves nothing any more.
 SHARES = (0.2, 0.4, 0.55, 0.7, 0.85, 1.0)
-STEPS = (1, 8, 16, 32)
+_STEPS = (1, 8, 16, 32)
 CACHE_BYTES = 1 << 26  # what no last-level cache of two cores holds
 MOST_COPIES = 512
 TIMING = 3  # of what is measured and how: a profile of other graphs, or made in another way, is not used again
 SECONDS = 1.5  # for one workload of one shape
-ROUNDS = (3, 60)
+_ROUNDS = (3, 60)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CopiedLayer:
     No two are equal: ONNX Runtime packs equal matrices once, and the copies would be read from the cache.
     """
 
-    def __init__(self, shape: Shape, form: Form, copies: int, bias: bool) -> None:
+    def __init__(self, shape: Shape, form: StoredForm, copies: int, bias: bool) -> None:
         self.names = [f"copy{index}" for index in range(copies)]
         self._form = form
         self._parts = _random_parts(shape, form, bias)
@@ -88,7 +88,7 @@ class CopiedLayer:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         """Return the form that all copies have."""
         return self._form
 
@@ -101,7 +101,7 @@ class CopiedLayer:
         return np.roll(self._parts[part], self.names.index(copy))
 
 
-def _random_parts(shape: Shape, form: Form, bias: bool) -> dict[str, Array]:
+def _random_parts(shape: Shape, form: StoredForm, bias: bool) -> dict[str, Array]:
     (m, n), rank = shape, form.rank
     random = np.random.default_rng(0)
 
@@ -145,7 +145,7 @@ def rank_grid(shape: Shape, form: Storage) -> tuple[int, ...]:
 
 def _measure_shape(shape: Shape, form: Storage, device: Device) -> FormTimes:
     ranks = rank_grid(shape, form)
-    forms = [Form(), *(Form(form, rank) for rank in ranks)]
+    forms = [StoredForm(), *(StoredForm(form, rank) for rank in ranks)]
     with tempfile.TemporaryDirectory() as work:
         sessions = [_open(shape, one, device, Path(work)) for one in forms]
         # by workload, then by form
@@ -159,10 +159,10 @@ def _measure_multiple(shape: Shape, form: Storage, device: Device) -> int:
     aligned = min(shape) // 2 // 64 * 64
     if aligned < 64:
         return 1
-    forms = [Form(form, aligned - step) for step in (0, *STEPS)]
+    forms = [StoredForm(form, aligned - step) for step in (0, *_STEPS)]
     with tempfile.TemporaryDirectory() as work:
         found = _time([_open(shape, one, device, Path(work)) for one in forms], 1, shape, device)
-    return liked_multiple(dict(zip((0, *STEPS), found, strict=True)))
+    return liked_multiple(dict(zip((0, *_STEPS), found, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Session:
     copies: int
 
 
-def _open(shape: Shape, form: Form, device: Device, work: Path) -> _Session:
+def _open(shape: Shape, form: StoredForm, device: Device, work: Path) -> _Session:
     copies = _copies(shape, device.export)
     folder = work / f"{form.kind}-{form.rank}"
     folder.mkdir()
@@ -194,7 +194,7 @@ def _copies(shape: Shape, export: ExportSettings) -> int:
 def write_layer(folder: Path, source: CopiedLayer, shape: Shape, export: ExportSettings) -> None:
     """Write a graph with all copies of a layer beside each other."""
     data = DataFile(folder / f"{MODEL_FILE}.data")
-    graph = Graph(data, DTYPES[export.dtype])
+    graph = Graph(data, ONNX_DTYPES[export.dtype])
     x = graph.input("x", graph.dtype, [1, "tokens", shape[1]])
     linears = Linears(graph, source, export)
     for name in source.names:
@@ -220,7 +220,7 @@ def _rounds(runs: Sequence[Run]) -> int:
     start = time.perf_counter()
     for run in runs:
         run()
-    return int(np.clip(SECONDS / (time.perf_counter() - start), *ROUNDS))
+    return int(np.clip(SECONDS / (time.perf_counter() - start), *_ROUNDS))
 
 
 def _bound(session: Any, tokens: int, width: int, device: Device) -> Run:

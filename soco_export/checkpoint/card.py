@@ -14,10 +14,10 @@ from soco_export.files.text import fence, markdown, one_line
 if TYPE_CHECKING:
     from torch import nn
 
-TEMPLATE = "card.md.jinja"
+_TEMPLATE = "card.md.jinja"
 
-Cell = float | int | str | None
-Results = Mapping[str, Mapping[str, Cell]]
+_Cell = float | int | str | None
+_Results = Mapping[str, Mapping[str, _Cell]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CardSummary:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
-def summarise(
+def summarise_layers(
     model: nn.Module,
     base_model: str = "",
     provenance: Mapping[str, str] | None = None,
@@ -76,7 +76,7 @@ def summarise(
     return CardSummary(params_before, after, groups, base_model, dense, dict(provenance or {}))
 
 
-def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary) -> str:
+def render_card(recipe_yaml: str, results: _Results | None, summary: CardSummary) -> str:
     """Return README.md.
 
     recipe_yaml: embedded as it is; results: row → column → figure, shown as one table (None: left out).
@@ -93,7 +93,7 @@ def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary)
     environment.filters["cell"] = format_cell
     environment.filters["code"] = lambda text: one_line(text).replace("`", "'")
     columns = list(dict.fromkeys(column for row in (results or {}).values() for column in row))
-    text: str = environment.get_template(TEMPLATE).render(
+    text: str = environment.get_template(_TEMPLATE).render(
         summary=summary,
         hub_id=summary.base_model if _is_hub_id(summary.base_model) else "",
         recipe=recipe_yaml.strip("\n"),
@@ -106,7 +106,7 @@ def render_card(recipe_yaml: str, results: Results | None, summary: CardSummary)
     return text.rstrip("\n") + "\n"
 
 
-def format_cell(value: Cell) -> str:
+def format_cell(value: _Cell) -> str:
     """Return a figure as the card shows it: four significant digits, thousands set apart, `n/a` for None."""
     if value is None:
         return "n/a"

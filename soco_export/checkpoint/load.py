@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from soco_export.checkpoint.reader import check_folder
+from soco_export.checkpoint.reader import check_checkpoint
 from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import REPAIR
 from soco_train.errors import DataError
@@ -19,7 +19,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", device_map:
     dtype: "auto" as stored. device_map: as transformers takes it. Raises DataError, naming the file, if the folder is
     damaged or holds no value for one of the model's weights.
     """
-    check_folder(folder)
+    check_checkpoint(folder)
     from transformers import AutoModelForCausalLM
 
     with making_a_model(folder):

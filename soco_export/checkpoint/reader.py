@@ -19,10 +19,10 @@ from soco_train.errors import DataError
 from soco_train.forms.base import FORMS
 from soco_train.forms.registry import state_of
 
-FLOATS = ("F16", "BF16", "F32", "F64")  # what factors are stored in
+_FLOATS = ("F16", "BF16", "F32", "F64")  # what factors are stored in
 
 
-def check_folder(folder: Path) -> dict[str, StoredTensor]:
+def check_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Return what the folder's safetensors hold, by tensor name; DataError unless all of it is usable.
 
     Reads every number once: none may be NaN or infinite, and the `order` of a pivoted layer must be a permutation.
@@ -84,7 +84,7 @@ def _shape(tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
         files = sorted({stored.file.name for stored in tensors.values()})
         raise DataError(f"{name} is in none of {', '.join(files)}", fix=REPAIR, where=name)
     stored = tensors[name]
-    if (stored.dtype not in FLOATS) != name.endswith(".order"):
+    if (stored.dtype not in _FLOATS) != name.endswith(".order"):
         raise DataError(f"{name} is stored as {stored.dtype}", fix=REPAIR, where=str(stored.file))
     return stored.shape
 

@@ -18,7 +18,7 @@ from soco_export.checkpoint.biases import check_dense_parts
 from soco_export.checkpoint.layers import replacement
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.shards import write_shards
-from soco_export.checkpoint.writer import SHARD, finish, save_checkpoint
+from soco_export.checkpoint.writer import SHARD, finish_folder, save_checkpoint
 from soco_export.files.json import read_config
 from soco_export.files.replacing import replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
@@ -53,7 +53,7 @@ def stream_checkpoint(
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), state_dict={})  # all but the weights
         write_shards(folder, _pending(model, layers, dtype), max_shard_size, model.num_parameters())
-        finish(folder, model, tokenizer, card, written)
+        finish_folder(folder, model, tokenizer, card, written)
         check_layer_tensors(open_shards(weight_files(folder)), pruned_layers(read_config(folder)))
 
 

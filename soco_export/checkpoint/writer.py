@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from soco_export.checkpoint.biases import check_dense_parts, fit_biases
-from soco_export.checkpoint.card import render_card, summarise
+from soco_export.checkpoint.card import render_card, summarise_layers
 from soco_export.checkpoint.layers import dense_module, factored_layers, record_layers
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.record import PLAN_KEY
@@ -40,11 +40,11 @@ def save_checkpoint(
     """
     check_replaceable(out)
     record_layers(model)
-    check_finite(model)
+    _check_finite(model)
     check_dense_parts(model)
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-        finish(folder, model, tokenizer, card, {})
+        finish_folder(folder, model, tokenizer, card, {})
         check_layer_tensors(open_shards(weight_files(folder)), pruned_layers(read_config(folder)))
 
 
@@ -57,12 +57,12 @@ def save_dense(
     architecture. All weights must be in memory, not offloaded to disk.
     """
     check_replaceable(out)
-    check_finite(model)
+    _check_finite(model)
     state = dense_state(model)
     flags = fit_biases(model, state)
     with replacing_folder(out) as folder:
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
-        finish(folder, model, tokenizer, card, flags, dense=True)
+        finish_folder(folder, model, tokenizer, card, flags, dense=True)
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,14 +76,14 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def check_finite(model: nn.Module) -> None:
+def _check_finite(model: nn.Module) -> None:
     """Raise DataError if a parameter holds NaN or infinity. Parameters offloaded to disk are not read."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             check_values(name, parameter.detach())
 
 
-def finish(
+def finish_folder(
     folder: Path, model: Any, tokenizer: Any, card: str | None, fields: Mapping[str, Any], dense: bool = False
 ) -> None:
     """Add what `save_pretrained` leaves out, and rewrite what only its own version would read."""
@@ -99,7 +99,7 @@ def finish(
             _write_json(settings, tokenizer_in_both_forms(read_json(settings, "give a tokenizer that saves itself")))
     for shard in weight_files(folder):
         _give_usual_mode(shard)
-    text = render_card("", None, summarise(model, dense=dense)) if card is None else card
+    text = render_card("", None, summarise_layers(model, dense=dense)) if card is None else card
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

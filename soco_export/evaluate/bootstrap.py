@@ -20,10 +20,10 @@ NORMAL = 1.959964
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042}
 FEWEST_BLOCKS = 8  # fewer would say nothing of how much blocks differ
 
-Reals = npt.NDArray[np.float64]
+_Reals = npt.NDArray[np.float64]
 
 
-def block_length(series: Reals) -> int:
+def block_length(series: _Reals) -> int:
     """Return how many neighbours to resample together: a few times as long as the series remembers itself.
 
     That memory is the integrated autocorrelation time, 1 + 2 Σ ρ(lag) up to the first lag with ρ ≤ 0; never fewer
@@ -48,7 +48,7 @@ def picks(n: int, block: int, resamples: int, seed: int) -> npt.NDArray[np.int64
     return np.asarray(runs.reshape(resamples, -1)[:, :n])
 
 
-def median_interval(series: Reals, seed: int = 0) -> tuple[float, float, float, int]:
+def median_interval(series: _Reals, seed: int = 0) -> tuple[float, float, float, int]:
     """Return the median of a series, the ends of its 95 % interval, and the block length.
 
     series: [n], in the order of time.
@@ -58,14 +58,14 @@ def median_interval(series: Reals, seed: int = 0) -> tuple[float, float, float, 
     return float(np.median(series)), *_ends(float(np.median(series)), medians, len(series) / block), block
 
 
-def mean_interval(series: Reals, seed: int = 0) -> tuple[float, float]:
+def mean_interval(series: _Reals, seed: int = 0) -> tuple[float, float]:
     """Return the ends of the 95 % interval of a series' mean; series: [n] in its order, n ≥ 2."""
     block = block_length(series)
     means = series[picks(len(series), block, RESAMPLES, seed)].mean(axis=1)
     return _ends(float(series.mean()), means, len(series) / block)
 
 
-def _ends(middle: float, resampled: Reals, blocks: float) -> tuple[float, float]:
+def _ends(middle: float, resampled: _Reals, blocks: float) -> tuple[float, float]:
     """Return the ends of an interval; of few blocks it is stretched as Student's t is beside the normal."""
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     stretch = student(blocks - 1) / NORMAL

@@ -10,6 +10,7 @@ import numpy as np
 import openvino
 
 from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
+from soco_export.files.names import MODEL_FILE
 from soco_train.errors import DataError
 
 
@@ -20,7 +21,7 @@ class OpenVinoDecoder(Decoder):
         super().__init__(name)
         # without the hint it computes in bfloat16 where the processor can
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-        path = folder / "model.onnx"
+        path = folder / MODEL_FILE
         try:
             self._model = openvino.Core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:

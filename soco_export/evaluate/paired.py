@@ -19,7 +19,7 @@ import numpy.typing as npt
 from soco_export.evaluate.bootstrap import NORMAL, mean_interval
 from soco_export.evaluate.figures import PerplexityFigures
 
-SPARE = 0.5  # added to each cell
+_SPARE = 0.5  # added to each cell
 
 Bools = npt.NDArray[np.bool_]
 
@@ -45,8 +45,8 @@ def perplexity_ratio(dense: PerplexityFigures, other: PerplexityFigures) -> tupl
 
 def _cells(before: Bools, after: Bools) -> tuple[float, float, float, float]:
     """Return how many items stayed right, were lost, were gained; and all; each with its spare."""
-    counts = [np.count_nonzero(cell) + SPARE for cell in (before & after, before & ~after, ~before & after)]
-    return counts[0], counts[1], counts[2], len(before) + 4 * SPARE
+    counts = [np.count_nonzero(cell) + _SPARE for cell in (before & after, before & ~after, ~before & after)]
+    return counts[0], counts[1], counts[2], len(before) + 4 * _SPARE
 
 
 def difference_interval(before: Bools, after: Bools) -> tuple[float, float]:

@@ -4,7 +4,7 @@ Compression (dense → low-rank) and export (low-rank → ONNX) are measured apa
 Each decoder is observed alone and its logits are kept, so two big models never share the memory:
 
     dense, lowrank = observe(TorchDecoder(a), blocks, settings), observe(TorchDecoder(b), blocks, settings)
-    compression = compare(dense, lowrank)
+    compression = compare_observations(dense, lowrank)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
-POSITIONS_AT_ONCE = 32  # of vocabulary-wide float64 rows
+_POSITIONS_AT_ONCE = 32  # of vocabulary-wide float64 rows
 Doubles = npt.NDArray[np.float64]
 
 
@@ -87,7 +87,7 @@ def _keep(logits: FloatArray, folder: Path | None, name: str) -> FloatArray:
     return kept
 
 
-def compare(reference: Observation, candidate: Observation) -> StepParity:
+def compare_observations(reference: Observation, candidate: Observation) -> StepParity:
     """Measure the step from `reference` to `candidate`; both must have observed the same blocks.
 
     Where a graph yields the last token's logits only, its prefill is compared on that token.
@@ -115,9 +115,9 @@ def compare_logits(reference: FloatArray, candidate: FloatArray) -> ParityFigure
     """Compare two sets of next-token logits, [n, v] each, in float64; n ≥ 1."""
     if reference.shape != candidate.shape or len(reference) == 0:
         raise ValueError(f"logits must agree in shape and not be empty: {reference.shape}, {candidate.shape}")
-    chunks = range(0, len(reference), POSITIONS_AT_ONCE)
+    chunks = range(0, len(reference), _POSITIONS_AT_ONCE)
     return _pool(
-        [_compare_chunk(reference[i : i + POSITIONS_AT_ONCE], candidate[i : i + POSITIONS_AT_ONCE]) for i in chunks]
+        [_compare_chunk(reference[i : i + _POSITIONS_AT_ONCE], candidate[i : i + _POSITIONS_AT_ONCE]) for i in chunks]
     )
 
 

@@ -16,7 +16,7 @@ from soco_export.evaluate.paired import perplexity_interval
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
-POSITIONS_AT_ONCE = 128
+_POSITIONS_AT_ONCE = 128
 
 
 def measure_perplexity(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify = silent) -> PerplexityFigures:
@@ -51,8 +51,8 @@ def token_losses(logits: FloatArray, targets: IntArray) -> npt.NDArray[np.float6
     """
     found = np.empty(len(targets), dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, len(targets), POSITIONS_AT_ONCE):
-            part = slice(start, start + POSITIONS_AT_ONCE)
+        for start in range(0, len(targets), _POSITIONS_AT_ONCE):
+            part = slice(start, start + _POSITIONS_AT_ONCE)
             rows = logits[part]
             top = rows.max(-1, keepdims=True)
             mass = np.exp(rows - top).sum(-1, dtype=np.float64)

@@ -17,7 +17,7 @@ from typing import Any
 from soco_export.evaluate.decoder import Decoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
 from soco_export.evaluate.items import load_items
-from soco_export.evaluate.parity import Observation, compare, observe
+from soco_export.evaluate.parity import Observation, compare_observations, observe
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.settings import ValidateSettings
 from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
@@ -25,7 +25,7 @@ from soco_export.files.atomic import write_atomic
 from soco_train.data.corpus import Blocks
 from soco_train.events import Notify
 
-STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
+_STEPS = {"compression": (DENSE, LOW_RANK), "export": (LOW_RANK, SHIPPED)}
 SAMPLES, PROMPT_SHOWN = 3, 48  # texts kept for the reader, and how many tokens of a prompt
 
 
@@ -60,7 +60,7 @@ def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) ->
         placement = placed.nodes if placed else placement
         del decoder
     return {
-        "parity": {step: _parity(observations, *forms) for step, forms in STEPS.items()},
+        "parity": {step: _parity(observations, *forms) for step, forms in _STEPS.items()},
         "perplexity": {form: answer["perplexity"] for form, answer in answers.items()},
         "tasks": _tasks(answers),
         "placement": placement,
@@ -87,7 +87,7 @@ def _samples(observations: Mapping[str, Observation], tokenizer: Any) -> list[di
 def _parity(observations: Mapping[str, Observation], reference: str, candidate: str) -> dict[str, Any] | None:
     if reference not in observations or candidate not in observations:
         return None
-    step: StepParity = compare(observations[reference], observations[candidate])
+    step: StepParity = compare_observations(observations[reference], observations[candidate])
     return asdict(step)
 
 

@@ -26,18 +26,18 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.settings import CPU
+from soco_export.files.names import MODEL_FILE
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.installed import install_command
 
-MODEL_FILE = "model.onnx"
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-PACKAGES = {"CUDAExecutionProvider": "gpu", "TensorrtExecutionProvider": "gpu"}
+_PACKAGES = {"CUDAExecutionProvider": "gpu", "TensorrtExecutionProvider": "gpu"}
 HALF_TYPES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 # Copies between a device and the host, which the runtime puts in itself.
 COPIES = frozenset({"MemcpyToHost", "MemcpyFromHost"})
-FLOATS = frozenset({"float", "float16", "bfloat16", "double"})
+_FLOATS = frozenset({"float", "float16", "bfloat16", "double"})
 
 # Contrib attention counts a row's tokens from its start, whatever the mask says, and writes into the cache it was given
 # if past and present are one buffer.
@@ -173,7 +173,7 @@ def check_provider(provider: str) -> None:
     if provider not in available:
         raise MachineError(
             f"{provider} is not in this onnxruntime {ort.__version__} (it has {', '.join(available)})",
-            fix=f"{install_command(PACKAGES.get(provider, 'cpu'))}, or set validate.provider to {CPU}",
+            fix=f"{install_command(_PACKAGES.get(provider, 'cpu'))}, or set validate.provider to {CPU}",
             where="recipe: validate.provider",
         )
 
@@ -247,7 +247,7 @@ def read_placement(requested: str, events: list[dict[str, Any]]) -> Placement:
 def _computes_floats(details: Mapping[str, Any]) -> bool:
     """Whether a profiled node takes and gives floating-point tensors: a Cast of positions does not."""
     return all(
-        any(not FLOATS.isdisjoint(tensor) for tensor in details.get(side, ()))
+        any(not _FLOATS.isdisjoint(tensor) for tensor in details.get(side, ()))
         for side in ("input_type_shape", "output_type_shape")
     )
 

@@ -20,7 +20,7 @@ from soco_train.bounded import MADE_ANEW, read_text
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 SPEED = "tokens/s"
 
 
@@ -52,9 +52,9 @@ def recording(notify: Notify, kept: Path, result: Path) -> Iterator[Notify]:
     write_atomic(result, _text(rows))
 
 
-def read_curve(path: Path) -> list[Row]:
+def read_curve(path: Path) -> list[_Row]:
     """Return a curve's rows in order, one a step and stage; DataError if the file is something else."""
-    rows: list[Row] = []
+    rows: list[_Row] = []
     for number, line in enumerate(read_text(path, MADE_ANEW).splitlines(), 1):
         row = _parsed(line)
         if row is None:
@@ -63,22 +63,22 @@ def read_curve(path: Path) -> list[Row]:
     return rows
 
 
-def _recovered(kept: Path) -> list[Row]:
+def _recovered(kept: Path) -> list[_Row]:
     """Return what can be read: a process that was killed may have left half a line."""
-    rows: list[Row] = []
+    rows: list[_Row] = []
     for line in read_text(kept, MADE_ANEW).splitlines() if kept.exists() else ():
         if row := _parsed(line):
             _add(rows, row)
     return rows
 
 
-def _row_of(event: Event) -> Row:
+def _row_of(event: Event) -> _Row:
     figures = {**event.values, **(event.record or {})}
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float) and name != SPEED}
     return {"stage": event.stage, "step": event.step, **numbers}
 
 
-def _add(rows: list[Row], row: Row) -> None:
+def _add(rows: list[_Row], row: _Row) -> None:
     """Put a row at the end: with the last one if it is of the same step, and instead of later ones of its stage."""
     while rows and rows[-1]["stage"] == row["stage"] and rows[-1]["step"] > row["step"]:
         rows.pop()
@@ -88,7 +88,7 @@ def _add(rows: list[Row], row: Row) -> None:
         rows.append(row)
 
 
-def _parsed(line: str) -> Row | None:
+def _parsed(line: str) -> _Row | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -99,5 +99,5 @@ def _parsed(line: str) -> Row | None:
     return row if all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) else None
 
 
-def _text(rows: Iterable[Row]) -> str:
+def _text(rows: Iterable[_Row]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -14,11 +14,11 @@ CONFIG_BYTES = 16 << 20
 FIX = "give the folder of a Hugging Face model"
 # fields of which every model needs a number, and those that are tables
 EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"})
-ROPE = frozenset({"rope_parameters", "rope_scaling"})
+_ROPE = frozenset({"rope_parameters", "rope_scaling"})
 # where a config.json says how many tokens its model reads
 CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 # what a config.json may say at most: far above every published model, far below what fills a machine
-LARGEST = {
+_LARGEST = {
     "num_hidden_layers": 1000,
     "n_layer": 1000,
     "n_layers": 1000,
@@ -103,10 +103,10 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
         value = plain_floats(fields[key])
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise DataError(f"config.json sets {key} to {repr(value)[:60]}", fix=f"{key}: a number", where=where)
-    for key in ROPE & fields.keys():
+    for key in _ROPE & fields.keys():
         if fields[key] is not None and not isinstance(fields[key], dict):
             raise DataError(f"config.json sets {key} to {repr(fields[key])[:60]}", fix=f"{key}: a table", where=where)
-    for key, most in LARGEST.items():
+    for key, most in _LARGEST.items():
         value = fields.get(key)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not (type(number) is int and 0 <= number <= most):

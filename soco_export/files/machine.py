@@ -34,9 +34,9 @@ SAYINGS: dict[int, tuple[str, str]] = {
     errno.ENOMEM: ("out of memory", f"free some memory{GO_ON}"),
 }
 # A library written in Rust or C++ gives the number or the words only, and pathlib has its own for a circle of links.
-NUMBER = re.compile(r"os error (\d+)")
-WORDS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
-WORDS["Symlink loop"] = errno.ELOOP
+_NUMBER = re.compile(r"os error (\d+)")
+_WORDS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
+_WORDS["Symlink loop"] = errno.ELOOP
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _number(error: Exception) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
-    named = NUMBER.search(text)
+    named = _NUMBER.search(text)
     if named:
         return int(named[1])
-    return next((number for words, number in WORDS.items() if words in text), None)
+    return next((number for words, number in _WORDS.items() if words in text), None)

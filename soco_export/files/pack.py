@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from soco_export.files.coding import BLOCK, DAMAGED, decode, encode, load_zstandard, plane_lengths
+from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import check_apart, record_file, walk
 from soco_export.files.replacing import LISTING, replacing_folder
 from soco_train.bounded import open_plain, parse_object
@@ -30,10 +31,10 @@ MAGIC = b"SOCOPACK1\n"
 SUFFIX = ".socopack"
 MOST_CONTENTS = 4 << 20  # bytes of JSON; an export has some ten files, one of experts in shards some hundreds
 MOST_FILES = 10_000
-LONGEST_NAME = 500
+_LONGEST_NAME = 500
 GIVE_PACK = "give a file that soco-export pack made"
 # names that Windows would not take as a file's: an archive is to be unpacked anywhere
-FORBIDDEN = frozenset('\\:*?"<>|') | {chr(code) for code in range(32)}
+_FORBIDDEN = frozenset('\\:*?"<>|') | {chr(code) for code in range(32)}
 
 Contents = Mapping[str, tuple[int, str]]  # file, relative → (bytes, SHA-256)
 
@@ -100,7 +101,7 @@ class _Told:
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Return the folder's files by relative name, sorted; RecipeError if it holds no model, or a link."""
-    if not any((folder / name).is_file() for name in ("config.json", "model.onnx")):
+    if not any((folder / name).is_file() for name in ("config.json", MODEL_FILE)):
         raise RecipeError(f"{folder} holds no model", fix="give an onnx/ or hf/ folder of a run", where=str(folder))
     found = {path.relative_to(folder).as_posix(): path for path in walk(folder) if path != folder / LISTING}
     for name, path in found.items():
@@ -191,7 +192,7 @@ def _fault_of_name(name: str) -> str:
     parts = name.split("/")
     if any(part in ("", ".", "..") or part[-1] in ". " for part in parts):
         return "leads out of the folder, or is no plain path"
-    if len(name) > LONGEST_NAME or FORBIDDEN & set(name):
+    if len(name) > _LONGEST_NAME or _FORBIDDEN & set(name):
         return "is too long, or has characters that not every system takes"
     return "is this program's own listing" if name.casefold() == LISTING else ""
 

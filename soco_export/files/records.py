@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from soco_train.errors import RecipeError
 
-SHOWN = 3  # files that an error names
+_SHOWN = 3  # files that an error names
 
 
 class Record(BaseModel):
@@ -78,9 +78,9 @@ def check_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[Fi
     """Raise RecipeError naming what lies under `names` and is not as `known` has it; nothing is touched."""
     strangers = not_ours(root, names, known)
     if strangers:
-        more = f" and {len(strangers) - SHOWN} more" if len(strangers) > SHOWN else ""
+        more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
         raise RecipeError(
-            f"{root} holds what would be lost: {', '.join(strangers[:SHOWN])}{more}", fix=fix, where=str(root)
+            f"{root} holds what would be lost: {', '.join(strangers[:_SHOWN])}{more}", fix=fix, where=str(root)
         )
 
 

@@ -25,7 +25,7 @@ from soco_train.bounded import read_bytes
 from soco_train.errors import DataError, RecipeError
 
 LISTING = "soco_files.json"
-FIX = "give another --out, or move these files away"
+_FIX = "give another --out, or move these files away"
 
 
 class Listing(Record):
@@ -45,7 +45,7 @@ class Listing(Record):
         if path.is_symlink() or not path.is_file():
             return None
         try:
-            return Listing.model_validate_json(read_bytes(path, FIX))
+            return Listing.model_validate_json(read_bytes(path, _FIX))
         except (DataError, ValidationError):
             return None
 
@@ -56,7 +56,7 @@ class Listing(Record):
     def check(self, folder: Path) -> None:
         """Raise RecipeError if `folder` holds anything that is not listed, or not as it is listed."""
         known = {name: [FileRecord(sha256=digest, bytes=-1, modified_ns=-1)] for name, digest in self.files.items()}
-        check_ours(folder, [path.name for path in folder.iterdir() if path.name != LISTING or not known], known, FIX)
+        check_ours(folder, [path.name for path in folder.iterdir() if path.name != LISTING or not known], known, _FIX)
 
 
 def check_replaceable(out: Path) -> None:

@@ -12,8 +12,8 @@ UNSEEN = re.compile(
 )
 # An underscore inside a word is no markup (CommonMark 6.2), and names of gates and layers stay legible.
 MARKUP = re.compile(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))")
-COLUMNS = 80  # of a terminal as it is opened
-SHOWN = 2000  # characters of one value: a name of a million would bury what matters
+_COLUMNS = 80  # of a terminal as it is opened
+_SHOWN = 2000  # characters of one value: a name of a million would bury what matters
 
 
 def visible(text: str) -> str:
@@ -24,10 +24,10 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return `text` in one line of bounded length, so that a value cannot look like a line of ours."""
     shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
-def folded(line: str, width: int = COLUMNS) -> str:
+def folded(line: str, width: int = _COLUMNS) -> str:
     """Return a line of figures in lines of at most `width` columns, broken where one ends: a name or path stays whole.
 
     What follows the first line is indented.
@@ -56,3 +56,12 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
+
+
+def human_bytes(number: float) -> str:
+    """Return bytes in decimal units, as disks and GPUs are sold: "538.1 MB"; "–" for none."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    digits = 0 if units[0] == "B" else 1
+    return f"{value:.{digits}f} {units[0]}" if number else "–"

@@ -9,14 +9,14 @@ from soco_export.model.load import dense_config, dense_skeleton
 from soco_export.onnx.build import count_bytes
 from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import as_config
-from soco_export.onnx.read import BlankWeights, Form
+from soco_export.onnx.read import BlankWeights, StoredForm
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
-from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, menus_of
+from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, menus_of
 from soco_train.settings import TABLE_TYPES, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, no_damage
 
@@ -56,7 +56,7 @@ class FileBytes:
     def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
         """Return the bytes of the two files with these choices."""
         forms = {
-            name: (Form(choice.form, choice.rank), damage.layers[name].biased or f"{name}.bias" in self.shapes)
+            name: (StoredForm(choice.form, choice.rank), damage.layers[name].biased or f"{name}.bias" in self.shapes)
             for name, choice in choices.items()
             if choice.form != DENSE
         }
@@ -79,13 +79,13 @@ class FileBytes:
         best, written = _least(menus), 0
         inner, tried = keep_bytes - self._beside(menus, best, damage), set()
         for _ in range(_TRIES):
-            choices = choose(menus, inner)
+            choices = choose_storage(menus, inner)
             matrices, beside = bytes_of(menus, choices), self._beside(menus, choices, damage)
             if written < matrices + beside <= keep_bytes:
                 best, written = choices, matrices + beside
             tried.add(matrices)
             inner = keep_bytes - beside if matrices + beside <= keep_bytes else min(keep_bytes - beside, matrices - 1)
-            if bytes_of(menus, choose(menus, inner)) in tried:
+            if bytes_of(menus, choose_storage(menus, inner)) in tried:
                 break
         return best, written or self.count(best, damage)
 

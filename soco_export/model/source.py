@@ -17,7 +17,7 @@ from soco_train.errors import RecipeError
 
 BUILTIN_MODEL = Path(__file__).parents[2] / "soco_train" / "builtin" / "tiny"
 # what must agree for a folder to be a recipe's model
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # fields of a config.json that say how it was made, not what the model is
 PROVENANCE = (
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -61,7 +61,7 @@ def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
 
 def disagreement(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Name the first size in which two architectures differ, or return nothing."""
-    for key in ("model_type", *SIZES):
+    for key in ("model_type", *_SIZES):
         if key in expected and expected[key] != found.get(key, expected[key] if key == "num_key_value_heads" else None):
             return f"{key} is {found.get(key)}, not {expected[key]}"
     return "" if expected else "no architecture"

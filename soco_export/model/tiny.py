@@ -20,7 +20,7 @@ HEAD_SIZE = 16
 POSITIONS = 1024
 # shorter than a block, so that every test runs past the window
 WINDOW = 48
-BLOCK = 64
+TINY_BLOCK = 64
 VOCABULARY = 2048
 EXPERTS = 8
 LOGIT_SCALE = 2.5

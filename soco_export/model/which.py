@@ -62,9 +62,9 @@ def _recipe_of_folder(folder: Path, file: Path | None, overrides: Sequence[str])
 
 def shrink(recipe: Recipe) -> Recipe:
     """Return the tiny variant (`--tiny`): 2 layers, random weights, built-in tokenizer and texts, few steps."""
-    from soco_export.model.tiny import BLOCK, shrink_architecture
+    from soco_export.model.tiny import TINY_BLOCK, shrink_architecture
 
-    text = {"builtin": "speeches", "block": BLOCK}
+    text = {"builtin": "speeches", "block": TINY_BLOCK}
     return recipe.replace(
         {
             "name": f"{recipe.name}-tiny",
@@ -74,16 +74,16 @@ def shrink(recipe: Recipe) -> Recipe:
             "data": {**text, "blocks": 32},
             "evaluation": {**text, "blocks": 8},
             "train.steps": min(recipe.train.steps, 20),
-            "train.batch_tokens": 4 * BLOCK,
+            "train.batch_tokens": 4 * TINY_BLOCK,
             "train.statistics_blocks": 16,
             "train.fisher_blocks": 8,
             "train.factor_dtype": "float32",
             "train.checkpoint_every": 10,
             "refine.distill.steps": min(recipe.refine.distill.steps, 6),
-            "refine.distill.batch_tokens": 4 * BLOCK,
+            "refine.distill.batch_tokens": 4 * TINY_BLOCK,
             "export.dtype": "float32",
             "validate.provider": "CPUExecutionProvider",
-            "validate.parity.prompt": BLOCK,
+            "validate.parity.prompt": TINY_BLOCK,
             "bench.rounds": min(recipe.bench.rounds, 3),
             "bench.seconds": min(recipe.bench.seconds, 0.2),
             "bench.cold_starts": min(recipe.bench.cold_starts, 1),

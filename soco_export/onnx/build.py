@@ -7,16 +7,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.emit.decoder import DecoderBuilder
-from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import DataFile, Graph, NoFile, stamp
 from soco_train.events import Notify, silent
 
 STAMP = 1024  # bytes, more than the metadata of a graph take
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+ONNX_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
 def write_graph(
@@ -30,7 +30,7 @@ def write_graph(
     """Stream the weights into `folder`/model.onnx.data and write the graph, with `metadata` in it, beside them."""
     data = DataFile(folder / f"{MODEL_FILE}.data")
     try:
-        graph = Graph(data, DTYPES[settings.dtype])
+        graph = Graph(data, ONNX_DTYPES[settings.dtype])
         model = DecoderBuilder(architecture, source, settings, graph).build(notify)
     finally:
         data.close()
@@ -44,5 +44,5 @@ def count_bytes(architecture: Architecture, source: WeightSource, settings: Expo
     What `stamp` will say of the model's origin is not known yet: that has `STAMP`, and all else is exact.
     """
     data = NoFile(Path(f"{MODEL_FILE}.data"))
-    model = DecoderBuilder(architecture, source, settings, Graph(data, DTYPES[settings.dtype])).build(silent)
+    model = DecoderBuilder(architecture, source, settings, Graph(data, ONNX_DTYPES[settings.dtype])).build(silent)
     return data.size + len(ir.to_proto(model).SerializeToString()) + STAMP

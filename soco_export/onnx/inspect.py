@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soco_export.files.names import MODEL_FILE
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MODEL_FILE = "model.onnx"
 CACHE = "past_key_values"
 # Sizes that vary, by the names that transformers.js and optimum look for.
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -77,7 +78,7 @@ class GraphSummary:
     metadata: Mapping[str, str]
 
 
-def summarise(folder: Path) -> GraphSummary:
+def summarise_graph(folder: Path) -> GraphSummary:
     """Summarise `folder`/model.onnx without reading its weights."""
     import onnx_ir as ir
 

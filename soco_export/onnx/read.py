@@ -31,7 +31,7 @@ Renamed = Sequence[tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredForm:
     """How one Linear is stored: `dense`, or the name of a storage form; `rank` is 0 for dense."""
 
     kind: str = "dense"
@@ -49,7 +49,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Place:
+class _Place:
     """Where a tensor of `shape` lies: `index` of the stored tensor `name`."""
 
     name: str
@@ -57,18 +57,18 @@ class Place:
     shape: tuple[int, ...]
 
 
-def places(name: str, shape: tuple[int, ...], renamed: Renamed, prefix: str = "") -> dict[str, Place]:
+def places(name: str, shape: tuple[int, ...], renamed: Renamed, prefix: str = "") -> dict[str, _Place]:
     """Return what a stored tensor is called here, with its place; a stack of experts has many names."""
     names = [f"{prefix}{name}"]
     for part, instead in renamed:
         names = [one.replace(part, new, 1) for one in names for new in (instead if part in one else (part,))]
     if len(names) == 1 and "{}" not in names[0]:
-        return {names[0]: Place(name, ..., shape)}
+        return {names[0]: _Place(name, ..., shape)}
     rows, found = shape[1] // len(names), {}
     for expert in range(shape[0]):
         for index, one in enumerate(names):
             taken = slice(index * rows, (index + 1) * rows)
-            found[one.format(expert)] = Place(name, (expert, taken), (rows, *shape[2:]))
+            found[one.format(expert)] = _Place(name, (expert, taken), (rows, *shape[2:]))
     return found
 
 
@@ -80,7 +80,7 @@ class WeightSource(Protocol):
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor `name`."""
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         """Return how the Linear `name` is stored."""
 
     def read(self, name: str) -> Stored:
@@ -106,10 +106,10 @@ class CheckpointWeights:
         _refuse_quantised(config.get("quantization_config") or {}, folder)
         layers = pruned_layers(config)
         self._transposed -= {f"{name}.weight" for name in layers}
-        self.forms = {name: Form(layer["kind"], layer["rank"]) for name, layer in layers.items()}
+        self.forms = {name: StoredForm(layer["kind"], layer["rank"]) for name, layer in layers.items()}
         self._stored = open_shards(weight_files(folder))
         check_layer_tensors(self._stored, layers)
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, _Place] = {}
         for name, stored in self._stored.items():
             self._places |= places(name, tuple(stored.shape), renamed, "" if name.startswith(HEADS) else prefix)
         self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
@@ -121,9 +121,9 @@ class CheckpointWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         """Return how the Linear `name` is stored."""
-        return self.forms.get(name, Form())
+        return self.forms.get(name, StoredForm())
 
     def levels(self, name: str) -> Levels | None:
         """Return how a matrix is rounded, if that has been found before."""
@@ -151,7 +151,10 @@ class BlankWeights:
     """
 
     def __init__(
-        self, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, tuple[Form, bool]]
+        self,
+        architecture: Architecture,
+        shapes: Mapping[str, tuple[int, ...]],
+        forms: Mapping[str, tuple[StoredForm, bool]],
     ) -> None:
         self.shapes: Shapes = {}
         for name, shape in shapes.items():
@@ -169,9 +172,9 @@ class BlankWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         """Return how the Linear `name` is stored."""
-        return self._forms.get(name, Form())
+        return self._forms.get(name, StoredForm())
 
     def read(self, name: str) -> Stored:
         """Return zeros that take no memory, or an order that is not the usual one."""
@@ -189,7 +192,7 @@ class FileMatrix:
     The file is mapped anew for each look, so that no more of it counts as this process's memory than what is looked at.
     """
 
-    def __init__(self, file: str, place: Place, transposed: bool = False) -> None:
+    def __init__(self, file: str, place: _Place, transposed: bool = False) -> None:
         self._file, self._place, self._transposed = file, place, transposed
         self.shape = place.shape[::-1] if transposed else place.shape
 
@@ -210,7 +213,7 @@ class FileMatrix:
         return found
 
 
-def _read_tensor(file: str, place: Place, transposed: bool) -> Stored:
+def _read_tensor(file: str, place: _Place, transposed: bool) -> Stored:
     with safe_open(file, framework="pt") as shard:
         if shard.get_slice(place.name).get_dtype() in ("F32", "BF16", "F16", "F64") and len(place.shape) == 2:
             return FileMatrix(file, place, transposed)
@@ -295,7 +298,7 @@ def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[
     return needed, allowed
 
 
-def _parts(form: Form, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
+def _parts(form: StoredForm, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
     """Return (tensors that a Linear of m × n always stores, names of those that it may store)."""
     if form.rank:
         needed, largest = (state_of(form.kind, m, n, form.rank, bias) for bias in (False, True))

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from soco_export.checkpoint.load import load_checkpoint
+from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.inspect import BATCH, CACHE, MODEL_FILE, PAST, SEQUENCE, TOTAL
+from soco_export.onnx.inspect import BATCH, CACHE, PAST, SEQUENCE, TOTAL
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.graph import stamp
 from soco_train.errors import MachineError, RecipeError
@@ -31,7 +32,7 @@ OPSET = 20
 RECURRENT = re.compile(
     r"^(mamba|ssm_|state_size|lru_width|linear_conv|linear_num|conv_L_cache|time_step|conv_kernel|rescale_every)"
 )
-Pair = tuple[torch.Tensor, torch.Tensor]
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class CachedDecoder(nn.Module):
@@ -43,8 +44,8 @@ class CachedDecoder(nn.Module):
         self.start = -1 if last_token_logits else 0
 
     def forward(
-        self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[Pair]
-    ) -> tuple[torch.Tensor, list[Pair]]:
+        self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[_Pair]
+    ) -> tuple[torch.Tensor, list[_Pair]]:
         """Return (float32 logits, key and value of each layer) for the tokens after `past`."""
         result = self.model(
             input_ids=tokens,
@@ -57,7 +58,7 @@ class CachedDecoder(nn.Module):
         return result.logits[:, self.start :].float(), present
 
 
-def _cache(past: list[Pair]) -> Any:
+def _cache(past: list[_Pair]) -> Any:
     """Return transformers' cache with all slots kept: windows are the mask's business."""
     from transformers import DynamicCache
 
@@ -144,7 +145,7 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _example_cache(model: Any) -> list[Pair]:
+def _example_cache(model: Any) -> list[_Pair]:
     """Return a cache of four tokens for a batch of two, in the model's own shapes."""
     tokens = torch.ones(2, 4, dtype=torch.long)
     with torch.no_grad():

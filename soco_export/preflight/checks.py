@@ -10,8 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from soco_export.files.text import human_bytes
 from soco_export.preflight.cost import estimate, measure
-from soco_export.preflight.cost_card import CostCard, size
+from soco_export.preflight.cost_card import CostCard
 from soco_export.preflight.inputs import check_held_out, check_lengths, check_plan, check_tasks, check_weights
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
@@ -23,7 +24,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
-class Machine:
+class Resources:
     """Bytes that are free: host memory, GPU memory (None: no GPU), disk where the run is written."""
 
     memory: int
@@ -38,7 +39,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
 
     check_recipe(recipe, format)
     if format == "onnx":
-        check_provider(recipe)
+        provider_serves(recipe)
         check_opens(recipe.validation.runtime)
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
@@ -175,10 +176,10 @@ def check_biases(recipe: Recipe) -> None:
     check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
 
 
-def check_provider(recipe: Recipe) -> None:
+def provider_serves(recipe: Recipe) -> None:
     """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
     try:
-        from soco_export.evaluate.session import check_provider as known
+        from soco_export.evaluate.session import check_provider
     except ImportError as error:
         raise MachineError(
             f"onnxruntime is not installed ({error})",
@@ -186,7 +187,7 @@ def check_provider(recipe: Recipe) -> None:
             where="recipe: validate.provider",
         ) from None
     try:
-        known(recipe.validation.provider)
+        check_provider(recipe.validation.provider)
     except MachineError as error:
         if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
             raise MachineError(
@@ -212,14 +213,14 @@ def check_texts(recipe: Recipe, tokenizer: object) -> None:
         load_blocks(tokenizer, recipe.evaluation, "evaluation")
 
 
-def check_room(card: CostCard, machine: Machine, already: int = 0) -> None:
+def check_room(card: CostCard, machine: Resources, already: int = 0) -> None:
     """Raise MachineError if disk or memory will not do. `already`: bytes of the run that are on the disk. Pure."""
     needed = card.disk_total - already
     if needed > machine.disk:
         largest = max(card.disk, key=lambda name: card.disk[name])
         raise MachineError(
-            f"the run needs about {size(needed)} of disk, and {size(machine.disk)} are free",
-            fix=f"give --out on a larger disk (most of it is {largest}: {size(card.disk[largest])})",
+            f"the run needs about {human_bytes(needed)} of disk, and {human_bytes(machine.disk)} are free",
+            fix=f"give --out on a larger disk (most of it is {largest}: {human_bytes(card.disk[largest])})",
             where="--out",
         )
     for phase in card.phases:
@@ -239,13 +240,13 @@ def _too_small(phase: str, kind: str, needed: int, free: int) -> MachineError:
         "proof": "export.weights: int8, or bench.enabled: false on a machine that is larger",
     }
     return MachineError(
-        f"{phase} needs about {size(needed)} of {kind}, and {size(free)} are free",
+        f"{phase} needs about {human_bytes(needed)} of {kind}, and {human_bytes(free)} are free",
         fix=fixes.get(phase, "use a larger machine"),
         where="soco-export train-and-export --dry-run shows all estimates",
     )
 
 
-def look(root: Path) -> Machine:
+def look(root: Path) -> Resources:
     """Return what is free on this machine; `root` is where the run will be written."""
     import psutil
     import torch
@@ -256,7 +257,7 @@ def look(root: Path) -> Machine:
         memory = min(memory, int(limit))
     gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    return Machine(memory, gpu, shutil.disk_usage(existing).free)
+    return Resources(memory, gpu, shutil.disk_usage(existing).free)
 
 
 def bytes_in(root: Path) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from soco_export.files.text import human_bytes
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -90,11 +92,11 @@ class CostCard:
             f"{self.layers} layers · {self.components:,} scores · {count(self.training_tokens)} training tokens",
             f"{'phase':<14}{'GPU memory':>12}{'host memory':>13}{'GPU-hours':>11}",
         ]
-        rows += [f"{p.name:<14}{size(p.device):>12}{size(p.host):>13}{p.gpu_hours:>11.2f}" for p in self.phases]
-        rows.append(f"{'in all':<14}{size(self.peak_device):>12}{size(self.peak_host):>13}{self.gpu_hours:>11.2f}")
-        rows.append(f"assumed: {self.assumption}; without a GPU, {size(self.peak_alone)} of host memory")
-        rows.append(f"disk {size(self.disk_total)}: " + " · ".join(f"{k} {size(v)}" for k, v in self.disk.items()))
-        rows.append("outputs: " + " · ".join(f"{k} {size(v)}" for k, v in self.outputs.items()))
+        rows += [_row(phase.name, phase.device, phase.host, phase.gpu_hours) for phase in self.phases]
+        rows.append(_row("in all", self.peak_device, self.peak_host, self.gpu_hours))
+        rows.append(f"assumed: {self.assumption}; without a GPU, {human_bytes(self.peak_alone)} of host memory")
+        rows.append(f"disk {human_bytes(self.disk_total)}: {_listed(self.disk)}")
+        rows.append(f"outputs: {_listed(self.outputs)}")
         return rows
 
 
@@ -105,10 +107,9 @@ def count(number: float) -> str:
     return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,.0f}"
 
 
-def size(number: float) -> str:
-    """Return bytes in decimal units, as disks and GPUs are sold."""
-    if not number:
-        return "–"
-    if number >= 1e9:
-        return f"{number / 1e9:.1f} GB"
-    return f"{number / 1e6:.0f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
+def _row(name: str, device: float, host: float, gpu_hours: float) -> str:
+    return f"{name:<14}{human_bytes(device):>12}{human_bytes(host):>13}{gpu_hours:>11.2f}"
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return " · ".join(f"{name} {human_bytes(number)}" for name, number in sizes.items())

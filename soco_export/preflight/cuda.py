@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 1 << 30
+_GIB = 1 << 30
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-LONGEST_NAME = 256  # bytes
+_LONGEST_NAME = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def cuda_devices() -> CudaDevices:
 
 
 def _described(driver: Any, number: int) -> str:
-    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(LONGEST_NAME), ctypes.c_size_t()
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(_LONGEST_NAME), ctypes.c_size_t()
     driver.cuDeviceGet(ctypes.byref(device), number)
-    driver.cuDeviceGetName(name, LONGEST_NAME, device)
+    driver.cuDeviceGetName(name, _LONGEST_NAME, device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    return f"{name.value.decode(errors='replace')} {memory.value / GIB:.0f} GiB"
+    return f"{name.value.decode(errors='replace')} {memory.value / _GIB:.0f} GiB"

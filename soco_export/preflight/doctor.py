@@ -25,7 +25,7 @@ EXTRAS = {
 }
 # by the name of its library, best first
 PROVIDERS = {"tensorrt": "Tensorrt", "cuda": "CUDA", "migraphx": "MIGraphX", "openvino": "OpenVINO", "cpu": "CPU"}
-GIB = 1 << 30
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _machine() -> list[Finding]:
     limit = os.environ.get("OMP_NUM_THREADS")
     threads = f"{os.cpu_count()} logical, {psutil.cpu_count(logical=False)} physical"
     return [
-        Finding("memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"),
+        Finding("memory", "ok", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"),
         Finding("cpu", "ok", threads + (f" (OMP_NUM_THREADS={limit})" if limit else "")),
     ]
 
@@ -155,7 +155,7 @@ def _machine() -> list[Finding]:
 def _disk(folder: Path) -> list[Finding]:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    return [Finding("disk", "ok", f"{free / GIB:.1f} GiB free in {existing}")]
+    return [Finding("disk", "ok", f"{free / _GIB:.1f} GiB free in {existing}")]
 
 
 def _extras() -> list[Finding]:

@@ -14,8 +14,8 @@ from soco_train.errors import DataError, RecipeError
 
 # dotted key → "file:line", or the command-line flag that set it
 Origins = dict[str, str]
-MOST_BYTES = 256 << 10  # of one recipe file
-DEEPEST = 32
+_MOST_BYTES = 256 << 10  # of one recipe file
+_DEEPEST = 32
 MOST_EVENTS = 10_000
 
 
@@ -57,7 +57,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], Origins]:
     """Return the mapping in `file` and where each key stands; RecipeError if it is unreadable or no mapping."""
     shown = _shown(file)
     try:
-        text = read_text(file, "give a readable UTF-8 file", MOST_BYTES)
+        text = read_text(file, "give a readable UTF-8 file", _MOST_BYTES)
     except DataError as error:
         raise RecipeError(error.message, fix=error.fix, where=shown) from error
     values, node = _parsed(text, shown)
@@ -94,7 +94,7 @@ def _check_events(text: str, where: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         faults = {
             "an alias (*name)": isinstance(event, yaml.AliasEvent),
-            f"nesting deeper than {DEEPEST}": depth > DEEPEST,
+            f"nesting deeper than {_DEEPEST}": depth > _DEEPEST,
             f"more than {MOST_EVENTS:,} values": count > MOST_EVENTS,
         }
         for fault in (fault for fault, there in faults.items() if there):

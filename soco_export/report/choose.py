@@ -13,7 +13,7 @@ Preference = Literal["quality", "bytes", "speed"]
 
 
 @dataclass(frozen=True)
-class Limit:
+class Bound:
     """A figure of a point and the end that it must not pass. `at_most`: an upper end, else a lower one."""
 
     name: str
@@ -38,7 +38,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Pick:
     """`chosen`: the best point that every limit lets pass; `rejected`: name → reasons; `nearest`: the least miss.
 
     `nearest` is None where a point was chosen, or where each has a figure that was not measured.
@@ -69,22 +69,22 @@ ORDERS: Mapping[Preference, tuple[Callable[[FrontierPoint], float], ...]] = {
 }
 
 
-def choose(points: Sequence[FrontierPoint], limits: Sequence[Limit], prefer: Preference = "quality") -> Choice:
+def choose(points: Sequence[FrontierPoint], limits: Sequence[Bound], prefer: Preference = "quality") -> Pick:
     """Return the best point that passes no limit and failed no gate of its own; an unmeasured figure meets no limit."""
     rejected = {point.name: reasons for point in points if (reasons := _reasons(point, limits))}
     fits = [point for point in points if point.name not in rejected]
     if fits:
-        return Choice(min(fits, key=lambda point: _key(point, prefer)), rejected)
+        return Pick(min(fits, key=lambda point: _key(point, prefer)), rejected)
     near = [point for point in points if point.gates != "failed" and math.isfinite(_miss(point, limits))]
-    return Choice(None, rejected, min(near, key=lambda p: (_miss(p, limits), _key(p, prefer)), default=None))
+    return Pick(None, rejected, min(near, key=lambda p: (_miss(p, limits), _key(p, prefer)), default=None))
 
 
-def _reasons(point: FrontierPoint, limits: Sequence[Limit]) -> tuple[str, ...]:
+def _reasons(point: FrontierPoint, limits: Sequence[Bound]) -> tuple[str, ...]:
     own = ("its own gates failed",) if point.gates == "failed" else ()
     return (*own, *(limit.reason(point) for limit in limits if limit.excess(point) > 0))
 
 
-def _miss(point: FrontierPoint, limits: Sequence[Limit]) -> float:
+def _miss(point: FrontierPoint, limits: Sequence[Bound]) -> float:
     return max((limit.excess(point) for limit in limits), default=0.0)
 
 

@@ -34,7 +34,7 @@ COUNTED = ("sizes.*",)
 SAMPLED = ("tasks.*.compressed.acc",)
 Z = 1.96
 WIDEST = 24  # characters of a setting in a comparison
-NOISE = {True: "yes", False: "no", None: "n/a"}
+_NOISE = {True: "yes", False: "no", None: "n/a"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def render_comparison(comparison: Comparison, names: tuple[str, str] = ("first",
     """Return the comparison as aligned text; `names`: what the two results are called."""
     differing = [d for d in comparison.figures if d.one != d.two]
     figures = [
-        (_brief(d.name), number(d.one), number(d.two), number(d.recovery), NOISE[d.beyond_noise]) for d in differing
+        (_brief(d.name), number(d.one), number(d.two), number(d.recovery), _NOISE[d.beyond_noise]) for d in differing
     ]
     settings = [(key, _short(one), _short(two)) for key, (one, two) in comparison.settings.items()]
     parts = [f"{name}: {verdict}" for name, verdict in zip(names, comparison.verdicts, strict=True)]

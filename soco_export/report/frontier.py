@@ -15,15 +15,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, WorkloadFigures
+from soco_export.files.text import human_bytes
 from soco_export.report.material import OWN, FrontierPoint
-from soco_export.report.rendering import Table, ratio_text, size
+from soco_export.report.rendering import Table, ratio_text
 from soco_export.report.schema import Results
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
 
 SWEEP_VERSION = 1
 AGAIN = "make it anew: soco-export sweep RUN"
-COLUMNS = ("keep", "weights", "size", "bytes", "perplexity", "decode", "gates")
+_COLUMNS = ("keep", "weights", "size", "bytes", "perplexity", "decode", "gates")
 NOTE = (
     "bytes: beside the dense model in the run's own weights; perplexity: beside the dense model unrounded; decode: how "
     "many times faster than the dense model in the same weights. Intervals at 95 %."
@@ -105,14 +106,14 @@ def frontier_table(points: Sequence[FrontierPoint]) -> Table | None:
     """Return the points as a table, largest first; None without any."""
     if not points:
         return None
-    return Table("Sizes from one training", COLUMNS, tuple(map(_row, sorted(points, key=lambda p: -p.bytes))), NOTE)
+    return Table("Sizes from one training", _COLUMNS, tuple(map(_row, sorted(points, key=lambda p: -p.bytes))), NOTE)
 
 
 def _row(point: FrontierPoint) -> tuple[str, ...]:
     return (
         "dense" if point.keep_params is None else f"{point.keep_params:g}",
         point.weights,
-        size(point.bytes),
+        human_bytes(point.bytes),
         f"{point.bytes_ratio:.3f} ×",
         "n/a" if point.perplexity_ratio is None else ratio_text(point.perplexity_ratio, point.perplexity_interval),
         "n/a" if point.decode is None else ratio_text(point.decode, point.decode_interval, 2),

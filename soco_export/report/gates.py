@@ -18,7 +18,7 @@ from pydantic import Field
 
 from soco_train.settings import Section
 
-Share = Annotated[float, Field(ge=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 Loss = Annotated[float, Field(ge=0)]
 Precision = Literal["float32", "float16", "bfloat16", "int8", "int4", "int2"]
 
@@ -37,10 +37,10 @@ class GateSettings(Section):
     max_logit_difference: Loss | dict[Precision, Loss] | None = Field(
         default=None, description="max |Δlogit|, low-rank to ONNX"
     )
-    min_token_agreement: Share | dict[Precision, Share] | None = Field(
+    min_token_agreement: _Share | dict[Precision, _Share] | None = Field(
         default=None, description="top-1 agreement, low-rank to ONNX"
     )
-    min_greedy_agreement: Share | dict[Precision, Share] | None = Field(
+    min_greedy_agreement: _Share | dict[Precision, _Share] | None = Field(
         default=None, description="greedy tokens kept by the export"
     )
     max_compression_kl: float | None = Field(default=None, ge=0, description="mean KL(dense ‖ low-rank)")

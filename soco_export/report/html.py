@@ -17,7 +17,7 @@ from soco_export.report.sentences import figures_sentence, origin, verdict_line
 from soco_export.report.tables import all_tables, changed, run_table
 from soco_export.report.words import SIGNS, verdict_words
 
-TEMPLATE = "report.html.jinja"
+_TEMPLATE = "report.html.jinja"
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 
 
@@ -32,7 +32,7 @@ def render_html(results: Results, material: Material = NONE) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["pieces"] = _pieces
-    text: str = environment.get_template(TEMPLATE).render(
+    text: str = environment.get_template(_TEMPLATE).render(
         results=results,
         verdict=verdict_line(results),
         sentence=figures_sentence(results),

@@ -11,7 +11,7 @@ from soco_export.report.schema import Results
 from soco_export.report.sentences import figures_sentence
 from soco_export.report.words import verdict_words
 
-FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # not allowed in XML 1.0
+_FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # not allowed in XML 1.0
 
 
 # figures by their first name → the stage of a run that measures them
@@ -93,4 +93,4 @@ def _add_case(suite: ElementTree.Element, results: Results, verdict: Verdict) ->
 
 
 def _clean(text: str) -> str:
-    return FORBIDDEN.sub("?", text)
+    return _FORBIDDEN.sub("?", text)

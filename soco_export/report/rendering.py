@@ -28,14 +28,6 @@ def number(value: float | int | None) -> str:
     return f"{value:.4g}"
 
 
-def size(count: int) -> str:
-    """Return bytes for people: "538.1 MB" (decimal)."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
-
-
 def ratio_text(value: float, ends: tuple[float, float] | None, digits: int = 3) -> str:
     """Return a ratio with its interval: "1.045 × (1.031–1.060)"."""
     interval = f" ({ends[0]:.{digits}f}–{ends[1]:.{digits}f})" if ends else ""

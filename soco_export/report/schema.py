@@ -29,13 +29,13 @@ RESULTS_FILE = "results.json"
 MEASURED = ("sizes", "parity", "perplexity", "tasks", "latency", "memory")
 
 
-class Part(BaseModel):
+class _Part(BaseModel):
     """A part of the results: immutable, no stray keys; NaN is written as "NaN", for it must not vanish."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
-class ModelFigures(Part):
+class ModelFigures(_Part):
     """Which model. `source`: hub id, "builtin", "random" or the folder's name, never a path of this machine."""
 
     name: str
@@ -44,7 +44,7 @@ class ModelFigures(Part):
     revision: str | None = None
 
 
-class SizeFigures(Part):
+class SizeFigures(_Part):
     """Parameters in numbers and artifacts in bytes.
 
     `selected_*`: of the layers that took part; `bytes`: folder → bytes on disk; `bytes_ratio`: what ships / the dense
@@ -69,14 +69,14 @@ class SizeFigures(Part):
     file_bytes: int | None = None
 
 
-class ParityResults(Part):
+class ParityResults(_Part):
     """`compression`: dense → low-rank, what pruning cost; `export`: low-rank → ONNX, what the export lost."""
 
     compression: StepParity | None = None
     export: StepParity | None = None
 
 
-class PerplexityProtocol(Part):
+class PerplexityProtocol(_Part):
     """How perplexity was measured, lengths in tokens: `windows` of `window` tokens, one begun every `stride`.
 
     `scored`: the last so many tokens of a window are predicted, from all before them in it; `bos`: whether BOS stands
@@ -91,7 +91,7 @@ class PerplexityProtocol(Part):
     join: str
 
 
-class PerplexityResults(Part):
+class PerplexityResults(_Part):
     """Perplexity of each form on the same blocks. `ratio`: what ships (ONNX, else low-rank) / dense.
 
     `text`: where the blocks come from; `block`: their length in tokens; `fingerprint`: sha256 of the token ids, so of
@@ -136,7 +136,7 @@ class PerplexityResults(Part):
         )
 
 
-class Results(Part):
+class Results(_Part):
     """One run's results.
 
     `recipe`: all settings, resolved; `placement`: provider → operators → nodes of the ONNX graph; `notes`: every

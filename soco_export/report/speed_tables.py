@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from soco_export.bench.figures import LatencyFigures, MemoryFigures, WorkloadFigures
 from soco_export.bench.stats import Summary, render_percentile
-from soco_export.report.rendering import Row, Table, number, percent, ratio, size, speedup
+from soco_export.files.text import human_bytes
+from soco_export.report.rendering import Row, Table, number, percent, ratio, speedup
 
 
 def latency_table(latency: LatencyFigures | None) -> Table | None:
@@ -71,7 +72,7 @@ def ceiling_table(latency: LatencyFigures | None) -> Table | None:
     rows = [
         (
             name,
-            size(line.bytes_per_step),
+            human_bytes(line.bytes_per_step),
             f"{line.ideal_ms:.4g} ms",
             f"{line.measured_ms:.4g} ms",
             percent(line.efficiency),
@@ -92,6 +93,6 @@ def memory_table(memory: MemoryFigures | None) -> Table | None:
     if memory is None:
         return None
     models = {"dense": memory.dense, "pruned": memory.compressed}
-    rows = [(name, size(peak.peak), size(peak.interpreter)) for name, peak in models.items()]
+    rows = [(name, human_bytes(peak.peak), human_bytes(peak.interpreter)) for name, peak in models.items()]
     note = f"{memory.dense.method}; ratio {number(memory.ratio)}."
     return Table("Memory", ("ONNX model", "peak", "of which libraries"), tuple(rows), note)

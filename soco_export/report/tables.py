@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from soco_export.evaluate.figures import ParityFigures, TaskComparison
 from soco_export.evaluate.paired import perplexity_ratio
+from soco_export.files.text import human_bytes
 from soco_export.report.material import Material
-from soco_export.report.rendering import Row, Table, noise_note, number, percent, size, with_ends
+from soco_export.report.rendering import Row, Table, noise_note, number, percent, with_ends
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
 from soco_export.report.speed_tables import ceiling_table, cold_start_table, latency_table, memory_table
 
@@ -36,7 +37,7 @@ def changed(results: Results) -> Table:
         speeds = (f"{number(work.dense_tokens_per_s)} tok/s", f"{number(work.compressed_tokens_per_s)} tok/s")
         rows.append((kind, *speeds, f"{work.speedup.value:.2f} ×{noise_note(work.speedup)}"))
     if results.memory:
-        peaks = size(results.memory.dense.peak), size(results.memory.compressed.peak)
+        peaks = human_bytes(results.memory.dense.peak), human_bytes(results.memory.compressed.peak)
         rows.append(("peak memory", *peaks, f"{results.memory.ratio:.3f} ×"))
     note = "Speeds: within the noise where the 95 % interval of the ratio contains 1." if results.latency else ""
     return Table("What changed", ("", "dense", "this model", "ratio"), tuple(rows), note)
@@ -102,11 +103,11 @@ def _bytes_rows(folders: Mapping[str, int]) -> Iterator[Row]:
         if f"{name}-dense" in folders:
             yield _bytes_row(f"on disk: {name}", folders[f"{name}-dense"], count)
         elif not name.endswith("-dense"):
-            yield f"on disk: {name}", "", size(count), ""
+            yield f"on disk: {name}", "", human_bytes(count), ""
 
 
 def _bytes_row(name: str, before: int, after: int) -> Row:
-    return name, size(before), size(after), f"{after / before:.3f} ×" if before else "n/a"
+    return name, human_bytes(before), human_bytes(after), f"{after / before:.3f} ×" if before else "n/a"
 
 
 def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
@@ -194,7 +195,7 @@ def _machine(results: Results) -> Table:
     rows: list[Row] = [("processor", f"{machine.cpu}, {machine.cores} cores, {machine.platform}")]
     if machine.gpu:
         rows.append(("GPU", machine.gpu))
-    rows.append(("memory", size(machine.memory_bytes)))
+    rows.append(("memory", human_bytes(machine.memory_bytes)))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())))
     for provider, operators in results.placement.items():
         rows.append((provider, ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))))

@@ -22,7 +22,7 @@ PLAIN: Mapping[str, tuple[str, str]] = {
     "min_decode_speedup": ("decode speed beside the dense model", "×"),
     "min_prefill_speedup": ("prefill speed beside the dense model", "×"),
 }
-SHOWN: Mapping[State, str] = {"passed": "ok    ", "inconclusive": "unsure", "failed": "FAILED"}
+_SHOWN: Mapping[State, str] = {"passed": "ok    ", "inconclusive": "unsure", "failed": "FAILED"}
 SIGNS: Mapping[State, str] = {"passed": "✓", "inconclusive": "?", "failed": "✗"}
 
 
@@ -47,7 +47,7 @@ def verdict_words(verdict: Verdict) -> str:
 
 def verdict_terminal(verdict: Verdict) -> str:
     """Return "ok     max_ppl_ratio: perplexity beside the dense model: 1.045 ×, at most 1.15 ×"."""
-    return f"{SHOWN[verdict.state]} {verdict.name}: {verdict_words(verdict)}"
+    return f"{_SHOWN[verdict.state]} {verdict.name}: {verdict_words(verdict)}"
 
 
 def _with_unit(value: float, unit: str) -> str:

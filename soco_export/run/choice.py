@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from soco_export.report.choose import Choice, Limit, Preference, choose
+from soco_export.report.choose import Bound, Pick, Preference, choose
 from soco_export.report.frontier import read_frontier
 from soco_export.run.manifest import check_unchanged
 from soco_export.run.names import FRONTIER_FILE
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode, RecipeError
-from soco_train.settings import read_bytes
+from soco_train.settings import as_bytes
 
 
-def choose_point(run: Path, limits: Sequence[Limit], prefer: Preference) -> Outcome:
+def choose_point(run: Path, limits: Sequence[Bound], prefer: Preference) -> Outcome:
     """Pick a point of the run's sweep, with the reason for each that was left; none that fits is exit code 3."""
     if not (run / FRONTIER_FILE).is_file():
         raise RecipeError(
@@ -37,7 +37,7 @@ def choose_point(run: Path, limits: Sequence[Limit], prefer: Preference) -> Outc
     return Outcome(document, "\n".join(_lines(run, found, prefer)), ExitCode.OK if found.chosen else ExitCode.GATE)
 
 
-def _lines(run: Path, found: Choice, prefer: Preference) -> Iterator[str]:
+def _lines(run: Path, found: Pick, prefer: Preference) -> Iterator[str]:
     if found.chosen:
         yield f"{found.chosen.name}: {run / found.chosen.folder} (the best in {prefer} of those that fit)"
     else:
@@ -50,10 +50,10 @@ def _lines(run: Path, found: Choice, prefer: Preference) -> Iterator[str]:
 
 def parse_limits(
     max_bytes: str | None, max_ppl_ratio: float | None, min_recovery: float | None, max_decode_ms: float | None
-) -> list[Limit]:
+) -> list[Bound]:
     """Return the limits that were given; RecipeError for bytes that are none."""
     try:
-        most = None if max_bytes is None else float(read_bytes(max_bytes))
+        most = None if max_bytes is None else float(as_bytes(max_bytes))
     except ValueError:
         raise RecipeError(f"{max_bytes!r} is no size", fix="90MB, 85MiB or bytes", where="--max-bytes") from None
     given = (
@@ -62,4 +62,4 @@ def parse_limits(
         ("--min-recovery", "recovery", min_recovery, False),
         ("--max-decode-ms", "decode_ms", max_decode_ms, True),
     )
-    return [Limit(name, figure, value, at_most) for name, figure, value, at_most in given if value is not None]
+    return [Bound(name, figure, value, at_most) for name, figure, value, at_most in given if value is not None]

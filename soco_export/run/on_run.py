@@ -18,7 +18,7 @@ from soco_export.run.manifest import MANIFEST, Manifest, StageRecord, check_unch
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
-from soco_export.run.stages.artefacts import PLAN, SIZES, artefacts
+from soco_export.run.stages.artefacts import PLAN, SIZES_STAGE, artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
 from soco_export.run.stages.training import SCORES, TRAINING
@@ -81,7 +81,7 @@ Homes = Mapping[str, tuple[Path, Recipe]]
 
 def trained_in(run: Path, recipe: Recipe) -> Homes:
     """Return what a run that cuts the scores of `run` anew has there."""
-    once = (*TRAINING, SIZES) if recipe.refine.distill.sizes else TRAINING
+    once = (*TRAINING, SIZES_STAGE) if recipe.refine.distill.sizes else TRAINING
     return {stage.name: (run, recipe) for stage in once}
 
 

@@ -117,7 +117,7 @@ class Pipeline(Generic[Context]):
         self.notify(Event(stage.name, 0, 1, {"": "running" if reason == NEW else f"running: {reason}"}, "begun"))
         workspace = self._workspace(stage, key)
         started = time.monotonic()
-        with limits(stage.name, home.root):
+        with _limits(stage.name, home.root):
             if stage.shared:
                 parallel.call(f"{stage.name}\n{workspace}")
             stage.work(self.context, workspace)
@@ -151,7 +151,7 @@ def assist(stages: Sequence[Stage[Context]], open_context: Callable[[], Context]
 
 
 @contextmanager
-def limits(stage: str, root: Path) -> Iterator[None]:
+def _limits(stage: str, root: Path) -> Iterator[None]:
     """Turn what disk or memory refuse, from whichever library, into MachineError; what is done stays done."""
     try:
         with machine_limits(stage, root):

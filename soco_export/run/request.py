@@ -11,7 +11,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder import LOCK, read_lock
 from soco_export.run.names import Format
 from soco_train.errors import ExitCode, RecipeError
-from soco_train.settings import read_bytes
+from soco_train.settings import as_bytes
 
 RUNS = Path("runs")
 
@@ -153,7 +153,7 @@ def parse_byte_sizes(text: str | None, default: int | None) -> list[int]:
     if text is None and default is not None:
         return [default]
     try:
-        sizes = [int(read_bytes(part)) for part in (text or "").split(",")]
+        sizes = [int(as_bytes(part)) for part in (text or "").split(",")]
     except ValueError:
         sizes = [0]
     if not all(size > 0 for size in sizes):

@@ -36,7 +36,7 @@ BY_SIZE = ("plan", "factors", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Place:
+class _Place:
     """Where one point of a sweep is made: its folder, its recipe, and what lies in the folders of others."""
 
     root: Path
@@ -101,23 +101,23 @@ def parse_weights(text: str | None, default: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def place(run: Path, recipe: Recipe, size: float, weights: str) -> Place:
+def place(run: Path, recipe: Recipe, size: float, weights: str) -> _Place:
     """Return where the point of `size` in `weights` is made, from a `run` with this recipe."""
     own_size, own_type = size == recipe.keep_params, weights == recipe.export.weights
     sized = recipe if own_size else recipe.replace({"keep_params": size})
     base = run if own_size else run / f"keep-{size:g}"
     shared = {} if own_size else dict(trained_in(run, recipe))
     if own_type:
-        return Place(base, sized, shared | ({"onnx-dense": (run, recipe)} if shared else {}))
+        return _Place(base, sized, shared | ({"onnx-dense": (run, recipe)} if shared else {}))
     typed = sized.replace({"export.weights": weights})
     dense = recipe.replace({"export.weights": weights})
     homes: dict[str, tuple[Path, Recipe]] = {**trained_in(run, recipe), "onnx-dense": (run / f"dense-{weights}", dense)}
     if recipe.optimise_for == "params":  # else the plan follows times that the type changes
         homes |= {stage: (base, sized) for stage in BY_SIZE}
-    return Place(run / f"keep-{size:g}-{weights}", typed, homes)
+    return _Place(run / f"keep-{size:g}-{weights}", typed, homes)
 
 
-def _points(run: Path, wanted: Sequence[Place]) -> Iterator[FrontierPoint]:
+def _points(run: Path, wanted: Sequence[_Place]) -> Iterator[FrontierPoint]:
     """Yield the dense model once for each type, before the points of the type."""
     own = run / "onnx-dense"
     beside = folder_bytes(own) if own.is_dir() else 0

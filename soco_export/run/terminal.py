@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soco_export.files.records import folder_bytes
-from soco_export.files.text import folded, one_line
+from soco_export.files.text import folded, human_bytes, one_line
 from soco_export.report.rendering import ratio_text
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.sentences import verdict_sentence
@@ -62,5 +62,5 @@ def _cost(results: Results) -> Iterator[str]:
             for name, work in results.latency.workloads.items()
         ]
         yield f"speed, dense ONNX / this: {' · '.join(ratios)}"
-    sizes = [f"{name} {count / 1e6:,.1f} MB" for name, count in results.sizes.bytes.items()]
+    sizes = [f"{name} {human_bytes(count)}" for name, count in results.sizes.bytes.items()]
     yield f"on disk: {' · '.join(sizes)}"

@@ -8,8 +8,8 @@ import onnx
 
 from soco_export.files.atomic import link
 from soco_export.files.json import FIX
+from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.describe.architecture import Architecture
-from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.onnx.settings import ExportSettings
 from soco_export.runtimes.openvino import refuse_quantised_table
 from soco_export.runtimes.optimum import write_hugging_face_files
@@ -19,7 +19,7 @@ from soco_train.errors import RecipeError
 
 NAME = "transformers.js"
 # Its words for types and what it appends to the file's name: utils/dtypes.js of transformers.js 4.3.
-TYPES = {
+FILES_BY_TYPE = {
     ("float32", "same"): ("fp32", ""),
     ("float16", "same"): ("fp16", "_fp16"),
     ("float32", "int8"): ("q8", "_quantized"),
@@ -47,7 +47,7 @@ class TransformersJs(Runtime):
     def check(self, settings: ExportSettings, architecture: Architecture | None) -> None:
         """Raise RecipeError for types that it has no name or no operator for."""
         refuse_quantised_table(settings, NAME)
-        if (settings.dtype, settings.weights) not in TYPES:
+        if (settings.dtype, settings.weights) not in FILES_BY_TYPE:
             raise RecipeError(
                 f"{NAME} has no name for weights in {settings.weights} beside {settings.dtype}",
                 fix="export.dtype: float32",
@@ -56,7 +56,7 @@ class TransformersJs(Runtime):
 
     def write(self, to: Layout) -> None:
         """Write config and tokenizer, and below them the graph with its weights, by the names that it looks for."""
-        dtype, suffix = TYPES[to.settings.dtype, to.settings.weights]
+        dtype, suffix = FILES_BY_TYPE[to.settings.dtype, to.settings.weights]
         root = to.folder / NAME
         graph = root / "onnx" / f"model{suffix}.onnx"
         graph.parent.mkdir(parents=True)

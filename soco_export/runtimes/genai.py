@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from soco_export.onnx.inspect import CACHE, MODEL_FILE, read_ports
+from soco_export.files.names import MODEL_FILE
+from soco_export.onnx.inspect import CACHE, read_ports
 from soco_export.runtimes.registry import Layout, Runtime, runtime, special_tokens, write_json
 from soco_train.installed import install_command
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from soco_export.evaluate.decoder import Decoder, TorchDecoder
 from soco_export.evaluate.settings import ValidateSettings
+from soco_export.files.names import MODEL_FILE
 from soco_export.runtimes.registry import check_opens, find_runtime
 from soco_train.errors import RecipeError
 
 
 def is_onnx(folder: Path) -> bool:
     """Tell an exported folder from a Hugging Face checkpoint."""
-    return (folder / "model.onnx").is_file()
+    return (folder / MODEL_FILE).is_file()
 
 
 def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder:

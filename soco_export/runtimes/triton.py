@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from soco_export.files.atomic import link
-from soco_export.onnx.inspect import CACHE, MODEL_FILE, Port, Ports, read_ports
+from soco_export.files.names import MODEL_FILE
+from soco_export.onnx.inspect import CACHE, Port, Ports, read_ports
 from soco_export.runtimes.registry import Layout, Runtime, runtime, special_tokens
 
 TRITON_TYPES = {"INT64": "TYPE_INT64", "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16"}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from soco_train.data.reading import kind_of, read_objects, read_text, text_of
+from soco_train.data.reading import decoded, kind_of, read_objects, text_of
 from soco_train.errors import DataError, RecipeError
 from soco_train.installed import install_command
 from soco_train.settings import SHORTEST_BLOCK, DataSettings
@@ -26,7 +26,7 @@ Purpose = Literal["calibration", "evaluation"]
 BUILTIN = Path(__file__).parents[1] / "builtin"
 PARAGRAPH = "\n\n"
 EXAMPLE = '{"text": "…"}'
-SPARE = 256  # tokens
+_SPARE = 256  # tokens
 Take = Callable[[Iterator[str]], str]  # how much of a continuous text is taken
 
 
@@ -50,7 +50,7 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
     tokens_wanted = None if wanted is None else wanted * settings.block
     sources = _texts(settings, purpose, lambda pieces: _take(tokenizer, pieces, tokens_wanted))
     texts = [_cut(tokenizer, documents, settings.blocks, settings.block) for documents in sources]
-    tokens = interleave([blocks for blocks, _ in texts])[: settings.blocks]
+    tokens = spread([blocks for blocks, _ in texts])[: settings.blocks]
     if len(tokens) == 0:
         count = max(tokens for _, tokens in texts)
         raise DataError(
@@ -82,19 +82,19 @@ def _beginning(tokenizer: Any, pieces: Iterator[str], tokens: int) -> str:
 
     The end of a text is tokenised differently when more follows, so the tokens that are used keep away from it.
     """
-    found, need = "", tokens + SPARE
+    found, need = "", tokens + _SPARE
     for piece in pieces:
         found += piece
         if len(found) < need:
             continue
         ids = tokenizer(found, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if len(ids) >= tokens + SPARE:
+        if len(ids) >= tokens + _SPARE:
             break
         need = 2 * len(found)
     return found
 
 
-def interleave(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+def spread(texts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the blocks [n, block] of all texts, each text spread evenly over the whole; order within a text stays."""
     places = torch.cat([(torch.arange(len(blocks), dtype=torch.float64) + 0.5) / len(blocks) for blocks in texts])
     return torch.cat(list(texts))[places.sort(stable=True).indices]
@@ -169,7 +169,7 @@ def _documents(path: Path, settings: DataSettings, take: Take) -> Iterator[str]:
         for where, row in read_objects(path, EXAMPLE):
             yield f"{text_of(row, 'text', where)}{PARAGRAPH}"
         return
-    text = take(read_text(path))
+    text = take(decoded(path))
     if not text.strip():
         raise DataError(f"{path.name} is blank", fix="give a file with text", where=str(path))
     yield join_wikitext(text) if kind == "wikitext" else text

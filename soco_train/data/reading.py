@@ -19,7 +19,7 @@ from typing import Any
 from soco_train.bounded import open_plain
 from soco_train.errors import DataError, RecipeError
 
-CHUNK = 1 << 16
+READ_AT_ONCE = 1 << 16
 MOST = 1 << 30  # characters of one file; a calibration text of 10,000 blocks of 2048 tokens has a tenth of it
 LONGEST_LINE = 1 << 24  # characters of one JSON document
 SHOWN = 6  # fields that an error names
@@ -43,7 +43,7 @@ def kind_of(path: Path) -> str:
     return os.path.splitext(name)[1]
 
 
-def read_text(path: Path) -> Iterator[str]:
+def decoded(path: Path) -> Iterator[str]:
     """Yield the text of a file in pieces, without byte order mark and with line ends of one character.
 
     Raises RecipeError (absent, unreadable, no plain file, a git-lfs pointer) and DataError (not UTF-8, NUL, too long,
@@ -68,7 +68,7 @@ def _decoded(path: Path) -> Iterator[str]:
     decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
     with _opened(path) as file:
         while True:
-            chunk = file.read(CHUNK)
+            chunk = file.read(READ_AT_ONCE)
             if offset == 0:
                 _check_start(chunk, path)
             try:
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of the lines that hold something."""
     number, held = 0, ""
-    for piece in read_text(path):
+    for piece in decoded(path):
         *lines, held = (held + piece).split("\n")
         for line in lines:
             number += 1

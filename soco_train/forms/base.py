@@ -119,14 +119,14 @@ def parameter(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.dev
     return nn.Parameter(tensor.detach().to(device=device, dtype=dtype, copy=True).contiguous())
 
 
-Module = TypeVar("Module", bound=FactoredLinear)
+_Module = TypeVar("_Module", bound=FactoredLinear)
 FORMS: dict[str, type[LayerFactors]] = {}
 
 
-def form(numbers: type[LayerFactors]) -> Callable[[type[Module]], type[Module]]:
+def form(numbers: type[LayerFactors]) -> Callable[[type[_Module]], type[_Module]]:
     """Register the decorated module, and with it the form, under its `kind`: the name that `storage` uses."""
 
-    def register(module: type[Module]) -> type[Module]:
+    def register(module: type[_Module]) -> type[_Module]:
         numbers.module = module
         FORMS[module.kind] = numbers
         STORAGE.add(module.kind)

@@ -20,20 +20,20 @@ from soco_train.settings import check_storage
 
 __all__ = ["pivoted", "stacked"]
 
-Layer = TypeVar("Layer", bound=LayerFactors)
+_Layer = TypeVar("_Layer", bound=LayerFactors)
 
 
-class LazyLayers(Mapping[str, Layer]):
+class LazyLayers(Mapping[str, _Layer]):
     """Layers that are made anew each time they are asked for, so that one at a time is in memory.
 
     forms: the same layers on the meta device, which says how large each will be.
     """
 
-    def __init__(self, forms: Mapping[str, Layer], make: Callable[[str], Layer]) -> None:
+    def __init__(self, forms: Mapping[str, _Layer], make: Callable[[str], _Layer]) -> None:
         self.forms = forms
         self._make = make
 
-    def __getitem__(self, name: str) -> Layer:
+    def __getitem__(self, name: str) -> _Layer:
         if name not in self.forms:
             raise KeyError(name)
         return self._make(name)
@@ -48,12 +48,12 @@ class LazyLayers(Mapping[str, Layer]):
         return len(self.forms)
 
 
-def forms_of(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
+def forms_of(layers: Mapping[str, _Layer]) -> Mapping[str, _Layer]:
     """Return layers without their numbers, on the meta device, without making those that are lazy."""
     return layers.forms if isinstance(layers, LazyLayers) else {name: _form(layer) for name, layer in layers.items()}
 
 
-def _form(layer: Layer) -> Layer:
+def _form(layer: _Layer) -> _Layer:
     parts: dict[str, Any] = {
         part: tensor if tensor is None else tensor.to("meta") for part, tensor in vars(layer).items()
     }

@@ -21,7 +21,7 @@ from soco_train import parallel, stopping
 from soco_train.data.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event
-from soco_train.learn.optimiser import pack, unpack
+from soco_train.learn.optimiser import pack_state, unpack_state
 from soco_train.modules.subject import Session
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
@@ -147,7 +147,7 @@ class Loop(ABC):
     def save(self) -> None:
         """Write the checkpoint. Every process has to call it, process 0 writes."""
         own, values = self.state()
-        tensors = pack(self.parameters, *self.optimisers) | own
+        tensors = pack_state(self.parameters, *self.optimisers) | own
         if parallel.leading():
             header = {"kind": self.kind, "fingerprint": self.session.fingerprint, "step": self.step, **values}
             self.session.workdir.mkdir(parents=True, exist_ok=True)
@@ -161,6 +161,6 @@ class Loop(ABC):
         own = torch.tensor(header["fingerprint"] == self.session.fingerprint)
         parallel.agree([own])  # what was measured on several GPUs may differ in its last bits, and so the fingerprints
         if own:
-            unpack(tensors, self.parameters, *self.optimisers)
+            unpack_state(tensors, self.parameters, *self.optimisers)
             self.step = header["step"]
             self.restore(tensors, header)

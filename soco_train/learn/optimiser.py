@@ -56,7 +56,7 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pack(parameters: Mapping[str, nn.Parameter], *stepping: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def pack_state(parameters: Mapping[str, nn.Parameter], *stepping: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return parameters and their moments in the optimisers as tensors named `parameter/…`, `exp_avg/…`, `step/…`, ….
 
     Whole, where processes have divided them: then all of them must call this, and process 0 has them.
@@ -70,7 +70,7 @@ def pack(parameters: Mapping[str, nn.Parameter], *stepping: torch.optim.Optimize
     return tensors
 
 
-def unpack(
+def unpack_state(
     tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter], *stepping: torch.optim.Optimizer
 ) -> None:
     """Undo `pack`, in place and bit for bit."""

@@ -14,10 +14,10 @@ from soco_train.errors import RecipeError
 from soco_train.modules.sites import is_linear
 from soco_train.settings import LayerSettings
 
-Module = TypeVar("Module", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
-class Teacher(Protocol):
+class _Teacher(Protocol):
     """A module that answers as the dense layer it stands for while `teaching`."""
 
     teaching: bool
@@ -63,10 +63,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextmanager
 def substituted(
-    model: nn.Module, linears: Mapping[str, nn.Linear], make: Callable[[str, nn.Linear], Module]
-) -> Iterator[dict[str, Module]]:
+    model: nn.Module, linears: Mapping[str, nn.Linear], make: Callable[[str, nn.Linear], _Module]
+) -> Iterator[dict[str, _Module]]:
     """Put `make(name, linear)` in the place of each Linear for the duration of the context; all else is frozen."""
-    layers: dict[str, Module] = {}
+    layers: dict[str, _Module] = {}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     try:
@@ -82,7 +82,7 @@ def substituted(
 
 
 @contextmanager
-def teaching(layers: Iterable[Teacher]) -> Iterator[None]:
+def teaching(layers: Iterable[_Teacher]) -> Iterator[None]:
     """Within this context the layers answer as the dense ones, without gradients."""
     chosen = list(layers)
     for layer in chosen:

@@ -22,7 +22,7 @@ import torch
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, calibrated, curvature
 
-ROUNDS = 3
+_ROUNDS = 3
 _LEAST = 1e-9  # of the largest: a component without energy has any size
 
 
@@ -39,7 +39,7 @@ def chain_error(chain: Sequence[torch.Tensor], covariance: torch.Tensor, target:
 
 
 def calibrated_pair(
-    down: torch.Tensor, up: torch.Tensor, grid: Grid, known: Curvature, covariance: torch.Tensor, rounds: int = ROUNDS
+    down: torch.Tensor, up: torch.Tensor, grid: Grid, known: Curvature, covariance: torch.Tensor, rounds: int = _ROUNDS
 ) -> tuple[Levels, Levels]:
     """Round down [r, n] and up [m, r] of the dtype of `known`; `covariance`: C in float64. Never worse than nearest."""
     target = product([down, up])

@@ -21,7 +21,7 @@ from soco_train.store.damage import DENSE, Damage, LayerDamage
 PAGE = 4096  # where tensors of the data file start
 _TRIED = 8  # choices of the largest layer
 _RANKS = 128  # sizes of a layer that are looked at in each form and type
-Reals = npt.NDArray[np.float64]
+_Reals = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Menu:
 
     choices: tuple[Choice, ...]
     bytes: npt.NDArray[np.int64]
-    errors: Reals
+    errors: _Reals
 
     @staticmethod
     def of(offers: Iterator[tuple[Choice, int, float]] | Sequence[tuple[Choice, int, float]]) -> Menu:
@@ -116,7 +116,7 @@ class Menu:
         return Menu(self.choices[rung : rung + 1], self.bytes[rung : rung + 1], self.errors[rung : rung + 1])
 
 
-def choose(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
+def choose_storage(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
     """Return a choice for each layer: the least sum of errors that was found for at most `budget` bytes.
 
     All choices at one price per byte (the convex hull), then the best moves that still fit. One layer may be so large

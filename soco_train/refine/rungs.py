@@ -14,11 +14,11 @@ from typing import Any, Literal
 from soco_train.cost import CostOf, free
 from soco_train.settings import RefineSettings, Section, Storage
 
-Place = Literal["scores", "factors"]
+_Place = Literal["scores", "factors"]
 # on scores: (subject, scores, plan, section, session) → Scores; on factors: (subject, factors, section, session) →
 # StackedFactors by layer
-Run = Callable[..., Any]
-Check = Callable[[Any, Storage], None]
+_Run = Callable[..., Any]
+_Check = Callable[[Any, Storage], None]
 
 
 def _anything(settings: Any, storage: Storage) -> None:
@@ -34,11 +34,11 @@ class Rung:
     """
 
     name: str
-    on: Place
+    on: _Place
     switch: str
-    run: Run
+    run: _Run
     trains: bool
-    check: Check
+    check: _Check
     cost: CostOf
 
     def wanted(self, settings: RefineSettings) -> bool:
@@ -52,16 +52,16 @@ RUNGS: dict[str, Rung] = {}
 def rung(
     name: str,
     *,
-    on: Place,
+    on: _Place,
     switch: str,
     section: type[Section] | None = None,
     trains: bool = False,
-    check: Check = _anything,
+    check: _Check = _anything,
     cost: CostOf = free,
-) -> Callable[[Run], Run]:
+) -> Callable[[_Run], _Run]:
     """Register a rung under the name of its section of `refine`; `section`: one that RefineSettings does not have."""
 
-    def register(function: Run) -> Run:
+    def register(function: _Run) -> _Run:
         RUNGS[name] = Rung(name, on, switch, function, trains, check, cost)
         if section is not None:
             RefineSettings.of_steps[name] = section
@@ -70,7 +70,7 @@ def rung(
     return register
 
 
-def wanted_rungs(settings: RefineSettings, on: Place | None = None) -> list[Rung]:
+def wanted_rungs(settings: RefineSettings, on: _Place | None = None) -> list[Rung]:
     """Return the rungs that the settings ask for, in the order in which they are climbed.
 
     What is solved in closed form comes before what is trained; else they come as they were registered. `on`: those that

@@ -38,7 +38,7 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Blocks:
+class RoundedInBlocks:
     """How matrices would be rounded: inputs of a block, zero in the middle or not."""
 
     block: int = 32
@@ -53,16 +53,16 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Norm:
+class LossNorm:
     """½ tr(G E C Eᵀ) for E [m, n], in float64."""
 
     left: torch.Tensor
     right: torch.Tensor
 
     @staticmethod
-    def of(statistics: LayerStatistics) -> Norm:
+    def of(statistics: LayerStatistics) -> LossNorm:
         """Return the norm of one layer."""
-        return Norm(present(statistics.output_curvature).double(), present(statistics.input_covariance).double())
+        return LossNorm(present(statistics.output_curvature).double(), present(statistics.input_covariance).double())
 
     def error(self, difference: torch.Tensor) -> float:
         """Return the loss that an error `difference` [m, n] of the weight makes."""
@@ -80,10 +80,10 @@ class Norm:
 
 
 def damage_to(
-    linear: nn.Linear, statistics: LayerStatistics, spectrum: Spectrum, scores: LayerScores, blocks: Blocks
+    linear: nn.Linear, statistics: LayerStatistics, spectrum: Spectrum, scores: LayerScores, blocks: RoundedInBlocks
 ) -> LayerDamage:
     """Return the errors of one layer dense, stacked and in every other form, in every type."""
-    norm, weight = Norm.of(statistics), linear.weight.detach().double()
+    norm, weight = LossNorm.of(statistics), linear.weight.detach().double()
     roundings = {weights: blocks.rounding(weights) for weights in TYPES}
     curves = {
         (DENSE, weights): torch.tensor([norm.error(weight - rounding(weight))], dtype=torch.float64)
@@ -110,7 +110,7 @@ def _components(spectrum: Spectrum, scores: LayerScores) -> tuple[torch.Tensor, 
 
 
 def _sampled(
-    form: type[LayerFactors], factors: Sequence[torch.Tensor], norm: Norm, roundings: Mapping[WeightType, Round]
+    form: type[LayerFactors], factors: Sequence[torch.Tensor], norm: LossNorm, roundings: Mapping[WeightType, Round]
 ) -> dict[WeightType, torch.Tensor]:
     """Return what rounding adds in another form [k + 1] by type, measured at a few ranks, in between by a line."""
     up, down = factors
@@ -147,7 +147,7 @@ def _between(ranks: Sequence[int], values: Sequence[float], k: int) -> torch.Ten
 
 
 def measure_damage(
-    subject: Subject, scores: Scores, tokens: torch.Tensor, blocks: Blocks, notify: Notify = silent
+    subject: Subject, scores: Scores, tokens: torch.Tensor, blocks: RoundedInBlocks, notify: Notify = silent
 ) -> Damage:
     """Return the damage to all layers of `subject`, token table and head; tokens: calibration blocks [b, t].
 
@@ -163,7 +163,7 @@ def measure_damage(
     return Damage(layers)
 
 
-def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: Blocks) -> dict[str, LayerDamage]:
+def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: RoundedInBlocks) -> dict[str, LayerDamage]:
     """Return the errors of the token table and of the head, each under its module's name; a tied head has its own.
 
     table: Σ_v f_v e_vᵀ G e_v, f_v how often token v is read, G the curvature where it is; head: Σ_v E[δ_v²] e_vᵀ C e_v.

@@ -17,8 +17,8 @@ from soco_train.modules.subject import Session, Subject
 from soco_train.settings import PlanSettings, Section, TrainSettings
 from soco_train.store.scores import Scores
 
-Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
-Check = Callable[[TrainSettings, PlanSettings], None]
+_Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
+_Check = Callable[[TrainSettings, PlanSettings], None]
 # read before a scorer begins: what the spectra are made from, the size it heads for, where and how the model computes
 READ_BY_ALL = {"scorer", "basis", "ridge", "statistics_blocks", "keep_params", "seed", "factor_dtype"}
 
@@ -35,10 +35,10 @@ class Scorer:
     check: raises RecipeError for settings that it cannot do; cost: None where its computation is negligible.
     """
 
-    run: Run
+    run: _Run
     reads: frozenset[str]
     trains: bool
-    check: Check
+    check: _Check
     cost: CostOf
 
     def deviates(self, train: TrainSettings) -> bool:
@@ -62,12 +62,12 @@ def scorer(
     reads: Iterable[str] = (),
     trains: bool = False,
     section: type[Section] | None = None,
-    check: Check = _anything,
+    check: _Check = _anything,
     cost: CostOf = free,
-) -> Callable[[Run], Run]:
+) -> Callable[[_Run], _Run]:
     """Register a scorer under the name that `train.scorer` uses; `section`: its own, under `train` and its name."""
 
-    def register(function: Run) -> Run:
+    def register(function: _Run) -> _Run:
         SCORERS[name] = Scorer(function, frozenset(reads), trains, check, cost)
         if section is not None:
             TrainSettings.of_steps[name] = section

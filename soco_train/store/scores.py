@@ -11,7 +11,7 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class LayerScores:
     scale: torch.Tensor
     deviation: torch.Tensor | None
     shape: tuple[int, int]
-    correction: Pair | None = None
-    adapter: Pair | None = None
+    correction: _Pair | None = None
+    adapter: _Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,6 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
     return layer
 
 
-def _pair(name: str, tensors: Mapping[str, torch.Tensor]) -> Pair | None:
+def _pair(name: str, tensors: Mapping[str, torch.Tensor]) -> _Pair | None:
     left = tensors.get(f"{name}.C")
     return None if left is None else (left, tensors[f"{name}.A"])

@@ -21,7 +21,7 @@ from soco_train.bounded import MADE_ANEW, parse_object
 from soco_train.errors import DataError
 from soco_train.store.header import read_header
 
-DTYPES = {
+_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -57,7 +57,7 @@ def write_file(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str
     for name in order:
         meta, start = tensors[name].meta, end
         end += meta.nbytes
-        header[name] = {"dtype": DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

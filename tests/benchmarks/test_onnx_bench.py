@@ -22,7 +22,7 @@ from benchmarks.speed.models import (
 from benchmarks.speed.series import prefill_flops
 from benchmarks.speed.table import floors, markdown
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
-from soco_export.onnx.inspect import summarise
+from soco_export.onnx.inspect import summarise_graph
 from soco_export.onnx.settings import ExportSettings
 
 CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", True, (1,))
@@ -111,7 +111,7 @@ def test_random_models_have_the_planned_size(tmp_path, monkeypatch):
         linears = sum(layer.params for layer in plan.layers.values())
         head, attention = 2 * 512 * 128, 2 * 4 * 512 * 512 * 128
         assert flops[keep] == 2 * linears * 512 + head + attention
-        assert summarise(tmp_path).flops_per_token == 2 * (linears + 512 * 128)
+        assert summarise_graph(tmp_path).flops_per_token == 2 * (linears + 512 * 128)
     assert flops[0.6] < flops[1.0]
 
 

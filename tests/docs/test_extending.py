@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families import FAMILIES, describe, exaone
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
@@ -117,7 +117,7 @@ def test_every_room_that_is_named_exists() -> None:
 def test_the_family_is_described_from_its_parts(tmp_path: Path) -> None:
     define("@family", exaone)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
-    config = read_config(tmp_path)
+    config = resolve_config(tmp_path)
     found = describe(replace(config, values={**config.values, "model_type": "milli", "depth_factor": 0.25}))
     assert found is not None
     assert found.residual.scale == 0.25

@@ -15,13 +15,13 @@ import torch
 from torch.nn import functional
 
 from soco_export.bench.layer_timing import CopiedLayer, rank_grid
-from soco_export.checkpoint.card import summarise
+from soco_export.checkpoint.card import summarise_layers
 from soco_export.checkpoint.layers import apply_factors
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.export import export_onnx
 from soco_export.onnx.emit.linear import FINISH, Linears, finish
-from soco_export.onnx.read import Form
+from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.write.matrix import Matrix, Order, Part
 from soco_export.preflight.cost_shape import measure
@@ -144,7 +144,7 @@ def test_plan_cut_files_and_checkpoint_know_it(checkpoint: Any, tmp_path: Path) 
         torch.testing.assert_close(weight.float(), stored.up @ torch.diag(stored.scale) @ stored.down)
     loaded = load_checkpoint(tmp_path / "hf")
     torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
-    assert {group.kind for group in summarise(loaded).groups} == {"scaled"}
+    assert {group.kind for group in summarise_layers(loaded).groups} == {"scaled"}
 
 
 def test_its_nodes_are_in_the_graph_and_without_them_it_is_refused(checkpoint: Any, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_the_cost_card_and_the_layer_timing_ask_it() -> None:
         sizes[storage] = stacked(recipe.plan, measure(recipe))
     assert 0.9 * sizes["stacked"] < sizes["scaled"] < sizes["stacked"]  # a rank costs a number more
     rank = rank_grid((48, 32), "scaled")[0]
-    layer = CopiedLayer((48, 32), Form("scaled", rank), 2, bias=True)
+    layer = CopiedLayer((48, 32), StoredForm("scaled", rank), 2, bias=True)
     assert {name for name in layer.shapes if name.startswith("copy1.")} == {
         f"copy1.{part}" for part in ("weight", "up", "scale", "bias")
     }

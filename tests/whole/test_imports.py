@@ -1,8 +1,9 @@
-"""No two files import each other, by whatever way round, imports inside functions included."""
+"""No two files import each other, by whatever way round, and no public name means two things."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -42,3 +43,39 @@ def test_no_circle_of_files() -> None:
     except CycleError as error:
         circle = " → ".join(reversed(error.args[1]))
         raise AssertionError(f"files import each other: {circle}") from None
+
+
+# One thing in two files: a verb behind its command, the Python API before the conductor, a stage that calls it, a plot.
+SAME_SENSE = (
+    ("soco_export.cli", "soco_export.run.verbs", "soco_export.report.choose"),
+    ("soco_export.__main__", "soco_export.cli"),
+    ("soco_train.api", "soco_train.method", "soco_train.refine.cut", "soco_export.run.stages"),
+    ("soco_export.report.draw",),
+)
+
+
+def public_names(path: Path) -> set[str]:
+    """Return what a module defines for others; what a decorator enters in a register goes by its name there."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and not node.decorator_list):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_no_public_name_means_two_things() -> None:
+    where: defaultdict[str, list[str]] = defaultdict(list)
+    for module, path in files().items():
+        for name in public_names(path):
+            where[name].append(module)
+    twice = {
+        name: modules
+        for name, modules in where.items()
+        if len(modules) > 1 and not any(all(m.startswith(same) for m in modules) for same in SAME_SENSE)
+    }
+    assert not twice
+    assert len(where) > 1000  # it did look

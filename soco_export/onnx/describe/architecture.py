@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 Activation = Literal["silu", "relu", "relu2", "gelu", "gelu_tanh"]
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 T = TypeVar("T")
 
 
@@ -253,7 +253,7 @@ class Architecture:
         """Return the projections that are stored [inputs, outputs]."""
         return [name for name in self.linears() if self.tensors.transposed and name != self.tensors.head]
 
-    def corrections(self) -> dict[str, Shape]:
+    def corrections(self) -> dict[str, _Shape]:
         """Return name → shape of what corrects the choice of experts."""
         experts = self.experts
         if experts is None or experts.correction is None:
@@ -261,18 +261,18 @@ class Architecture:
         mixed = [index for index, layer in enumerate(self.each) if layer.mixture]
         return {f"{self.tensors.layer.format(index)}.{experts.correction}": (experts.count,) for index in mixed}
 
-    def norms(self) -> dict[str, Shape]:
+    def norms(self) -> dict[str, _Shape]:
         """Return name → shape of all stored tensors of normalisations."""
         inside = {f"{name}.{part}": (self.hidden,) for name in self.residual.norms() for part in self.norm.parts()}
         outside = [self.tensors.final_norm, *([self.tensors.embedding_norm] if self.tensors.embedding_norm else [])]
-        found: dict[str, Shape] = dict(self._everywhere(inside | self._head_norms()))
+        found: dict[str, _Shape] = dict(self._everywhere(inside | self._head_norms()))
         return found | {f"{name}.{part}": (self.hidden,) for name in outside for part in self.norm.parts()}
 
-    def _head_norms(self) -> dict[str, Shape]:
+    def _head_norms(self) -> dict[str, _Shape]:
         norm, shape = self.attention.norm, self.attention
         if norm is None:
             return {}
-        found: dict[str, Shape] = {}
+        found: dict[str, _Shape] = {}
         for name, heads in ((norm.query, shape.heads), (norm.key, shape.kv_heads)):
             size = {"head": (shape.head_dim,), "each": (heads, shape.head_dim), "whole": (heads * shape.head_dim,)}
             stored = {name.format(head): (shape.head_dim,) for head in range(heads)}

@@ -62,7 +62,7 @@ class Config:
             raise self.refuse(key, f"the graph builder knows only {', '.join(map(repr, allowed))}")
 
 
-def read_config(folder: Path) -> Config:
+def resolve_config(folder: Path) -> Config:
     """Read `folder`/config.json; DataError if it is missing or no configuration."""
     from transformers import AutoConfig
 

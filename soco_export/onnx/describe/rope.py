@@ -86,7 +86,7 @@ def _rope(frequencies: torch.Tensor, **rest: Any) -> Rope:
 
 
 @scaling("default")
-def plain(given: Scaling) -> Rope:
+def _plain(given: Scaling) -> Rope:
     """theta^(-2i / width)."""
     return _rope(1.0 / given.powers())
 

@@ -20,12 +20,12 @@ from soco_export.onnx.emit.norm import Norms, Parameters
 from soco_export.onnx.emit.rotation import Rotation
 from soco_export.onnx.write.graph import CONTRIB, Graph
 
-Tables = tuple[ir.Value | None, ir.Value | None]
+_Tables = tuple[ir.Value | None, ir.Value | None]
 FLOAT, INT64, INT32, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GraphInputs:
     """The graph's inputs apart from the cache; `positions` is None where the flavour derives them."""
 
     tokens: ir.Value
@@ -52,7 +52,7 @@ class Update:
     bias: ir.Value | None
 
 
-class Flavour(ABC):
+class AttentionFlavour(ABC):
     """Emits attention and additions with their norm; `prepare` is called once, before the first layer."""
 
     def __init__(self, graph: Graph, architecture: Architecture, norms: Norms) -> None:
@@ -72,7 +72,7 @@ class Flavour(ABC):
         """Whether `attend` rotates by itself; else queries and keys are turned before."""
 
     @abstractmethod
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: GraphInputs) -> None:
         """Emit what all layers share: masks, rotary tables."""
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Flavour(ABC):
 
     # attention_mask [b,t] ── Shape ── t ─── Range ── keys    [1,t]
     # input_ids      [b,s] ── Shape ── s ─── Range ── queries [s,1]     (slots t-s … t-1)
-    def slots(self, inputs: Inputs) -> tuple[ir.Value, ir.Value]:
+    def slots(self, inputs: GraphInputs) -> tuple[ir.Value, ir.Value]:
         """Return the slots of the cache that hold keys [1, t], and those of the queries [s, 1]."""
         graph, zero, one = self.graph, self.graph.constant(0), self.graph.constant(1)
         with graph.scope("mask"):
@@ -136,13 +136,13 @@ def ropes_of(architecture: Architecture) -> list[Rope]:
     return list(dict.fromkeys(layer.rope for layer in architecture.each if layer.rope))
 
 
-FLAVOURS: dict[str, type[Flavour]] = {}
+FLAVOURS: dict[str, type[AttentionFlavour]] = {}
 
 
-def flavour(name: str) -> Callable[[type[Flavour]], type[Flavour]]:
+def flavour(name: str) -> Callable[[type[AttentionFlavour]], type[AttentionFlavour]]:
     """Register a flavour under the word that export.flavour uses."""
 
-    def register(cls: type[Flavour]) -> type[Flavour]:
+    def register(cls: type[AttentionFlavour]) -> type[AttentionFlavour]:
         FLAVOURS[name] = cls
         return cls
 
@@ -150,7 +150,7 @@ def flavour(name: str) -> Callable[[type[Flavour]], type[Flavour]]:
 
 
 @flavour("standard")
-class Standard(Flavour):
+class Standard(AttentionFlavour):
     """Opset 23: Attention, RotaryEmbedding, RMSNormalization, LayerNormalization."""
 
     needs_positions = True
@@ -159,7 +159,7 @@ class Standard(Flavour):
         """Never: Attention knows no positions."""
         return False
 
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: GraphInputs) -> None:
         """Emit one mask per window size, and cosines and sines of the positions at hand."""
         self.keys, self.queries = self.slots(inputs)
         windows = dict.fromkeys(layer.window for layer in self.architecture.each)
@@ -172,7 +172,7 @@ class Standard(Flavour):
     # keys > queries-w ┘          │      │
     # attention_mask ── Cast ─────┘      │
     # keys = queries ────────────────────┘   (a padding row sees itself: no empty softmax, no NaN)
-    def _mask(self, inputs: Inputs, window: int | None) -> ir.Value:
+    def _mask(self, inputs: GraphInputs, window: int | None) -> ir.Value:
         graph = self.graph
         with graph.scope("mask"):
             seen = graph.op("LessOrEqual", self.keys, self.queries)
@@ -224,7 +224,7 @@ class Standard(Flavour):
 
 
 @flavour("contrib")
-class Contrib(Flavour):
+class Contrib(AttentionFlavour):
     """ONNX Runtime's own: GroupQueryAttention, mostly with rotation inside, Skip(Simplified)LayerNormalization."""
 
     @property
@@ -240,7 +240,7 @@ class Contrib(Flavour):
 
     # attention_mask [b,t] ─┬─ ReduceSum ── Sub 1 ── Cast ── seqlens_k [b]
     #                       └─ Shape ── Cast ─────────────── total_sequence_length
-    def prepare(self, inputs: Inputs) -> None:
+    def prepare(self, inputs: GraphInputs) -> None:
         """Emit the lengths that GroupQueryAttention reads, and the rotary tables."""
         graph = self.graph
         with graph.scope("lengths"):
@@ -249,13 +249,13 @@ class Contrib(Flavour):
             total = graph.op("Squeeze", graph.op("Shape", inputs.mask, start=1, end=2))
             self.total = graph.op("Cast", total, to=INT32)
         inside = [rope for rope in ropes_of(self.architecture) if rope not in self.outside]
-        self.tables: dict[Rope | None, Tables] = {rope: self._tables(index, rope) for index, rope in enumerate(inside)}
+        self.tables: dict[Rope | None, _Tables] = {rope: self._tables(index, rope) for index, rope in enumerate(inside)}
         if self.outside:
             assert inputs.positions is not None
             self.rotation.prepare(self.outside, inputs.positions)
         self.bias = self._bias(inputs)
 
-    def _tables(self, index: int, rope: Rope) -> Tables:
+    def _tables(self, index: int, rope: Rope) -> _Tables:
         name, size = f"rope.{index}" if index else "rope", self.architecture.attention.head_dim
         frequencies = padded(rope.frequencies, size)
         angles = np.arange(self.architecture.context, dtype=np.float32)[:, None] * frequencies
@@ -264,7 +264,7 @@ class Contrib(Flavour):
         return self.graph.weight(f"{name}.cos", cos), self.graph.weight(f"{name}.sin", sin)
 
     # alibi: bias [heads,s,t] ── Unsqueeze ── [1,heads,s,t]
-    def _bias(self, inputs: Inputs) -> ir.Value | None:
+    def _bias(self, inputs: GraphInputs) -> ir.Value | None:
         slopes = self.architecture.attention.alibi
         if slopes is None:
             return None

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from soco_export.onnx.describe.architecture import Architecture, Layer
 from soco_export.onnx.describe.order import head_order, projection_orders
-from soco_export.onnx.emit.attention import FLAVOURS, FLOAT, INT64, Heads, Inputs, Update
+from soco_export.onnx.emit.attention import FLAVOURS, FLOAT, INT64, GraphInputs, Heads, Update
 from soco_export.onnx.emit.embedding import TokenTable
 from soco_export.onnx.emit.experts import emit_experts
 from soco_export.onnx.emit.linear import Linears
@@ -57,13 +57,13 @@ class DecoderBuilder:
         notify(Event("export", self.architecture.layers + 1, self.architecture.layers + 1))
         return self.graph.model("soco-export")
 
-    def _inputs(self) -> Inputs:
+    def _inputs(self) -> GraphInputs:
         tokens = self.graph.input("input_ids", INT64, [BATCH, SEQUENCE])
         mask = self.graph.input("attention_mask", INT64, [BATCH, TOTAL])
         positions = None
         if self.flavour.needs_positions:
             positions = self.graph.input("position_ids", INT64, [BATCH, SEQUENCE])
-        return Inputs(tokens, mask, positions)
+        return GraphInputs(tokens, mask, positions)
 
     def _cache(self, index: int) -> tuple[ir.Value, ir.Value]:
         shape, name = self._cache_shape(PAST), f"past_key_values.{index}"
@@ -74,7 +74,7 @@ class DecoderBuilder:
         return [BATCH, self.architecture.attention.kv_heads, time, self.architecture.attention.head_dim]
 
     # input_ids ── rows of the table (── Mul scale)(── Add ── Gather learned positions ── Add offset)(── norm) ── x
-    def _embedded(self, inputs: Inputs) -> ir.Value:
+    def _embedded(self, inputs: GraphInputs) -> ir.Value:
         graph, tensors = self.graph, self.tensors
         with graph.scope("embed"):
             x = self._scaled(self.table.rows(inputs.tokens), self.architecture.scales.embedding)

@@ -18,7 +18,7 @@ from soco_export.onnx.emit.mlp import emit_mlp
 from soco_export.onnx.write.graph import Graph
 from soco_export.onnx.write.matrix import Matrix, Part
 
-FLOAT = ir.DataType.FLOAT
+_FLOAT = ir.DataType.FLOAT
 
 
 def emit_experts(linears: Linears, experts: Experts, hidden: ir.Value, prefix: str) -> ir.Value:
@@ -30,7 +30,7 @@ def emit_experts(linears: Linears, experts: Experts, hidden: ir.Value, prefix: s
         tokens = graph.op("Reshape", hidden, graph.op("Concat", graph.constant([1, -1]), width, axis=0))
         weights = _weights(linears, experts, tokens, prefix)
         flat = graph.op("Squeeze", tokens, graph.constant([0]))
-        total = _cast(graph, graph.op("Mul", flat, graph.constant(0.0, graph.dtype)), FLOAT)
+        total = _cast(graph, graph.op("Mul", flat, graph.constant(0.0, graph.dtype)), _FLOAT)
         for expert in range(experts.count):
             total = _add(linears, experts, expert, (tokens, weights, total), prefix)
         total = _cast(graph, graph.op("Reshape", total, size), graph.dtype)
@@ -44,7 +44,7 @@ def emit_experts(linears: Linears, experts: Experts, hidden: ir.Value, prefix: s
 def _weights(linears: Linears, experts: Experts, tokens: ir.Value, prefix: str) -> ir.Value:
     """Return how much each expert counts for each token, float32 [tokens, experts]."""
     graph = linears.graph
-    logits = _cast(graph, _product(linears, tokens, f"{prefix}.{experts.router}"), FLOAT)
+    logits = _cast(graph, _product(linears, tokens, f"{prefix}.{experts.router}"), _FLOAT)
     logits = graph.op("Squeeze", logits, graph.constant([0]))
     softmax = experts.scoring == "softmax"
     scores = graph.op("Softmax", logits, axis=-1) if softmax else graph.op("Sigmoid", logits)
@@ -57,8 +57,8 @@ def _weights(linears: Linears, experts: Experts, tokens: ir.Value, prefix: str) 
     if experts.normalised:
         found = graph.op("Div", found, graph.op("ReduceSum", found, graph.constant([1]), keepdims=1))
     if experts.scale != 1:
-        found = graph.op("Mul", found, graph.constant(experts.scale, FLOAT))
-    nothing = graph.op("Mul", scores, graph.constant(0.0, FLOAT))
+        found = graph.op("Mul", found, graph.constant(experts.scale, _FLOAT))
+    nothing = graph.op("Mul", scores, graph.constant(0.0, _FLOAT))
     return graph.op("ScatterElements", nothing, chosen, found, axis=1)
 
 
@@ -77,7 +77,7 @@ def _add(
         output, bias = emit_mlp(linears, experts.each, taken, f"{prefix}.{name}")
         output = output if bias is None else graph.op("Add", output, bias)
         weight = graph.op("Unsqueeze", graph.op("Gather", column, rows), graph.constant([1]))
-        added = graph.op("Mul", _cast(graph, graph.op("Squeeze", output, graph.constant([0])), FLOAT), weight)
+        added = graph.op("Mul", _cast(graph, graph.op("Squeeze", output, graph.constant([0])), _FLOAT), weight)
         indices = graph.op("Unsqueeze", rows, graph.constant([1]))
         return graph.op("ScatterND", total, indices, added, reduction="add")
 
@@ -97,7 +97,7 @@ def _shared(linears: Linears, experts: Experts, hidden: ir.Value, prefix: str) -
 
 def _cast(graph: Graph, x: ir.Value, dtype: ir.DataType) -> ir.Value:
     """Sums over experts are made in float32: ONNX Runtime's CPU adds nothing else into rows."""
-    return x if graph.dtype == FLOAT else graph.op("Cast", x, to=dtype)
+    return x if graph.dtype == _FLOAT else graph.op("Cast", x, to=dtype)
 
 
 def _product(linears: Linears, x: ir.Value, name: str) -> ir.Value:

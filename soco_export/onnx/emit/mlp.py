@@ -10,7 +10,7 @@ from soco_export.onnx.describe.architecture import Mlp
 from soco_export.onnx.emit.linear import Linears
 from soco_export.onnx.write.graph import Graph
 
-ACTIVATIONS = {"relu": ("Relu", {}), "gelu": ("Gelu", {}), "gelu_tanh": ("Gelu", {"approximate": "tanh"})}
+_ACTIVATIONS = {"relu": ("Relu", {}), "gelu": ("Gelu", {}), "gelu_tanh": ("Gelu", {"approximate": "tanh"})}
 
 
 # gated:  h ─┬─ gate ── activation ─┬─ Mul ── down        plain:  h ── in ── activation ── out
@@ -41,5 +41,5 @@ def activated(graph: Graph, x: ir.Value, activation: str) -> ir.Value:
     if activation == "relu2":
         positive = graph.op("Relu", x)
         return graph.op("Mul", positive, positive)
-    op, attributes = ACTIVATIONS[activation]
+    op, attributes = _ACTIVATIONS[activation]
     return graph.op(op, x, **attributes)

@@ -8,7 +8,7 @@ from soco_export.onnx.describe.architecture import Architecture, Rope
 from soco_export.onnx.describe.order import padded
 from soco_export.onnx.write.graph import Graph
 
-FLOAT = ir.DataType.FLOAT
+_FLOAT = ir.DataType.FLOAT
 
 
 class Rotation:
@@ -30,7 +30,7 @@ class Rotation:
     #                                                             └─ Sin (── Mul magnitude) ── [b,s,head_dim/2]
     def _emitted(self, name: str, rope: Rope, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         graph = self.graph
-        moved = graph.op("Cast", positions, to=FLOAT)
+        moved = graph.op("Cast", positions, to=_FLOAT)
         column = graph.op("Unsqueeze", moved, graph.constant([2]))
         angles = graph.op("Mul", column, self._frequencies(name, rope, moved))
         waves = [graph.op("Cos", angles), graph.op("Sin", angles)]
@@ -38,7 +38,7 @@ class Rotation:
             magnitudes = (rope.magnitude,) * len(rope.frequencies)
             factor = graph.stored(f"{name}.magnitude", padded(magnitudes, self.architecture.attention.head_dim, 1.0))
             waves = [graph.op("Mul", wave, factor) for wave in waves]
-        if graph.dtype != FLOAT:
+        if graph.dtype != _FLOAT:
             waves = [graph.op("Cast", wave, to=graph.dtype) for wave in waves]
         return waves[0], waves[1]
 
@@ -49,16 +49,16 @@ class Rotation:
         stored = graph.stored(f"{name}.frequencies", padded(rope.frequencies, size))
         if not rope.by_length:
             return stored
-        longest = graph.op("Add", graph.op("ReduceMax", positions, keepdims=0), graph.constant(1.0, FLOAT))
+        longest = graph.op("Add", graph.op("ReduceMax", positions, keepdims=0), graph.constant(1.0, _FLOAT))
         if rope.switch is not None:
             beyond = graph.stored(f"{name}.beyond", padded(rope.beyond, size))
-            is_long = graph.op("Greater", longest, graph.constant(float(rope.switch), FLOAT))
+            is_long = graph.op("Greater", longest, graph.constant(float(rope.switch), _FLOAT))
             return graph.op("Where", is_long, beyond, stored)
         assert rope.growth is not None
         factor, context, width = rope.growth
-        stretched = graph.op("Mul", longest, graph.constant(factor / context, FLOAT))
-        ratio = graph.op("Sub", stretched, graph.constant(factor - 1, FLOAT))
-        ratio = graph.op("Max", ratio, graph.constant(1.0, FLOAT))
+        stretched = graph.op("Mul", longest, graph.constant(factor / context, _FLOAT))
+        ratio = graph.op("Sub", stretched, graph.constant(factor - 1, _FLOAT))
+        ratio = graph.op("Max", ratio, graph.constant(1.0, _FLOAT))
         exponents = tuple(-2.0 * pair / (width - 2) for pair in range(len(rope.frequencies)))
         powers = graph.op("Pow", ratio, graph.stored(f"{name}.exponents", padded(exponents, size)))
         return graph.op("Mul", stored, powers)

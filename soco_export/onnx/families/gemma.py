@@ -9,7 +9,7 @@ from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, WINDOWS, decoder, gated_mlp
 from soco_export.onnx.families.registry import family
 
-SANDWICH = Residual(
+_SANDWICH = Residual(
     before_attention="input_layernorm",
     after_attention="post_attention_layernorm",
     before_mlp="pre_feedforward_layernorm",
@@ -41,7 +41,7 @@ def gemma2(config: Config) -> Architecture:
     attention = replace(
         base.attention, scale=config["query_pre_attn_scalar"] ** -0.5, cap=config.get("attn_logit_softcapping")
     )
-    return replace(base, attention=attention, residual=SANDWICH, scales=_scales(config))
+    return replace(base, attention=attention, residual=_SANDWICH, scales=_scales(config))
 
 
 @family("gemma3_text", keys=f"{LATER} rope_local_base_freq sliding_window_pattern _sliding_window_pattern")

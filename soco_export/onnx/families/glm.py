@@ -9,7 +9,7 @@ from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, activation, decoder, layers
 from soco_export.onnx.families.registry import family
 
-SANDWICH = Residual(
+_SANDWICH = Residual(
     before_attention="input_layernorm",
     after_attention="post_self_attn_layernorm",
     before_mlp="post_attention_layernorm",
@@ -28,7 +28,7 @@ def glm(config: Config) -> Architecture:
 @family("glm4", keys=COMMON)
 def glm4(config: Config) -> Architecture:
     """GLM with norms before and after each sublayer."""
-    return replace(glm(config), residual=SANDWICH)
+    return replace(glm(config), residual=_SANDWICH)
 
 
 @family("helium", keys=COMMON)

@@ -17,8 +17,8 @@ STACKED = (
     (".mlp.experts.down_proj", (".mlp.experts.{}.down_proj.weight",)),
 )
 # Keys of training and of the router's loss.
-TRAINING = "output_router_logits router_aux_loss_coef router_jitter_noise"
-ROUTED = f"{COMMON} {TRAINING} num_experts num_local_experts num_experts_per_tok norm_topk_prob moe_intermediate_size"
+_TRAINING = "output_router_logits router_aux_loss_coef router_jitter_noise"
+ROUTED = f"{COMMON} {_TRAINING} num_experts num_local_experts num_experts_per_tok norm_topk_prob moe_intermediate_size"
 SPARSE = f"{ROUTED} {WINDOWS} decoder_sparse_step mlp_only_layers"
 
 

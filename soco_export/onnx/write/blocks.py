@@ -55,23 +55,23 @@ def stored(found: Levels, grid: Grid) -> QuantizedWeight:
     levels, zeros = (part.to(torch.uint8).numpy() for part in (found.levels, found.zeros))
     scales: Array = found.scales.float().numpy()
     shape = (len(scales), found.width)
-    packed_zeros = None if grid.symmetric else pack(zeros, grid.bits)
-    return QuantizedWeight(pack(levels, grid.bits), scales, packed_zeros, grid.bits, grid.block, shape)
+    packed_zeros = None if grid.symmetric else pack_levels(zeros, grid.bits)
+    return QuantizedWeight(pack_levels(levels, grid.bits), scales, packed_zeros, grid.bits, grid.block, shape)
 
 
 def dequantize(weight: QuantizedWeight) -> Array:
     """Return the float32 [m, n] weight that the runtime multiplies with."""
     m, n = weight.shape
-    levels = unpack(weight.packed, weight.bits).astype(np.float32)
+    levels = unpack_levels(weight.packed, weight.bits).astype(np.float32)
     blocks = levels.shape[1]
     zeros: Array | float = float(2 ** (weight.bits - 1))
     if weight.zeros is not None:
-        zeros = unpack(weight.zeros, weight.bits)[:, :blocks, None].astype(np.float32)
+        zeros = unpack_levels(weight.zeros, weight.bits)[:, :blocks, None].astype(np.float32)
     values: Array = (levels - zeros) * weight.scales[..., None]
     return values.reshape(m, -1)[:, :n]
 
 
-def pack(levels: Array, bits: int) -> Array:
+def pack_levels(levels: Array, bits: int) -> Array:
     """Pack uint8 levels along the last axis; the rest of the last byte is filled with zeros."""
     each = 8 // bits
     if levels.shape[-1] % each:
@@ -82,7 +82,7 @@ def pack(levels: Array, bits: int) -> Array:
     return packed
 
 
-def unpack(packed: Array, bits: int) -> Array:
+def unpack_levels(packed: Array, bits: int) -> Array:
     """Undo `pack`, short of cutting off what it filled up with."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return ((packed[..., None] >> shifts) & (2**bits - 1)).reshape(*packed.shape[:-1], -1)

@@ -13,20 +13,20 @@ from soco_export.report.schema import Results
 if TYPE_CHECKING:
     from soco_train.plan.ranks import LayerPlan
 
-NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 WRITTEN = 14  # layers up to which each cell holds its percentage
-Cell = tuple[str, int]  # projection, layer
+_Cell = tuple[str, int]  # projection, layer
 
 
-def cells(layers: Mapping[str, LayerPlan]) -> dict[Cell, tuple[float, bool]]:
+def cells(layers: Mapping[str, LayerPlan]) -> dict[_Cell, tuple[float, bool]]:
     """Return per projection and layer the mean kept share of the components, and whether all of it is dense.
 
     Linears of one name but for further numbers (experts) share a cell.
     """
-    found: dict[Cell, list[LayerPlan]] = {}
+    found: dict[_Cell, list[LayerPlan]] = {}
     for name, layer in layers.items():
-        number = NUMBER.search(name)
-        projection = NUMBER.sub(".*", name[number.end() :]).strip(".") if number else name
+        number = _NUMBER.search(name)
+        projection = _NUMBER.sub(".*", name[number.end() :]).strip(".") if number else name
         found.setdefault((projection, int(number[1]) if number else 0), []).append(layer)
     return {
         cell: (
@@ -77,7 +77,7 @@ def _unique(rows: list[str]) -> bool:
     return len({row.split(".")[-1] for row in rows}) == len(rows)
 
 
-def _mark(axes: Any, found: Mapping[Cell, tuple[float, bool]], places: tuple[list[str], list[int]]) -> None:
+def _mark(axes: Any, found: Mapping[_Cell, tuple[float, bool]], places: tuple[list[str], list[int]]) -> None:
     rows, columns = places
     for (projection, layer), (share, dense) in found.items():
         at = (columns.index(layer) + 0.5, rows.index(projection) + 0.5)

@@ -38,14 +38,14 @@ def cut_plan(context: RunContext, out: Path) -> None:
 def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     """Measure what each layer loses in each size and type, then choose for the recipe's bytes."""
     from soco_export.run.byte_plan import plan_bytes
-    from soco_train.scores.damage import Blocks, measure_damage
+    from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
 
     recipe = context.recipe
     subject = context.subject(context.path("spectrum", "spectrum"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     tokens = subject.tokens[: recipe.train.statistics_blocks]
-    blocks = Blocks(recipe.export.quantize.block, recipe.export.quantize.symmetric)
+    blocks = RoundedInBlocks(recipe.export.quantize.block, recipe.export.quantize.symmetric)
     damage = measure_damage(subject, scores, tokens, blocks, context.notify)
     damage.save(out / DAMAGE)
     (out / "plan.json").write_text(plan_bytes(recipe, damage).to_json(), encoding="utf-8")
@@ -196,7 +196,7 @@ FACTORS = Stage(
     make_factors,
     shared=True,
 )
-SIZES = Stage(
+SIZES_STAGE = Stage(
     "sizes",
     ("model", "calibration", "spectrum", "scores"),
     ("refine", "train.seed", "storage", "allocation", "multiple"),
@@ -213,12 +213,12 @@ CHECKPOINT = Stage(
     write_checkpoint,
     cedes=("hf/README.md",),  # the report's, with the results
 )
-DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
+_DENSE = Stage("dense", ("checkpoint",), (), ("dense",), write_dense)
 ONNX = Stage("onnx", ("checkpoint", "calibration"), ("export",), ("onnx", EXPORT_FILE), write_onnx)
 DENSE_ONNX = Stage("onnx-dense", ("model", "calibration"), ("export",), ("onnx-dense",), write_dense_onnx)
 ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
     "hf": (PLAN, FACTORS, CHECKPOINT),
-    "dense": (PLAN, FACTORS, CHECKPOINT, DENSE),
+    "dense": (PLAN, FACTORS, CHECKPOINT, _DENSE),
     "onnx": (PLAN, FACTORS, CHECKPOINT, ONNX, DENSE_ONNX),
 }
 
@@ -226,7 +226,7 @@ ARTEFACTS: dict[Format, tuple[Stage[RunContext], ...]] = {
 def artefacts(recipe: Recipe, format: Format) -> tuple[Stage[RunContext], ...]:
     """Return the stages of a format; where bytes are the budget, the plan asks the model, the checkpoint the plan."""
     if recipe.refine.distill.sizes:
-        return (SIZES, *(CUT if stage is FACTORS else stage for stage in ARTEFACTS[format]))
+        return (SIZES_STAGE, *(CUT if stage is FACTORS else stage for stage in ARTEFACTS[format]))
     if recipe.keep_bytes is None:
         return ARTEFACTS[format]
     plan = replace(

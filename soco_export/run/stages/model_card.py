@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from soco_export.checkpoint.card import CardSummary, PrunedGroup, render_card, summarise
+from soco_export.checkpoint.card import CardSummary, PrunedGroup, render_card, summarise_layers
 from soco_export.recipe.load import lock
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
@@ -19,7 +19,7 @@ def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
 
     params_before: of the dense model; what training added to it (biases) is none of that.
     """
-    summary = summarise(model, recipe.model.id or recipe.name, params_before=params_before)
+    summary = summarise_layers(model, recipe.model.id or recipe.name, params_before=params_before)
     return json.dumps(asdict(summary), indent=2) + "\n"
 
 

@@ -11,8 +11,8 @@ from soco_export.bench.machine import describe_machine
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
 from soco_export.files.curve import read_curve
 from soco_export.files.json import read_config
+from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import folder_bytes
-from soco_export.onnx.inspect import MODEL_FILE
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import read_frontier
 from soco_export.report.gates import GATES, GateSettings

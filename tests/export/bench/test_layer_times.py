@@ -21,7 +21,7 @@ from soco_export.bench.layer_timing import (
     measure_profile,
     rank_grid,
 )
-from soco_export.onnx.read import Form
+from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.run.measured_plan import plan_for
@@ -153,7 +153,7 @@ def test_a_profile_survives_its_file_and_grows():
         Profile.from_json('{"layers": 3}')
 
 
-@pytest.mark.parametrize("form", [Form(), Form("stacked", 8), Form("pivoted", 8)], ids=str)
+@pytest.mark.parametrize("form", [StoredForm(), StoredForm("stacked", 8), StoredForm("pivoted", 8)], ids=str)
 def test_no_two_copies_of_a_timed_layer_are_equal(form):
     """ONNX Runtime packs equal matrices once: the copies are there so that weights come from memory."""
     source = CopiedLayer((24, 16), form, 3, bias=True)

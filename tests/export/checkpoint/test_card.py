@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from soco_export.checkpoint.card import CardSummary, format_cell, render_card, summarise
+from soco_export.checkpoint.card import CardSummary, format_cell, render_card, summarise_layers
 from soco_export.checkpoint.layers import apply_factors, count_parameters
 from soco_export.recipe.load import load_recipe
 from soco_export.run.stages.model_card import model_card, summary_json
@@ -28,7 +28,7 @@ def summary() -> CardSummary:
     down, up = torch.randn(2, 6), torch.randn(8, 2)
     pivoted = PivotedFactors(torch.randn(3, 8), torch.randn(3, 3), torch.randperm(6), torch.randn(6))
     apply_factors(model, Factors({"a.fc1": StackedFactors(up, down, torch.randn(8)), "a.fc2": pivoted}))
-    summary = summarise(model, "org/model-1", {"seed": "0"})
+    summary = summarise_layers(model, "org/model-1", {"seed": "0"})
     assert (summary.params_before, summary.params_after) == (before, count_parameters(model))
     return summary
 
@@ -76,7 +76,7 @@ def test_the_biases_of_a_run_are_no_part_of_what_was_before() -> None:
 
 
 def test_an_unpruned_model_says_so() -> None:
-    assert "Every layer is dense." in render_card("", None, summarise(nn.Linear(2, 2)))
+    assert "Every layer is dense." in render_card("", None, summarise_layers(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(

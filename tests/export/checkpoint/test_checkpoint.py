@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from soco_export import apply_factors, load_checkpoint, merge_dense, save_checkpoint, save_dense
 from soco_export.checkpoint.layers import count_parameters, factored_layers
-from soco_export.checkpoint.reader import check_folder
+from soco_export.checkpoint.reader import check_checkpoint
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FactoredLinear
 from soco_train.forms.pivoted import PivotedLinear
@@ -88,7 +88,7 @@ def test_round_trip_is_exact(architecture: str, kind: str, tmp_path: Path, ids: 
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     same_function(again, model, ids)
-    check_folder(tmp_path / "again")
+    check_checkpoint(tmp_path / "again")
 
 
 def test_loaded_model_is_an_ordinary_model(saved: tuple[Any, Path], ids: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ def test_loaded_model_is_an_ordinary_model(saved: tuple[Any, Path], ids: torch.T
 
 def test_ties_are_kept_and_stored_once(saved: tuple[Any, Path]) -> None:
     _, folder = saved
-    assert "lm_head.weight" not in check_folder(folder)
+    assert "lm_head.weight" not in check_checkpoint(folder)
     loaded = load_checkpoint(folder)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
@@ -375,7 +375,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shard = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(DataError, match=rf"{shard.name} of \d+ shards is missing"):
-        check_folder(tmp_path / "hf")
+        check_checkpoint(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

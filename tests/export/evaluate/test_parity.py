@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from soco_export.evaluate.decoder import TorchDecoder
-from soco_export.evaluate.parity import common_prefix, compare, compare_logits, observe
+from soco_export.evaluate.parity import common_prefix, compare_logits, compare_observations, observe
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError
@@ -87,12 +87,12 @@ def test_export_parity_is_tiny_and_another_model_is_far(rng, tmp_path):
     dense = observe(TorchDecoder(model), blocks, SETTINGS)
     onnx = observe(OnnxDecoder(save_toy(model, tmp_path), threads=1), blocks, SETTINGS)
     other = observe(TorchDecoder(ToyModel(seed + 1)), blocks, SETTINGS)
-    step = compare(dense, onnx)
+    step = compare_observations(dense, onnx)
     assert step.prefill.positions == 30
     assert step.decode.positions == 12
     assert max(step.prefill.max_kl, step.decode.max_kl) < 1e-6
     assert step.greedy_agreement == 1.0
-    far = compare(dense, other)
+    far = compare_observations(dense, other)
     assert min(far.prefill.mean_kl, far.decode.mean_kl) > 0.1
     assert far.greedy_agreement < 1
 
@@ -115,7 +115,9 @@ def test_a_fault_in_the_cache_alone_shows_in_decode_alone(rng):
 
     model = ToyModel(int(rng.integers(2**31)))
     blocks = rng.integers(0, VOCABULARY, (3, 20))
-    step = compare(observe(TorchDecoder(model), blocks, SETTINGS), observe(Forgetful(model), blocks, SETTINGS))
+    step = compare_observations(
+        observe(TorchDecoder(model), blocks, SETTINGS), observe(Forgetful(model), blocks, SETTINGS)
+    )
     assert step.prefill.max_kl == 0
     assert step.decode.mean_kl > 1e-3
 
@@ -124,7 +126,7 @@ def test_last_token_graphs_are_compared_on_the_last_token(rng, tmp_path):
     model = ToyModel(int(rng.integers(2**31)))
     blocks = rng.integers(0, VOCABULARY, (3, 20))
     decoder = OnnxDecoder(save_toy(model, tmp_path, last_only=True), threads=1)
-    step = compare(observe(TorchDecoder(model), blocks, SETTINGS), observe(decoder, blocks, SETTINGS))
+    step = compare_observations(observe(TorchDecoder(model), blocks, SETTINGS), observe(decoder, blocks, SETTINGS))
     assert step.prefill.positions == 3
     assert step.prefill.max_kl < 1e-6
 
@@ -134,7 +136,7 @@ def test_logits_on_disk_give_the_same_figures(rng, tmp_path):
     blocks = rng.integers(0, VOCABULARY, (3, 20))
     in_memory = [observe(TorchDecoder(m, n), blocks, SETTINGS) for m, n in zip(models, "ab", strict=True)]
     on_disk = [observe(TorchDecoder(m, n), blocks, SETTINGS, tmp_path) for m, n in zip(models, "ab", strict=True)]
-    assert compare(*on_disk) == compare(*in_memory)
+    assert compare_observations(*on_disk) == compare_observations(*in_memory)
     assert isinstance(on_disk[0].prefill[0], np.memmap)
 
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soco_export.onnx.emit.linear import Linears
-from soco_export.onnx.read import Form
+from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import state_of
-from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose, errors_of, menus_of, pages
+from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of, pages
 from soco_train.settings import TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
@@ -29,7 +29,7 @@ SIZES = st.integers(2, 90)
 class OneLayer:
     """A checkpoint of one layer of random numbers."""
 
-    def __init__(self, m: int, n: int, form: Form) -> None:
+    def __init__(self, m: int, n: int, form: StoredForm) -> None:
         self._form = form
         blanks = state_of(form.kind, m, n, form.rank, False) if form.rank else {"weight": torch.empty(m, n)}
         self._parts = {
@@ -41,7 +41,7 @@ class OneLayer:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
-    def form(self, name: str) -> Form:
+    def form(self, name: str) -> StoredForm:
         return self._form
 
     def read(self, name: str) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_a_layer_takes_the_bytes_that_are_counted(
     settings = ExportSettings(weights=weights, quantize=QuantizeSettings(block=block, symmetric=symmetric))
     file = DataFile(tmp_path_factory.mktemp("file") / "data")
     graph = Graph(file, ir.DataType.FLOAT)
-    source = OneLayer(m, n, Form(form, rank))
+    source = OneLayer(m, n, StoredForm(form, rank))
     Linears(graph, source, settings)(graph.input("x", ir.DataType.FLOAT, [1, n]), "layer")
     file.write("behind", np.zeros(1, np.uint8), ir.DataType.UINT8)  # where the next tensor would begin
     file.close()
@@ -97,7 +97,7 @@ def test_the_choice_is_next_to_the_best_of_all(found: dict[str, Menu], budget: i
         dict(zip(found, chosen, strict=True)) for chosen in itertools.product(*(m.choices for m in found.values()))
     ]
     within = [choices for choices in everything if bytes_of(found, choices) <= budget]
-    chosen = choose(found, budget)
+    chosen = choose_storage(found, budget)
     if not within:
         assert all(chosen[name] == menu.choices[0] for name, menu in found.items())
         return
@@ -107,7 +107,7 @@ def test_the_choice_is_next_to_the_best_of_all(found: dict[str, Menu], budget: i
         max(float(np.ptp(m.errors)) for m in found.values()),
     )
     assert errors_of(found, chosen) <= best + step + 1e-12  # at most the one layer that the price leaves half bought
-    assert errors_of(found, choose(found, budget + 40)) <= errors_of(found, chosen) + step + 1e-12
+    assert errors_of(found, choose_storage(found, budget + 40)) <= errors_of(found, chosen) + step + 1e-12
 
 
 def layer(error: float, shape: tuple[int, int] = (64, 64)) -> LayerDamage:
@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_mind_gets_fewer_bits() -> None:
     damage = Damage({"calm": layer(1e-6, shape), "keen": layer(1e-3, shape), "table": table})
     found = menus_of(damage, Packing(), 1, Tables("table", "head", tied=True))
     sizes = {kind: Packing().matrix(*shape, kind) for kind in TYPES}
-    chosen = choose(found, sizes["int8"] + sizes["int2"] + Packing().table(64, 64, "int8"))
+    chosen = choose_storage(found, sizes["int8"] + sizes["int2"] + Packing().table(64, 64, "int8"))
     assert (chosen["calm"].weights, chosen["keen"].weights) == ("int2", "int8")
 
 
@@ -133,7 +133,7 @@ def test_a_step_as_large_as_half_the_budget_is_not_left_to_the_price() -> None:
     found = {"table": step(200, 0.02)}
     found |= {f"keen{i}": step(10, 0.003) for i in range(5)} | {f"calm{i}": step(10, 0.0002) for i in range(15)}
     # by price the keen layers come first, and the table no longer fits: 0.02 is left instead of 0.018
-    chosen = choose(found, 600)
+    chosen = choose_storage(found, 600)
     assert chosen["table"].weights == "int8"
     assert errors_of(found, chosen) == pytest.approx(0.018)
 

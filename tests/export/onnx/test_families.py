@@ -20,7 +20,7 @@ from packaging import version
 
 from soco_export.export import export_onnx
 from soco_export.onnx.check import check_architecture
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families import FAMILIES, describe
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import MachineError, RecipeError
@@ -152,7 +152,7 @@ def test_every_described_type_is_in_the_zoo() -> None:
 def test_a_key_that_no_description_knows_is_refused_by_name(name: str, tmp_path: Path) -> None:
     model_type, values = ZOO[name]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **values}))
-    config = read_config(tmp_path)
+    config = resolve_config(tmp_path)
     assert check_architecture(config, ExportSettings(flavour="contrib")) is not None
     changed = replace(config, values={**config.values, "attention_twist_factor": 0.5})
     with pytest.raises(RecipeError, match="attention_twist_factor"):
@@ -161,7 +161,7 @@ def test_a_key_that_no_description_knows_is_refused_by_name(name: str, tmp_path:
 
 def config_of(folder: Path, **values: Any) -> Any:
     (folder / "config.json").write_text(json.dumps(values))
-    return read_config(folder)
+    return resolve_config(folder)
 
 
 def test_what_a_flavour_cannot_do_is_said_before_anything_is_trained(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_further_family_is_one_function(tmp_path: Path) -> None:
                                               "attention_multiplier": 0.25})  # fmt: skip
     model = tiny_model("toy")
     folder = save_dense(model, tmp_path / "hf")
-    config = read_config(folder)
+    config = resolve_config(folder)
     ours = {key: config.values[key] for key in ZOO["helium"][1]} | {"rms_norm_eps": config["rms_norm_eps"]}
     found = describe(
         replace(config, values={**ours, "model_type": "granite_toy", "hidden_act": "silu", "halved": True})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from soco_export.onnx.describe.architecture import Architecture
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families.registry import describe
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_train.errors import DataError, RecipeError
@@ -40,7 +40,7 @@ OPT: dict[str, Any] = {
 
 def read(folder: Path, base: dict[str, Any], **changes: Any) -> Architecture | None:
     (folder / "config.json").write_text(json.dumps({**base, **changes}))
-    return describe(read_config(folder))
+    return describe(resolve_config(folder))
 
 
 def windows_of(found: Architecture | None) -> list[int | None]:
@@ -136,9 +136,9 @@ def test_frequencies_are_those_of_transformers_in_either_spelling(scaling, spell
 def test_a_broken_config_is_the_files_fault(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{ not json")
     with pytest.raises(DataError):
-        read_config(tmp_path)
+        resolve_config(tmp_path)
     with pytest.raises(DataError):
-        read_config(tmp_path / "nowhere")
+        resolve_config(tmp_path / "nowhere")
 
 
 RECIPES = sorted(list_recipes())

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soco_export.export import export_onnx
-from soco_export.onnx.inspect import read_ports, summarise
+from soco_export.onnx.inspect import read_ports, summarise_graph
 from soco_export.onnx.read import CheckpointWeights
 from soco_export.onnx.settings import ExportSettings, Flavour
 from soco_train.errors import DataError, RecipeError
@@ -268,7 +268,7 @@ def test_graph_is_the_golden_one(case, tmp_path: Path) -> None:
     name, settings, kinds = FORMS.get(case) or (*GRAPHS[case], MIXED)
     folder = factor(tiny_model(name), tmp_path / "hf", kinds)
     export_onnx(folder, tmp_path / "onnx", ExportSettings(**settings))
-    found = {key: value for key, value in vars(summarise(tmp_path / "onnx")).items() if key != "metadata"}
+    found = {key: value for key, value in vars(summarise_graph(tmp_path / "onnx")).items() if key != "metadata"}
     golden = GOLDEN / f"onnx-{case}.json"
     if not golden.exists():
         golden.parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from soco_export.files.text import human_bytes
 from soco_export.model.load import dense_config, put_on
 from soco_export.model.tiny import random_model
 from soco_export.model.which import shrink
@@ -18,7 +19,7 @@ from soco_export.onnx.describe.config import as_config
 from soco_export.onnx.families import describe
 from soco_export.preflight import cost_training
 from soco_export.preflight.cost import ModelShape, estimate, measure
-from soco_export.preflight.cost_card import Phase, count, size
+from soco_export.preflight.cost_card import Phase, count
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import saved_by_the_rest, stacked
@@ -347,4 +348,4 @@ def kept_for_backward(recipe: Recipe, tokens: torch.Tensor, dtype: torch.dtype) 
 
 def test_figures_are_said_as_people_say_them() -> None:
     assert [count(x) for x in (7.24e9, 134.5e6, 2048)] == ["7.24B", "134.5M", "2,048"]
-    assert [size(x) for x in (13.54e9, 5.4e6, 900, 0)] == ["13.5 GB", "5 MB", "1 kB", "–"]
+    assert [human_bytes(x) for x in (13.54e9, 5.4e6, 900, 0)] == ["13.5 GB", "5.4 MB", "900 B", "–"]

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from soco_export.model.which import shrink
 from soco_export.preflight import checks as preflight
 from soco_export.preflight.checks import (
-    Machine,
+    Resources,
     bytes_in,
     check_everything,
-    check_provider,
     check_quantisation,
     check_room,
     look,
+    provider_serves,
 )
 from soco_export.preflight.cost_card import CostCard, Phase
 from soco_export.recipe.load import load_recipe
@@ -36,7 +36,7 @@ def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
 )
 def test_a_run_starts_exactly_where_it_fits(memory: int, gpu: int | None, disk: int, there: int) -> None:
     fits = disk >= 100 - there and (memory >= 10 if gpu is None else gpu >= 10 and memory >= 5)
-    machine = Machine(memory, gpu, disk)
+    machine = Resources(memory, gpu, disk)
     if fits:
         check_room(card(), machine, already=there)
     else:
@@ -48,10 +48,10 @@ def test_too_small_a_machine_is_told_what_is_missing() -> None:
     with pytest.raises(
         MachineError, match=r"scores needs about 10\.0 GB of GPU memory, and 8\.0 GB are free"
     ) as caught:
-        check_room(card(device=10 * 10**9), Machine(10**12, 8 * 10**9, 10**12))
+        check_room(card(device=10 * 10**9), Resources(10**12, 8 * 10**9, 10**12))
     assert "train.batch_tokens" in caught.value.fix
     with pytest.raises(MachineError, match=r"needs about 1000\.0 GB of disk") as caught:
-        check_room(card(disk=10**12), Machine(10**12, None, 10**9))
+        check_room(card(disk=10**12), Resources(10**12, None, 10**9))
     assert "most of it is spectrum" in caught.value.fix
     assert caught.value.code == ExitCode.MACHINE
 
@@ -150,7 +150,7 @@ def test_a_bias_without_a_place_in_the_dense_form_is_refused_before_training(
 def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "version_of", lambda package: "1.32.0")
     with pytest.raises(MachineError, match="both installed") as caught:
-        check_provider(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
+        provider_serves(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
     assert "pip uninstall" in caught.value.fix
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from soco_export.report.choose import ORDERS, Choice, Limit, choose
+from soco_export.report.choose import ORDERS, Bound, Pick, choose
 from soco_export.report.frontier import frontier_table, frontier_text, read_frontier
 from soco_export.report.material import FrontierPoint
 from soco_train.errors import DataError
@@ -36,13 +36,13 @@ def points(random: np.random.Generator) -> list[FrontierPoint]:
     ]
 
 
-def limits(random: np.random.Generator) -> list[Limit]:
+def limits(random: np.random.Generator) -> list[Bound]:
     ends = {"bytes": (20, 100), "perplexity_ratio": (1.1, 2), "recovery": (0.5, 0.9), "decode_ms": (3, 10)}
     names = [name for name in FIGURES if random.random() < 0.6]
-    return [Limit(name, name, float(random.uniform(*ends[name])), FIGURES[name]) for name in names]
+    return [Bound(name, name, float(random.uniform(*ends[name])), FIGURES[name]) for name in names]
 
 
-def meets(point: FrontierPoint, limit: Limit) -> bool:
+def meets(point: FrontierPoint, limit: Bound) -> bool:
     found = getattr(point, limit.figure)
     return found is not None and (found <= limit.value if limit.at_most else found >= limit.value)
 
@@ -83,9 +83,9 @@ def test_each_reason_names_the_limit_and_the_nearest_misses_least() -> None:
     small = FrontierPoint("small", 0.3, 1.5, bytes=30, decode_ms=2.0)
     large = FrontierPoint("large", 0.9, 1.1, bytes=90, decode_ms=2.0)
     unmeasured = FrontierPoint("dense int8", 0.4, None, bytes=40)
-    ends = [Limit("--max-bytes", "bytes", 80), Limit("--max-ppl-ratio", "perplexity_ratio", 1.05)]
+    ends = [Bound("--max-bytes", "bytes", 80), Bound("--max-ppl-ratio", "perplexity_ratio", 1.05)]
     found = choose([small, large, unmeasured], ends)
-    assert found == Choice(None, found.rejected, large)  # 12.5 % too many bytes, small 43 % too much perplexity
+    assert found == Pick(None, found.rejected, large)  # 12.5 % too many bytes, small 43 % too much perplexity
     assert found.rejected["small"] == ("--max-ppl-ratio: perplexity_ratio is 1.5, above 1.05",)
     assert len(found.rejected["large"]) == 2
     assert found.rejected["dense int8"] == ("--max-ppl-ratio: perplexity_ratio was not measured",)

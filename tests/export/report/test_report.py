@@ -13,6 +13,7 @@ import torch
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
 from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
+from soco_export.files.text import human_bytes
 from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
 from soco_export.report.gates import GateSettings, Verdict
@@ -20,7 +21,7 @@ from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
 from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import FrontierPoint, Material, Sample
-from soco_export.report.rendering import number, percent, size
+from soco_export.report.rendering import number, percent
 from soco_export.report.schema import (
     ModelFigures,
     ParityResults,
@@ -456,7 +457,7 @@ def test_numbers_for_people():
     assert [number(x) for x in (None, 5, 123456, 0.123456, 98765.4, math.nan)] == [
         "n/a", "5", "123,456", "0.1235", "98,765", "nan",
     ]  # fmt: skip
-    assert [size(x) for x in (12, 1500, 453_200_000)] == ["12 B", "1.5 kB", "453.2 MB"]
+    assert [human_bytes(x) for x in (12, 1500, 453_200_000)] == ["12 B", "1.5 kB", "453.2 MB"]
     assert [percent(x) for x in (1.0, 0.99999, 0.5)] == ["100 %", "99.99 %", "50.00 %"]
 
 

@@ -13,7 +13,7 @@ from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings
 from soco_export.preflight.checks import check_recipe
 from soco_export.run.request import Request
-from soco_export.runtimes.browser import TYPES
+from soco_export.runtimes.browser import FILES_BY_TYPE
 from soco_export.runtimes.registry import RUNTIMES
 from soco_train.errors import RecipeError
 from tests.support.decoders import factor, tiny_model
@@ -63,7 +63,7 @@ def test_a_target_that_means_nothing_is_refused(request_: Request, message: str)
     assert refused.value.where == "--target"
 
 
-@pytest.mark.parametrize(("types", "names"), TYPES.items(), ids=str)
+@pytest.mark.parametrize(("types", "names"), FILES_BY_TYPE.items(), ids=str)
 def test_the_folder_of_transformers_js(types: tuple[str, str], names: tuple[str, str], tmp_path: Path) -> None:
     (dtype, weights), (word, suffix) = types, names
     folder = factor(tiny_model("llama"), tmp_path / "hf", MIXED)

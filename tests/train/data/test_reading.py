@@ -20,7 +20,7 @@ from soco_export.bench.layer_times import Conditions, FormTimes, Profile
 from soco_export.evaluate.items import FORMATS, load_items
 from soco_export.evaluate.settings import TaskSettings
 from soco_train.data.corpus import check_source, load_blocks
-from soco_train.data.reading import CHUNK, read_lines, read_text
+from soco_train.data.reading import READ_AT_ONCE, decoded, read_lines
 from soco_train.errors import DataError, SocoError
 from soco_train.settings import DataSettings
 from tests.support.fresh import examples
@@ -186,10 +186,10 @@ def test_nothing_waits_for_a_pipe_or_a_device(tmp_path: Path) -> None:
 
 def test_packed_lines_and_pieces_are_the_same_text(tmp_path: Path) -> None:
     words = ["é", "漢字", "\r\n", "\n", "a", "\u2028"]
-    text = "".join(random.choices(words, k=3 * CHUNK))
+    text = "".join(random.choices(words, k=3 * READ_AT_ONCE))
     for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(b"\xef\xbb\xbf" + text.encode()))):
         (tmp_path / name).write_bytes(data)
-        assert "".join(read_text(tmp_path / name)) == text.replace("\r\n", "\n")
+        assert "".join(decoded(tmp_path / name)) == text.replace("\r\n", "\n")
     expected = [(i, line) for i, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     assert list(read_lines(tmp_path / "a.txt")) == expected
 
@@ -201,11 +201,11 @@ def test_only_as_much_is_tokenised_as_the_blocks_need(name: str, tmp_path: Path)
     (tmp_path / name).write_text("\n".join(shaped))
     tokenizer = Words()
     few = load_blocks(tokenizer, DataSettings(path=tmp_path / name, block=64, blocks=8), "calibration").tokens
-    assert tokenizer.given < 6 * CHUNK < sum(map(len, lines)) / 4
+    assert tokenizer.given < 6 * READ_AT_ONCE < sum(map(len, lines)) / 4
     assert torch.equal(few, blocks(tmp_path / name, block=64)[:8])
 
 
 def test_a_git_lfs_pointer_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SocoError, match="git-lfs pointer"):
-        list(read_text(tmp_path / "a.txt"))
+        list(decoded(tmp_path / "a.txt"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.onnx.write.blocks import dequantize, pack, quantize, unpack
+from soco_export.onnx.write.blocks import dequantize, pack_levels, quantize, unpack_levels
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.rounding import check_rounding, rounded, rounds
@@ -57,8 +57,8 @@ def test_nearest_is_to_the_bit_what_numpy_makes_of_the_formula(bits: int, symmet
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packing_comes_undone_and_the_first_level_has_the_lowest_bits(bits: int) -> None:
     levels = fresh.rng().integers(0, 2**bits, (3, 5, 13), dtype=np.uint8)
-    packed = pack(levels, bits)
-    assert np.array_equal(unpack(packed, bits)[..., :13], levels)
+    packed = pack_levels(levels, bits)
+    assert np.array_equal(unpack_levels(packed, bits)[..., :13], levels)
     assert np.array_equal(packed[..., 0] & (2**bits - 1), levels[..., 0])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from soco_train.forms.registry import find_form, from_factors
 from soco_train.numbers.blocks import Grid, nearest
-from soco_train.scores.damage import Blocks, Norm, damage_to, frequencies
+from soco_train.scores.damage import LossNorm, RoundedInBlocks, damage_to, frequencies
 from soco_train.settings import BITS
 from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics
@@ -38,7 +38,7 @@ def loss(error: torch.Tensor, statistics: LayerStatistics) -> float:
 
 def test_a_dense_layer_loses_what_its_rounding_does_to_every_token(layer: tuple) -> None:  # type: ignore[type-arg]
     linear, statistics, spectrum, scores, _ = layer
-    found = damage_to(linear, statistics, spectrum, scores, Blocks(16))
+    found = damage_to(linear, statistics, spectrum, scores, RoundedInBlocks(16))
     weight = linear.weight.detach()
     for weights, bits in BITS.items():
         error = (weight - nearest(weight, Grid(bits, 16, True)).values()).double()
@@ -49,7 +49,7 @@ def test_a_dense_layer_loses_what_its_rounding_does_to_every_token(layer: tuple)
 @pytest.mark.parametrize("weights", ["same", "int8", "int4", "int2"])
 def test_a_pair_loses_what_was_counted_at_every_rank(layer: tuple, weights: str) -> None:  # type: ignore[type-arg]
     linear, statistics, spectrum, scores, _ = layer
-    curve = damage_to(linear, statistics, spectrum, scores, Blocks(16)).curves["stacked", weights]
+    curve = damage_to(linear, statistics, spectrum, scores, RoundedInBlocks(16)).curves["stacked", weights]
     weight = spectrum.P.double() @ spectrum.B.double()
     for rank in (16, M):  # whole blocks: the scales are then those of the longest factors
         balance = (spectrum.B.double().norm(dim=1) / spectrum.P.double().norm(dim=0)).sqrt()[:rank]
@@ -61,7 +61,7 @@ def test_a_pair_loses_what_was_counted_at_every_rank(layer: tuple, weights: str)
 
 def test_a_pivoted_layer_loses_at_a_sampled_rank_what_its_rounded_rows_lose(layer: tuple) -> None:  # type: ignore[type-arg]
     linear, statistics, spectrum, scores, _ = layer
-    curve = damage_to(linear, statistics, spectrum, scores, Blocks(16)).curves["pivoted", "int8"]
+    curve = damage_to(linear, statistics, spectrum, scores, RoundedInBlocks(16)).curves["pivoted", "int8"]
     rank = M * 3 // 8
     balance = (spectrum.B.norm(dim=1) / spectrum.P.norm(dim=0)).sqrt()[:rank]
     numbers = find_form("pivoted").of(spectrum.P[:, :rank] * balance, spectrum.B[:rank] / balance[:, None], None)
@@ -78,7 +78,7 @@ def test_a_pivoted_layer_loses_at_a_sampled_rank_what_its_rounded_rows_lose(laye
 
 def test_the_norm_is_the_mean_over_independent_tokens() -> None:
     x, delta, error = torch.randn(500, 5).double(), torch.randn(400, 4).double(), torch.randn(4, 5).double()
-    norm = Norm(delta.T @ delta / 400, x.T @ x / 500)
+    norm = LossNorm(delta.T @ delta / 400, x.T @ x / 500)
     assert norm.error(error) == pytest.approx(float((delta @ error @ x.T).square().mean()) / 2)
 
 
