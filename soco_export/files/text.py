@@ -61,7 +61,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def human_bytes(number: float) -> str:
     """Return bytes in decimal units, as disks and GPUs are sold: "538.1 MB"; "–" for none."""
     value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
+    while round(value, 1) >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     digits = 0 if units[0] == "B" else 1
     return f"{value:.{digits}f} {units[0]}" if number else "–"

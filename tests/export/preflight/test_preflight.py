@@ -50,7 +50,7 @@ def test_too_small_a_machine_is_told_what_is_missing() -> None:
     ) as caught:
         check_room(card(device=10 * 10**9), Resources(10**12, 8 * 10**9, 10**12))
     assert "train.batch_tokens" in caught.value.fix
-    with pytest.raises(MachineError, match=r"needs about 1000\.0 GB of disk") as caught:
+    with pytest.raises(MachineError, match=r"needs about 1\.0 TB of disk") as caught:
         check_room(card(disk=10**12), Resources(10**12, None, 10**9))
     assert "most of it is spectrum" in caught.value.fix
     assert caught.value.code == ExitCode.MACHINE
