@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 @pytest.mark.parametrize("kind", ["stacked", "pivoted"])
 def test_default_lora_trains_and_merges_exactly(kind: str, tmp_path: Path) -> None:
     save_checkpoint(prune(make_model("llama-tied"), kind), make_tokenizer(), tmp_path / "hf")
-    model = load_checkpoint(tmp_path / "hf")
+    model = load_checkpoint(tmp_path / "hf").double()  # what a merge loses is then no question of rounding
     tokens = torch.randint(8, (2, 6))
     before = model(input_ids=tokens).logits
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))  # targets: q_proj, v_proj
@@ -33,10 +33,10 @@ def test_default_lora_trains_and_merges_exactly(kind: str, tmp_path: Path) -> No
     after = adapted(input_ids=tokens).logits.detach()
     assert (after - before).abs().max() > 1e-4
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=tokens).logits, after, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged(input_ids=tokens).logits, after, atol=1e-10, rtol=1e-10)
     merged.save_pretrained(tmp_path / "merged")
-    read = load_checkpoint(tmp_path / "merged")(input_ids=tokens).logits
-    torch.testing.assert_close(read, after, atol=1e-5, rtol=1e-5)
+    read = load_checkpoint(tmp_path / "merged").double()(input_ids=tokens).logits
+    torch.testing.assert_close(read, after, atol=1e-5 * float(after.abs().max()), rtol=1e-5)
 
 
 def test_a_second_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
