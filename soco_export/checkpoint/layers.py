@@ -25,7 +25,7 @@ from soco_train.store.factors import Factors
 
 def stored_factors(path: Path) -> LazyLayers[LayerFactors]:
     """Return the layers of a `factors.safetensors`, each read when it is asked for."""
-    return LazyLayers(forms_of(Factors.load(path).layers), lambda name: Factors.load(path).layers[name])
+    return LazyLayers(forms_of(Factors.load(path).layers), lambda name: Factors.load(path, name).layers[name])
 
 
 def apply_factors(

@@ -45,12 +45,13 @@ class Factors:
         write_tensors(path, tensors, {"kind": "factors", "layers": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
-    def load(path: Path) -> Factors:
-        """Read `factors.safetensors`; DataError if it is truncated or of another kind."""
-        tensors, header = read_tensors(path, "factors")
+    def load(path: Path, only: str | None = None) -> Factors:
+        """Read `factors.safetensors`, or one layer of it; DataError if it is truncated or of another kind."""
+        tensors, header = read_tensors(path, "factors", "" if only is None else f"{only}:")
 
         def make() -> Factors:
-            layers = {name: _layer_factors(kind, name, tensors) for name, kind in header["layers"].items()}
+            kinds = header["layers"] if only is None else {only: header["layers"][only]}
+            layers = {name: _layer_factors(kind, name, tensors) for name, kind in kinds.items()}
             return Factors(layers, dict(header["provenance"]))
 
         return answering("these are no factors", str(path), MADE_ANEW, make)

@@ -89,13 +89,17 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], hea
     os.replace(partial, path)
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return (tensors, header) of a file written by `write_tensors`; DataError unless it is whole and of `kind`."""
+def read_tensors(path: Path, kind: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return (tensors, header) of a file written by `write_tensors`; DataError unless it is whole and of `kind`.
+
+    prefix: what the names of the tensors to be read begin with.
+    """
     text = read_header(path, MADE_ANEW).metadata.get("header", "{}")
     header = parse_object(text, f"what {path.name} says of itself", str(path), MADE_ANEW)
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise DataError(f"cannot read {path.name}: {error}", fix=MADE_ANEW, where=str(path)) from error
     if header.get("kind") != kind:

@@ -23,6 +23,7 @@ from soco_train.forms.base import FactoredLinear
 from soco_train.forms.pivoted import PivotedFactors, PivotedLinear
 from soco_train.forms.registry import LayerFactors, from_factors
 from soco_train.forms.stacked import LowRankLinear, StackedFactors
+from soco_train.store import factors as factors_file
 from soco_train.store.factors import Factors
 
 
@@ -141,6 +142,18 @@ def test_factors_of_a_file_are_those_in_memory_and_rounded_last(kind: str, tmp_p
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
         assert tensor.dtype == expected.state_dict()[name].dtype
+
+
+def test_each_layer_of_a_file_is_read_once_whatever_their_number(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "factors.safetensors"
+    Factors({str(i): random_factors("stacked", 5, 8, 2, True) for i in range(10)}).save(path)
+    stored = stored_factors(path)
+    read = []
+    make = factors_file._layer_factors
+    monkeypatch.setattr(
+        factors_file, "_layer_factors", lambda kind, name, _: (read.append(name), make(kind, name, _))[1]
+    )
+    assert [name for name, _ in stored.items()] == read == [str(i) for i in range(10)]
 
 
 @pytest.mark.parametrize("name", ["2", "1", "7"])
