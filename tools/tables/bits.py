@@ -1,0 +1,46 @@
+"""Tables of onnx.md on rounding and on download sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tools.tables.read import four, megabytes, read
+
+Rows = list[tuple[str, ...]]
+FOLDERS = {
+    "runs/demo/onnx": "demo, `onnx/` in float32",
+    "runs/demo-int8/onnx": "the same in int8",
+    "runs/demo-int4/onnx": "the same in int4",
+    "runs/demo/hf": "demo, `hf/` (float32)",
+    "soco_train/builtin/tiny": "the built-in model, float16",
+    "soco_train/builtin/tiny in bfloat16": "the same in bfloat16",
+}
+WAYS = {"bytes": "as it is", "zstd_19": "zstd -19", "zipnn": "ZipNN", "pack": "`pack`"}
+
+
+def rounding() -> Rows:
+    """Return what rounding adds to the loss of the built-in model, and how much of it each rule removes."""
+    found: Rows = [("model", "weights", "rule", "MB", "perplexity", "excess loss", "removed", "seconds")]
+    rows = read("bits/results/tiny/bits.json")["rows"]
+    exact = {row["model"]: row["loss"] for row in rows if not row["rule"]}
+    nearest = {(row["model"], row["grid"]): row["loss"] for row in rows if row["rule"] == "nearest"}
+    for row in rows:
+        excess = row["loss"] - exact[row["model"]]
+        before = nearest.get((row["model"], row["grid"]), row["loss"]) - exact[row["model"]]
+        removed = f"{1 - excess / before:.0%}" if row["rule"] not in ("", "nearest") else ""
+        shown = (megabytes(row["bytes"], 1), four(row["perplexity"]), f"{excess:.4f}" if row["rule"] else "", removed)
+        rule = "trained as rounded" if row["rule"] == "trained" else row["rule"]
+        found.append((row["model"], row["grid"], rule, *shown, f"{row['seconds']:.0f}"))
+    return found
+
+
+def packing() -> Rows:
+    """Return download sizes in MB."""
+    rows = read("packing/results.json")["rows"]
+    found: Rows = [("folder, MB", *WAYS.values())]
+    for folder, name in FOLDERS.items():
+        found.append((name, *(megabytes(rows[folder][way], 2) for way in WAYS)))
+    return found
+
+
+TABLES: dict[str, Callable[[], Rows]] = {"rounding": rounding, "packing": packing}
