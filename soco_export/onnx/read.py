@@ -50,26 +50,47 @@ class StoredForm:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of `shape` lies: `index` of the stored tensor `name`."""
+    """Where a tensor lies: `index` of the stored tensor `name`, of `shape` there and the transpose of it `turned`."""
 
     name: str
     index: Any
     shape: tuple[int, ...]
+    turned: bool = False
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The shape in which it is given out."""
+        return self.shape[::-1] if self.turned else self.shape
 
 
-def places(name: str, shape: tuple[int, ...], renamed: Renamed, prefix: str = "") -> dict[str, _Place]:
-    """Return what a stored tensor is called here, with its place; a stack of experts has many names."""
+def places(
+    name: str, shape: tuple[int, ...], renamed: Renamed, prefix: str = "", turned: bool = False
+) -> dict[str, _Place]:
+    """Return what a stored tensor is called here, with its place; a stack of experts has many names.
+
+    turned: matrices of a stack are [inputs, outputs], and outputs of several names come in turn.
+    """
     names = [f"{prefix}{name}"]
     for part, instead in renamed:
         names = [one.replace(part, new, 1) for one in names for new in (instead if part in one else (part,))]
     if len(names) == 1 and "{}" not in names[0]:
         return {names[0]: _Place(name, ..., shape)}
-    rows, found = shape[1] // len(names), {}
+    count, found = len(names), {}
+    rows = shape[-1 if turned else 1] // count
     for expert in range(shape[0]):
         for index, one in enumerate(names):
-            taken = slice(index * rows, (index + 1) * rows)
-            found[one.format(expert)] = _Place(name, (expert, taken), (rows, *shape[2:]))
+            if turned:
+                place = _Place(name, (expert, ..., slice(index, None, count)), (*shape[1:-1], rows), len(shape) > 2)
+            else:
+                place = _Place(name, (expert, slice(index * rows, (index + 1) * rows)), (rows, *shape[2:]))
+            found[one.format(expert)] = place
     return found
+
+
+def called(layer: str, renamed: Renamed) -> str:
+    """Return what a pruned layer is called here."""
+    (name,) = places(f"{layer}.weight", (), renamed)
+    return name.removesuffix(".weight")
 
 
 class WeightSource(Protocol):
@@ -96,9 +117,17 @@ class CheckpointWeights:
     `transposed`: dense layers that are stored [inputs, outputs]; they are given out as all others, [outputs, inputs].
     `renamed`: (part of a name in the file, what it is called here). Several names are equal parts of a tensor's rows,
     and a name with `{}` is one for each entry of a first axis more. `prefix`: missing from every name in the file.
+    `turned`: see `places`.
     """
 
-    def __init__(self, folder: Path, transposed: Collection[str] = (), renamed: Renamed = (), prefix: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        transposed: Collection[str] = (),
+        renamed: Renamed = (),
+        prefix: str = "",
+        turned: bool = False,
+    ) -> None:
         self.folder = folder
         self.kept: KeptLevels | None = None
         self._transposed = frozenset(f"{name}.weight" for name in transposed)
@@ -106,16 +135,17 @@ class CheckpointWeights:
         _refuse_quantised(config.get("quantization_config") or {}, folder)
         layers = pruned_layers(config)
         self._transposed -= {f"{name}.weight" for name in layers}
-        self.forms = {name: StoredForm(layer["kind"], layer["rank"]) for name, layer in layers.items()}
+        self.forms = {called(name, renamed): StoredForm(layer["kind"], layer["rank"]) for name, layer in layers.items()}
         self._stored = open_shards(weight_files(folder))
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, _Place] = {}
         for name, stored in self._stored.items():
-            self._places |= places(name, tuple(stored.shape), renamed, "" if name.startswith(HEADS) else prefix)
+            before = "" if name.startswith(HEADS) else prefix
+            self._places |= places(name, tuple(stored.shape), renamed, before, turned)
         self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self._places[name].shape
+        shape = self._places[name].given
         return shape[::-1] if name in self._transposed else shape
 
     def __contains__(self, name: str) -> bool:
@@ -134,7 +164,7 @@ class CheckpointWeights:
         place = self._places[name]
         file = self._stored[place.name].file
         try:
-            values = _read_tensor(str(file), place, name in self._transposed)
+            values = _read_tensor(str(file), place, place.turned or name in self._transposed)
             finite = _is_finite(values)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
@@ -158,8 +188,8 @@ class BlankWeights:
     ) -> None:
         self.shapes: Shapes = {}
         for name, shape in shapes.items():
-            found = places(name, shape, architecture.tensors.stored)
-            self.shapes |= {one: place.shape for one, place in found.items()}
+            found = places(name, shape, architecture.tensors.stored, turned=architecture.tensors.turned)
+            self.shapes |= {one: place.given for one, place in found.items()}
         for name in architecture.transposed():
             self.shapes[f"{name}.weight"] = self.shapes[f"{name}.weight"][::-1]
         self._forms = {name: form for name, (form, _) in forms.items()}
@@ -249,7 +279,8 @@ def open_weights(folder: Path, architecture: Architecture | None) -> CheckpointW
     tensors = architecture.tensors
     base, _, bare = f"{tensors.embed}.weight".partition(".")
     headless = bare in open_shards(weight_files(folder))
-    return CheckpointWeights(folder, architecture.transposed(), tensors.stored, f"{base}." if headless else "")
+    prefix = f"{base}." if headless else ""
+    return CheckpointWeights(folder, architecture.transposed(), tensors.stored, prefix, tensors.turned)
 
 
 def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:

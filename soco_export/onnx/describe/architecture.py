@@ -75,7 +75,8 @@ class Attention:
 
     `inputs`: names of the query, key and value projections, or of one that holds all three in `groups` blocks of
     [queries, keys, values]. `scale` of the scores, 1/√head_dim where None; `cap`: scores become cap · tanh(score/cap);
-    `clip`: bound on the projections' outputs; `alibi`: slopes [heads] of a bias by distance.
+    `clip`: bound on the projections' outputs; `alibi`: slopes [heads] of a bias by distance; `sinks`: name of a score a
+    head [heads] that takes part in the softmax and has no value.
     """
 
     heads: int
@@ -89,6 +90,7 @@ class Attention:
     cap: float | None = None
     clip: float | None = None
     alibi: tuple[float, ...] | None = None
+    sinks: str | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -101,7 +103,8 @@ class Attention:
 class Mlp:
     """out(activation(in x)), or where `gated` out(activation(gate x) · up x).
 
-    `inputs`: (in,), (gate, up), or one name that holds gate above up.
+    `inputs`: (in,), (gate, up), or one name that holds gate above up. `clamp` = (α, limit): gated by g σ(α g) (u + 1)
+    instead, with g at most the limit and u within it on both sides.
     """
 
     inner: int
@@ -109,6 +112,7 @@ class Mlp:
     output: str
     activation: Activation
     gated: bool = False
+    clamp: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,10 @@ class Experts:
     """A mixture: each token goes through those `chosen` of `count` MLPs that score highest, weighed by their scores.
 
     `name`: prefix of an expert, `{}` its number; `each`: one of them; `router`: projection [count, hidden]. Scores are
-    a softmax of the router's output or its sigmoid; `correction` [count] is added for the choice alone. The weights are
-    `normalised` to sum 1, then multiplied by `scale`. `shared`: an MLP that every token goes through, multiplied by the
-    sigmoid of the projection `shared_gate` [1, hidden] where there is one.
+    a softmax of the router's output, its sigmoid, or sparsemixer's: two experts chosen one after the other, each weighed
+    against those whose score is within 2 · `jitter` of its own. `correction` [count] is added for the choice alone. The
+    weights are `normalised` to sum 1, then multiplied by `scale`. `shared`: an MLP that every token goes through,
+    multiplied by the sigmoid of the projection `shared_gate` [1, hidden] where there is one.
     """
 
     count: int
@@ -126,7 +131,8 @@ class Experts:
     name: str
     each: Mlp
     router: str
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    jitter: float = 0.0
     normalised: bool = True
     scale: float = 1.0
     correction: str | None = None
@@ -170,7 +176,8 @@ class Tensors:
 
     `positions`: learned position embedding, read at position + `position_offset`; `embedding_norm` follows it.
     `transposed`: dense projections inside layers are stored [inputs, outputs]. `stored`: (part of a name in the file,
-    what it is called here) where these differ; several names, or one with a `{}`, stand for a stack taken apart.
+    what it is called here) where these differ; several names, or one with a `{}`, stand for a stack taken apart, whose
+    matrices are [inputs, outputs] with the names' outputs in turn where `turned`.
     """
 
     embed: str
@@ -182,6 +189,7 @@ class Tensors:
     embedding_norm: str | None = None
     transposed: bool = False
     stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,12 +262,13 @@ class Architecture:
         return [name for name in self.linears() if self.tensors.transposed and name != self.tensors.head]
 
     def corrections(self) -> dict[str, _Shape]:
-        """Return name → shape of what corrects the choice of experts."""
-        experts = self.experts
-        if experts is None or experts.correction is None:
-            return {}
-        mixed = [index for index, layer in enumerate(self.each) if layer.mixture]
-        return {f"{self.tensors.layer.format(index)}.{experts.correction}": (experts.count,) for index in mixed}
+        """Return name → shape of what corrects the choice of experts, and of attention's sinks."""
+        experts, sinks = self.experts, self.attention.sinks
+        found: dict[str, _Shape] = dict(self._everywhere({sinks: (self.attention.heads,)})) if sinks else {}
+        if experts is not None and experts.correction is not None:
+            mixed = [index for index, layer in enumerate(self.each) if layer.mixture]
+            found |= {f"{self.tensors.layer.format(index)}.{experts.correction}": (experts.count,) for index in mixed}
+        return found
 
     def norms(self) -> dict[str, _Shape]:
         """Return name → shape of all stored tensors of normalisations."""

@@ -35,13 +35,14 @@ class GraphInputs:
 
 @dataclass(frozen=True)
 class Heads:
-    """What one layer's attention reads: projections [batch, sequence, heads · head_dim] and the cache so far."""
+    """What one layer's attention reads: projections [batch, sequence, heads · head_dim], the cache so far, sinks."""
 
     query: ir.Value
     key: ir.Value
     value: ir.Value
     past_key: ir.Value
     past_value: ir.Value
+    sinks: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ class Standard(AttentionFlavour):
                 seen = graph.op("And", seen, graph.op("Greater", self.keys, oldest))
             real = graph.op("Unsqueeze", graph.op("Cast", inputs.mask, to=BOOL), graph.constant([1, 2]))
             itself = graph.op("Equal", self.keys, self.queries)
-            return self._biased(graph.op("Or", graph.op("And", seen, real), itself))
+            mask = graph.op("Or", graph.op("And", seen, real), itself)
+            if self.architecture.attention.sinks is not None:  # every query sees the sink, which comes first
+                mask = graph.op("Pad", mask, graph.constant([0, 0, 0, 1, 0, 0, 0, 0]), graph.constant(True, BOOL))
+            return self._biased(mask)
 
     # alibi: mask ── Where bias, -∞ ── [b,heads,s,t]
     def _biased(self, mask: ir.Value) -> ir.Value:
@@ -196,6 +200,8 @@ class Standard(AttentionFlavour):
     # past key, past value ─┘
     def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Attend under the mask of the layer's window."""
+        if heads.sinks is not None:
+            return self._attend_with_sinks(heads, heads.sinks, layer)
         shape, reduced = self.architecture.attention, self.graph.dtype != FLOAT
         output, key, value = self.graph.ops(
             "Attention",
@@ -212,6 +218,41 @@ class Standard(AttentionFlavour):
             **({"softmax_precision": int(FLOAT)} if reduced else {}),
         )
         return output, key, value
+
+    # query ── [b,heads,s,d] ── Concat -sink/scale ──────────┐
+    # past key, key ── present ── Pad 1 at the end of each ──┼─ Pad 0 in front ── Attention ── output
+    # past value, value ── present ──────────────────────────┘
+    #
+    # A softmax does not mind a shift: the sink is a key that scores 0, and all others score less by the sink.
+    def _attend_with_sinks(self, heads: Heads, sinks: ir.Value, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
+        graph, shape, size = self.graph, self.architecture.attention, self.architecture.attention.head_dim
+        scale = size**-0.5 if shape.scale is None else shape.scale
+        query = self._apart(heads.query, shape.heads)
+        key = graph.op("Concat", heads.past_key, self._apart(heads.key, shape.kv_heads), axis=2)
+        value = graph.op("Concat", heads.past_value, self._apart(heads.value, shape.kv_heads), axis=2)
+        zero, one = graph.constant(0.0, graph.dtype), graph.constant(1.0, graph.dtype)
+        column = graph.op("Reshape", sinks, graph.constant([1, -1, 1, 1]))
+        offset = graph.op("Mul", column, graph.constant(-1.0 / scale, graph.dtype))
+        first = graph.op("Slice", query, graph.constant([0]), graph.constant([1]), graph.constant([3]))
+        longer = graph.op("Concat", query, graph.op("Add", graph.op("Mul", first, zero), offset), axis=3)
+        ends, front = graph.constant([0, 0, 0, 0, 0, 0, 0, 1]), graph.constant([0, 0, 1, 0, 0, 0, 0, 0])
+        output = graph.op(
+            "Attention",
+            longer,
+            graph.op("Pad", graph.op("Pad", key, ends, one), front, zero),
+            graph.op("Pad", value, front, zero),
+            self.masks[layer.window],
+            scale=scale,
+            **({"softmax_precision": int(FLOAT)} if graph.dtype != FLOAT else {}),
+        )
+        across = graph.op("Transpose", output, perm=[0, 2, 1, 3])
+        return graph.op("Reshape", across, graph.constant([0, 0, shape.heads * size])), key, value
+
+    def _apart(self, x: ir.Value, heads: int) -> ir.Value:
+        """Return [batch, sequence, heads · head_dim] as [batch, heads, sequence, head_dim]."""
+        size = self.architecture.attention.head_dim
+        split = self.graph.op("Reshape", x, self.graph.constant([0, 0, heads, size]))
+        return self.graph.op("Transpose", split, perm=[0, 2, 1, 3])
 
     # x ──┬─ Add ─┬─ norm ── h
     # up ─┘       └───────── x
@@ -274,7 +315,7 @@ class Contrib(AttentionFlavour):
     # query, key, value ────────────────┐
     # past key, past value ─────────────┼─ GroupQueryAttention ── output, present key, present value
     # seqlens_k, total, (cos, sin) ─────┤
-    # (bias of alibi) ──────────────────┘
+    # (bias of alibi) (sinks) ──────────┘
     def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Attend to the slots before seqlens_k, the last `window` of them."""
         shape = self.architecture.attention
@@ -289,7 +330,8 @@ class Contrib(AttentionFlavour):
             self.lengths,
             self.total,
             *tables,
-            *([] if self.bias is None else [None, self.bias]),
+            *([] if self.bias is None and heads.sinks is None else [None, self.bias]),
+            *([] if heads.sinks is None else [heads.sinks]),
             outputs=3,
             num_heads=shape.heads,
             kv_num_heads=shape.kv_heads,

@@ -128,7 +128,12 @@ class DecoderBuilder:
         query, key = self.flavour.turn(query, key, layer.rope)
         if norm is not None and norm.rotated:
             query, key = self._head_norms(query, key, prefix, layer)
-        return self.flavour.attend(Heads(query, key, value, *cache), layer)
+        return self.flavour.attend(Heads(query, key, value, *cache, self._sinks(prefix)), layer)
+
+    def _sinks(self, prefix: str) -> ir.Value | None:
+        name = self.architecture.attention.sinks
+        stored = f"{prefix}.{name}"
+        return None if name is None else self.graph.weight(stored, self.source.read(stored))
 
     # fused:  hidden ── one projection ── Split ── query, key, value
     def _projected(self, hidden: ir.Value, prefix: str, layer: Layer) -> list[ir.Value]:

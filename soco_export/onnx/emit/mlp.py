@@ -26,10 +26,21 @@ def emit_mlp(linears: Linears, mlp: Mlp, hidden: ir.Value, prefix: str) -> tuple
     parts: Sequence[ir.Value] = linears.many(hidden, names, rows=[order] * len(names))
     if fused:
         parts = graph.ops("Split", parts[0], graph.constant([mlp.inner] * 2), outputs=2, axis=-1)
-    inner = activated(graph, parts[0], mlp.activation)
-    if mlp.gated:
+    inner = clamped(graph, parts, *mlp.clamp) if mlp.clamp else activated(graph, parts[0], mlp.activation)
+    if mlp.gated and not mlp.clamp:
         inner = graph.op("Mul", inner, parts[1])
     return linears.apart(inner, f"{prefix}.{mlp.output}", columns=order)
+
+
+# gate ── Min limit ─┬─ Mul α ── Sigmoid ─┬─ Mul ─┐
+#                    └────────────────────┘       ├─ Mul
+# up ── Clip ± limit ── Add 1 ────────────────────┘
+def clamped(graph: Graph, parts: Sequence[ir.Value], alpha: float, limit: float) -> ir.Value:
+    """Return what gate and up make together in gpt-oss."""
+    low, high, one, slope = (graph.constant(value, graph.dtype) for value in (-limit, limit, 1.0, alpha))
+    gate, up = graph.op("Min", parts[0], high), graph.op("Clip", parts[1], low, high)
+    glu = graph.op("Mul", gate, graph.op("Sigmoid", graph.op("Mul", gate, slope)))
+    return graph.op("Mul", graph.op("Add", up, one), glu)
 
 
 # silu: x ─┬─ Sigmoid ─┬─ Mul        relu2: x ── Relu ─┬─ Mul

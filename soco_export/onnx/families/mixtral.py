@@ -1,4 +1,4 @@
-"""Mixtures of experts on Llama's block: Mixtral, Qwen 2 and 3, OLMoE, Granite, GLM 4."""
+"""Mixtures of experts on Llama's block: Mixtral, Qwen 2 and 3, OLMoE, Granite, GLM 4, Phi."""
 
 from __future__ import annotations
 
@@ -50,17 +50,43 @@ def _head_norms(base: Architecture, config: Config, span: str = "head") -> Archi
     return replace(base, attention=replace(base.attention, norm=norm))
 
 
+NUMBERED = (
+    (".block_sparse_moe.", (".mlp.",)),
+    (".w1.", (".gate_proj.",)),
+    (".w3.", (".up_proj.",)),
+    (".w2.", (".down_proj.",)),
+    *STACKED,
+)
+
+
 @family("mixtral", keys=f"{ROUTED} {WINDOWS}")
 def mixtral(config: Config) -> Architecture:
     """Experts in every layer."""
-    stored = (
-        (".block_sparse_moe.", (".mlp.",)),
-        (".w1.", (".gate_proj.",)),
-        (".w3.", (".up_proj.",)),
-        (".w2.", (".down_proj.",)),
-        *STACKED,
-    )
-    return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), stored)
+    return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), NUMBERED)
+
+
+@family("phimoe", keys=f"{ROUTED} {WINDOWS} input_jitter_noise lm_head_bias")
+def phimoe(config: Config) -> Architecture:
+    """LayerNorms, and two experts chosen one after the other; longrope as within the context it was trained for."""
+    config.require("num_experts_per_tok", (2,))
+    base = decoder(config, Norm("layer", config["rms_norm_eps"], bias=True))
+    experts = _experts(config, "intermediate_size", "num_local_experts")
+    experts = replace(experts, scoring="sparsemixer", jitter=config["router_jitter_noise"])
+    return _mixed(_short(base, config), experts, ((".mlp.router.", (".mlp.gate.",)), *NUMBERED))
+
+
+def _short(base: Architecture, config: Config) -> Architecture:
+    """Return the decoder within its trained context.
+
+    transformers turns longer sequences by the same frequencies, which is not what the model was trained for.
+    """
+    rope = base.each[0].rope
+    assert rope is not None
+    if rope.switch is None:
+        return base
+    scaling = config.get("rope_parameters") or config["rope_scaling"]
+    short = replace(rope, magnitude=float(scaling["short_mscale"]), switch=None, beyond=())
+    return replace(base, context=rope.switch, each=tuple(replace(layer, rope=short) for layer in base.each))
 
 
 def _dense_layers(config: Config) -> list[int]:
