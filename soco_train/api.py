@@ -44,7 +44,7 @@ def learn_scores(
     train, plan = train or TrainSettings(), plan or PlanSettings()
     with opened(model):
         subject = method.open_subject(model, layers or LayerSettings(), tokens, _spectra(workdir))
-        method.make_spectra(subject, train, notify, afresh=True)
+        subject = method.make_spectra(subject, train, notify, afresh=True)
         found = [fingerprint(tokens), *(subject.spectra[name].sigma.tolist() for name in subject.linears)]
         named = hashlib.sha256(json.dumps(found).encode()).hexdigest()
         return method.learn_scores(subject, train, plan, Session(workdir / "scores", notify, named))

@@ -13,6 +13,7 @@ is done already.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
+from soco_train.plan.left_out import LeftOut
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
@@ -32,6 +34,8 @@ from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
+
+UNSEEN = "the calibration text hardly visits this expert (fewer tokens than components)"
 
 
 def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, spectra: Path) -> Subject:
@@ -45,13 +49,27 @@ def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, 
     return Subject(model, linears, SpectrumStore(spectra), tokens, left_out(model, linears, layers))
 
 
-def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> None:
-    """Decompose every layer that has no spectrum in the subject's folder yet, or, `afresh`, all of them."""
+def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> Subject:
+    """Decompose every layer that has no spectrum in the subject's folder yet, or, `afresh`, all of them.
+
+    Returns the subject without the layers that the calibration text hardly visits.
+    """
     store = subject.spectra
     assert isinstance(store, SpectrumStore)
-    missing = {name: linear for name, linear in subject.linears.items() if afresh or name not in store}
+    missing = {name: linear for name, linear in subject.linears.items() if afresh or not store.decided(name)}
     if missing:
         decompose_model(subject.model, missing, subject.tokens, train, store, notify)
+    return seen(subject)
+
+
+def seen(subject: Subject) -> Subject:
+    """Return the subject without the layers that its spectra leave out; these are named among what takes no part."""
+    store = subject.spectra
+    assert isinstance(store, SpectrumStore)
+    unseen = {name: linear for name, linear in subject.linears.items() if store.left_out(name)}
+    linears = {name: linear for name, linear in subject.linears.items() if name not in unseen}
+    rest = {f"{name}.weight": LeftOut(tuple(linear.weight.shape), UNSEEN) for name, linear in unseen.items()}
+    return replace(subject, linears=linears, left_out={**subject.left_out, **rest})
 
 
 def learn_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:

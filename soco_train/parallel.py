@@ -198,6 +198,11 @@ def agree(tensors: Iterable[torch.Tensor]) -> None:
             distributed.broadcast(tensor.detach(), src=0)
 
 
+def several() -> bool:
+    """Tell whether several processes compute together, and so must do the same things in the same order."""
+    return _processes() > 1
+
+
 def _processes() -> int:
     distributed = _talking()
     return distributed.get_world_size() if distributed else 1

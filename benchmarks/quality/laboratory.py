@@ -154,7 +154,7 @@ class Laboratory:
         key = [recipe.layers.model_dump(mode="json"), train.basis, train.ridge, train.statistics_blocks]
         folder = self.work / f"spectrum-{train.basis}-{self._key(key)}"
         subject = method.open_subject(self.model, recipe.layers, self.calibration.tokens, folder)
-        method.make_spectra(subject, train, self.notify)
+        subject = method.make_spectra(subject, train, self.notify)
         return subject
 
     def _scores(self, recipe: Recipe, subject: Subject) -> Scores:

@@ -15,27 +15,34 @@ import torch
 
 from soco_export.checkpoint.layers import factored_layers
 from soco_train.errors import RecipeError
+from soco_train.modules.experts import open_experts
 
 BIAS_FLAGS = ("attention_bias", "mlp_bias")
 KEEP_PRUNED = "keep the pruned form (hf, onnx), or train without it: train.deviation: false"
 
 
-def plain_tensors(model: Any, flags: Mapping[str, bool]) -> dict[str, torch.Tensor]:
-    """Return the state of an unpruned model like `model` with `flags` set in its config, on the meta device."""
+def plain_tensors(model: Any, flags: Mapping[str, bool], pruned: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """Return the state of an unpruned model like `model` with `flags` set in its config, on the meta device.
+
+    Its mixtures are open if the layers `pruned` are among their experts'.
+    """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for flag, value in flags.items():
         setattr(config, flag, value)
     with torch.device("meta"):
-        return dict(type(model)(config).state_dict())
+        plain = type(model)(config)
+        open_experts(plain, pruned)
+        return dict(plain.state_dict())
 
 
 def check_dense_parts(model: Any) -> None:
     """Raise RecipeError if a layer outside the pruned ones has a tensor that the architecture has no place for."""
-    pruned = tuple(f"{name}." for name in factored_layers(model))
-    dense = [name for name in model.state_dict() if not name.startswith(pruned)]
-    _refuse(model, sorted(set(dense) - plain_tensors(model, {}).keys()), fix="plan it with a lower rank")
+    pruned = factored_layers(model)
+    inside = tuple(f"{name}." for name in pruned)
+    dense = [name for name in model.state_dict() if not name.startswith(inside)]
+    _refuse(model, sorted(set(dense) - plain_tensors(model, {}, pruned).keys()), fix="plan it with a lower rank")
 
 
 def bias_flags(model: Any, names: Iterable[str]) -> tuple[dict[str, bool], list[str]]:

@@ -6,7 +6,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +17,9 @@ from soco_export.checkpoint.record import PLAN_KEY, quantization_record
 from soco_train.errors import DataError
 from soco_train.forms.base import FactoredLinear, LayerFactors
 from soco_train.forms.registry import LazyLayers, forms_of, from_factors
+from soco_train.modules.experts import close_experts, open_experts, open_mixtures
 from soco_train.modules.layers import replace_module
-from soco_train.modules.sites import as_linear, as_stored
+from soco_train.modules.sites import as_stored, opened
 from soco_train.settings import WeightType
 from soco_train.store.factors import Factors
 
@@ -36,20 +37,26 @@ def apply_factors(
 ) -> None:
     """Replace each layer that `factors` names, keeping its mode, and its dtype and device unless they are given.
 
-    A layer of full rank becomes one dense module. On the device `meta` layers have shapes alone; `replacement` gives
-    the values. Raises DataError, with the model untouched, if a name is not a Linear of the model or a shape differs.
+    Mixtures whose experts are among them stay open (modules/experts.py). A layer of full rank becomes one dense module.
+    On the device `meta` layers have shapes alone; `replacement` gives the values. Raises DataError, with the model
+    untouched, if a name is not a Linear of the model or a shape differs.
     """
     layers = factors.layers if isinstance(factors, Factors) else factors
-    modules = dict(model.named_modules())
     forms = forms_of(layers)
-    for name, form in forms.items():
-        _check_same_layer(name, modules.get(name), form)
-    del modules  # with it the dense weights, one at a time as they are replaced
+    with opened(model):
+        modules = dict(model.named_modules())
+        for name, form in forms.items():
+            _check_same_layer(name, modules.get(name), form)
+        del modules  # with it the dense weights, one at a time as they are replaced
+    open_mixtures_of(model, forms)
     for name, layer in (forms if str(device) == "meta" else layers).items():
         replaced = model.get_submodule(name)
         weight = cast(torch.Tensor, replaced.weight)
         module = replacement(layer, dtype or weight.dtype, device or weight.device, type(replaced))
         replace_module(model, name, module.train(replaced.training))
+    for _, experts in open_mixtures(model):
+        for parameter in experts.parameters():  # a view of a turned stack: transformers saves no such thing
+            parameter.data = parameter.data.contiguous()
     record_layers(model)
 
 
@@ -71,10 +78,18 @@ def replacement(
     return as_stored(from_factors(layer, device=device).to_linear().to(dtype), stands_for)
 
 
+def open_mixtures_of(model: nn.Module, names: Iterable[str]) -> None:
+    """Open the mixtures of `model` if layers of their experts are among `names`.
+
+    Files of such a model have the names that it has in memory: what transformers 5 would merge is none of its tensors.
+    """
+    if open_experts(model, names):
+        model._weight_conversions = []  # type: ignore[assignment]
+
+
 def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
     m, n = layer.shape
-    site = None if module is None else as_linear(module)
-    if site is None or site.weight.shape != (m, n):
+    if not isinstance(module, nn.Linear) or module.weight.shape != (m, n):
         raise DataError(
             f"the factors of {name} make a Linear of {m} × {n}, the model has {module or 'nothing'} there",
             fix="use the factors of this model's own run",
@@ -93,9 +108,14 @@ def dense_module(module: FactoredLinear) -> nn.Module:
 
 
 def merge_dense(model: nn.Module) -> None:
-    """Replace each pruned module by a dense one with the same map; the product is formed in float32 or float64."""
+    """Replace each pruned module by a dense one with the same map; the product is formed in float32 or float64.
+
+    Open mixtures are closed, unless a deviation gave their experts biases.
+    """
     for name, module in factored_layers(model).items():
         replace_module(model, name, dense_module(module))
+    if close_experts(model):
+        model.__dict__.pop("_weight_conversions", None)
     record_layers(model)
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from soco_export.checkpoint.layers import factored_layers
+from soco_export.checkpoint.layers import factored_layers, open_mixtures_of
 from soco_export.checkpoint.reader import check_layer_tensors, checked_record
 from soco_export.checkpoint.record import FORMAT, INSTALL, quantization_record
 from soco_export.files.safetensors import open_shards
 from soco_train.errors import DataError
 from soco_train.forms.base import FORMS
 from soco_train.forms.registry import from_factors
+from soco_train.modules.experts import open_mixtures
 from soco_train.modules.layers import replace_module
 from soco_train.modules.sites import as_linear
 
@@ -54,6 +55,7 @@ class SocoExportQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_context: Any
     ) -> nn.Module:
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        open_mixtures_of(model, layers)
         modules = dict(model.named_modules())
         for name, layer in layers.items():
             place = _place(name, modules, str(getattr(model, "base_model_prefix", "")))
@@ -62,6 +64,10 @@ class SocoExportQuantizer(HfQuantizer):
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             check_layer_tensors(open_shards(checkpoint_files), layers)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Return what transformers 5 does to the files' tensors: nothing, where experts are open and stored so."""
+        return [] if any(open_mixtures(model)) else weight_conversions
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse a checkpoint without one of our tensors (transformers 4.57 asks here)."""

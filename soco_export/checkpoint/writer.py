@@ -7,7 +7,8 @@ reads with nothing of ours installed. stream.py writes what `save_checkpoint` do
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from soco_export.files.json import read_config
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_train.bounded import read_json
+from soco_train.modules.experts import open_mixtures, stacked_tensors
 
 SHARD = "5GB"
 
@@ -60,9 +62,20 @@ def save_dense(
     _check_finite(model)
     state = dense_state(model)
     flags = fit_biases(model, state)
-    with replacing_folder(out) as folder:
+    with replacing_folder(out) as folder, _as_published(model):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
         finish_folder(folder, model, tokenizer, card, flags, dense=True)
+
+
+@contextmanager
+def _as_published(model: Any) -> Iterator[None]:
+    """Within this context transformers 5 writes the experts of open mixtures as their publisher does."""
+    own = model.__dict__.pop("_weight_conversions", None) if any(open_mixtures(model)) else None
+    try:
+        yield
+    finally:
+        if own is not None:
+            model._weight_conversions = own
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -73,6 +86,8 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
             del state[f"{name}.{part}"]
         dense = dense_module(module)
         state.update({f"{name}.{part}": tensor for part, tensor in dense.state_dict().items()})
+    for name, experts in open_mixtures(model):
+        state |= stacked_tensors(experts.layout, state, name, len(experts))
     return state
 
 

@@ -93,10 +93,14 @@ class RunContext:
         return self._tokenizer
 
     def subject(self, spectra: Path) -> Subject:
-        """Return the dense model's participating layers with the calibration text; their spectra lie in `spectra`."""
-        from soco_train.method import open_subject
+        """Return the dense model's participating layers with the calibration text; their spectra lie in `spectra`.
 
-        return open_subject(self.model(), self.recipe.layers, self.blocks("calibration").tokens, spectra)
+        What the spectra that are there leave out takes no part.
+        """
+        from soco_train import method
+
+        tokens = self.blocks("calibration").tokens
+        return method.seen(method.open_subject(self.model(), self.recipe.layers, tokens, spectra))
 
     def blocks(self, purpose: Literal["calibration", "evaluation"]) -> Blocks:
         """Return the token blocks for one purpose."""

@@ -1,7 +1,8 @@
 """What may be compressed: a weight [m, n] that multiplies an input, however the model's module stores it.
 
 Everything that learns works on nn.Linear. `open_sites` puts one in the place of every module that computes the same in
-another layout; it is a view of the stored weight, so nothing is copied. `as_stored` is the way back.
+another layout, and three in that of every expert (experts.py); they are views of the stored weights, so nothing is
+copied. `as_stored` is the way back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from soco_train.modules.experts import OpenExperts, is_stack
 
 # Subclasses of nn.Linear that say the same in other words, by name: transformers' Falcon writes x @ weight.T + bias.
 _SAME = ("FalconLinear",)
@@ -60,16 +63,16 @@ def as_stored(linear: nn.Linear, kind: type[nn.Module]) -> nn.Module:
 
 
 def open_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Put an nn.Linear in the place of each module that is the same map, and return what was there, by name.
+    """Put nn.Linears in the place of each module that is the same map, and return what was there, by name.
 
     The numbers stay the model's own. Called again it finds nothing left to do.
     """
     closed: dict[str, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        linear = as_linear(module)
-        if linear is not None and linear is not module:
+        site = OpenExperts(module) if is_stack(module) else as_linear(module)
+        if site is not None and site is not module:
             closed[name] = module
-            model.set_submodule(name, linear)
+            model.set_submodule(name, site)
     return closed
 
 

@@ -16,7 +16,7 @@ from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 from soco_train.settings import TrainSettings
 from soco_train.spectra.bases import Roots, Transform, find_basis, present
-from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
+from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, hardly_seen
 from soco_train.store.spectra import Spectrum, SpectrumStore
 
 
@@ -123,13 +123,17 @@ def decompose_layers(
 ) -> None:
     """Decompose every layer into `store`; an event per layer carries its name and the ridge where it had to grow.
 
-    Raises DataError naming the layer whose weight is not finite, RecipeError for an unknown basis.
+    An expert that too few tokens reach has nothing to be ranked by: it gets no spectrum, and the store says so. Raises
+    DataError naming the layer whose weight is not finite, RecipeError for an unknown basis.
     """
     matrices = find_basis(basis).needs & {"input_covariance", "output_curvature"}
     roots = Roots(ridge)
     for step, (name, linear) in enumerate(linears.items(), start=1):
         if not bool(linear.weight.isfinite().all()):
             raise DataError("the weight holds NaN or Inf", fix="fetch the model again", where=f"{name}.weight")
+        if hardly_seen(name, linear, statistics[name]):
+            store.leave_out(name)
+            continue
         store.put(name, decompose(linear.weight, statistics[name], basis, ridge, roots))
         used = [roots.ridge_of(present(getattr(statistics[name], matrix))) for matrix in matrices]
         grown = {"ridge": max(used)} if max(used, default=ridge) > ridge else {}

@@ -4,10 +4,14 @@ A basis names the statistics it needs (bases.py); one pass over the calibration 
 sums are kept, in float64, never activations. Layers that read the same tensor (q/k/v, gate/up) share one sum, and the
 result holds the same tensor object for each of them, so that whoever factorises it can do so once. A large model's sums
 do not fit at one time: `groups` cuts its layers into groups whose sums do, each of which takes a pass of its own.
+
+An expert of a mixture is summed over the tokens that are routed to it, and its sums of inputs are divided by all tokens
+of the text: a loss is then one per token of text, whatever the layer, and an expert that is rarely asked counts little.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +28,18 @@ OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher"})  # 
 _TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # by name, for a mixture may be open or a list of MLPs
 SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Means over `tokens` calibration tokens, for a layer with weight [m, n]; None where nobody asked.
+    """Means over the calibration text, for a layer with weight [m, n] that `tokens` tokens reach; None: nobody asked.
 
     input_covariance: E[x xᵀ] [n, n]; input_magnitude: E|x| [n]; output_curvature: E[δ δᵀ] [m, m] with δ the gradient of
-    the summed cross entropy with respect to the layer's output at one token; row_fisher: Σ_j E[(δ_i x_j)²] [m], the
-    empirical Fisher information of each row of the weight, token by token; column_fisher: Σ_i E[(δ_i x_j)²] [n], that
-    of each column. All float64.
+    the summed cross entropy with respect to the layer's output at one token that reaches it; row_fisher:
+    Σ_j E[(δ_i x_j)²] [m], the empirical Fisher information of each row of the weight, token by token; column_fisher:
+    Σ_i E[(δ_i x_j)²] [n], that of each column. All float64; zeros for an expert that no token reaches.
     """
 
     input_covariance: torch.Tensor | None = None
@@ -43,6 +48,11 @@ class LayerStatistics:
     row_fisher: torch.Tensor | None = None
     column_fisher: torch.Tensor | None = None
     tokens: int = 0
+
+
+def hardly_seen(name: str, linear: nn.Linear, statistics: LayerStatistics) -> bool:
+    """Tell whether the layer is an expert's that fewer tokens reach than it has components to rank."""
+    return _EXPERT.search(name) is not None and statistics.tokens < min(linear.weight.shape)
 
 
 def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
@@ -82,7 +92,8 @@ def collect_statistics(
 
     tokens: [b, t] int64, run about 2048 tokens at a time, in eval mode. The input side needs no gradients; the output
     side needs a backward pass of the cross entropy of each next token. The sums live on the layers' device. Raises
-    DataError naming the layer where inputs or gradients stop being finite, or that no token reaches.
+    DataError naming the layer where inputs or gradients stop being finite, or that no token reaches though it is no
+    expert.
     """
     if not needs:
         return {name: LayerStatistics() for name in linears}
@@ -100,7 +111,7 @@ def collect_statistics(
                 _trunk(model, linears)(input_ids=block, use_cache=False)
             _refuse_broken(listeners)
             notify(Event("statistics", step, len(batches)))
-    return {name: listener.finish(name) for name, listener in listeners.items()}
+    return {name: listener.finish(name, tokens.numel()) for name, listener in listeners.items()}
 
 
 class _InputSums:
@@ -119,12 +130,12 @@ class _InputSums:
         if self.covariance is not None:
             _add_outer(self.covariance, x)
 
-    def average(self) -> None:
-        """Turn the sums into means in place, so that every reader holds the same tensor objects."""
+    def average(self, tokens: int) -> None:
+        """Turn the sums into means over `tokens` in place, so that every reader holds the same tensor objects."""
         if not self._averaged:
-            self.magnitude /= self.tokens
+            self.magnitude /= tokens
             if self.covariance is not None:
-                _average_outer(self.covariance, self.tokens)
+                _average_outer(self.covariance, tokens)
             self._averaged = True
 
 
@@ -167,20 +178,21 @@ class _Listener:
         """Return the sums of Fisher information that there are, of rows or of columns."""
         return self.columns if self.fisher is None else self.fisher
 
-    def finish(self, name: str) -> LayerStatistics:
-        if self.inputs is None or not self.inputs.tokens:
+    def finish(self, name: str, tokens: int) -> LayerStatistics:
+        """Return the means of the layer `name` over a text of `tokens`."""
+        inputs = self.inputs or _InputSums(self.linear, self.needs)
+        if not inputs.tokens and not _EXPERT.search(name):
             raise DataError("no calibration token reaches this layer", fix="add it to layers.exclude", where=name)
-        self.inputs.average()
-        tokens = self.inputs.tokens
+        inputs.average(tokens)
         if self.curvature is not None:
-            _average_outer(self.curvature, tokens)
+            _average_outer(self.curvature, max(1, inputs.tokens))
         return LayerStatistics(
-            input_covariance=self.inputs.covariance,
-            input_magnitude=self.inputs.magnitude if "input_magnitude" in self.needs else None,
+            input_covariance=inputs.covariance,
+            input_magnitude=inputs.magnitude if "input_magnitude" in self.needs else None,
             output_curvature=self.curvature,
             row_fisher=None if self.fisher is None else self.fisher / tokens,
             column_fisher=None if self.columns is None else self.columns / tokens,
-            tokens=tokens,
+            tokens=inputs.tokens,
         )
 
 

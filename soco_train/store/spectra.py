@@ -1,4 +1,4 @@
-"""The spectra of a model's layers on disk, a safetensors file per layer."""
+"""The spectra of a model's layers on disk, a safetensors file per layer, and which layers have none for good."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ class SpectrumStore(Mapping[str, Spectrum]):
         """Write one layer's spectrum."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self._file(name), dict(vars(spectrum)), {"kind": "spectrum"})
+        self._mark(name).unlink(missing_ok=True)
+
+    def leave_out(self, name: str) -> None:
+        """Note that there is too little to be known of a layer: it has no spectrum and is not compressed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file(name).unlink(missing_ok=True)
+        self._mark(name).touch()
+
+    def left_out(self, name: str) -> bool:
+        """Tell whether a layer was left out."""
+        return self._mark(name).exists()
+
+    def decided(self, name: str) -> bool:
+        """Tell whether a layer has its spectrum, or was left out."""
+        return name in self or self.left_out(name)
+
+    def _mark(self, name: str) -> Path:
+        return self.folder / f"{name}.left-out"
 
     def __getitem__(self, name: str) -> Spectrum:
         if not self._file(name).exists():

@@ -120,7 +120,7 @@ class Experts:
     """A mixture: each token goes through those `chosen` of `count` MLPs that score highest, weighed by their scores.
 
     `name`: prefix of an expert, `{}` its number; `each`: one of them; `router`: projection [count, hidden]. Scores are
-    a softmax of the router's output, its sigmoid, or sparsemixer's: two experts chosen one after the other, each weighed
+    a softmax of the router's output, its sigmoid, or sparsemixer's: two experts chosen in turn, each weighed
     against those whose score is within 2 · `jitter` of its own. `correction` [count] is added for the choice alone. The
     weights are `normalised` to sum 1, then multiplied by `scale`. `shared`: an MLP that every token goes through,
     multiplied by the sigmoid of the projection `shared_gate` [1, hidden] where there is one.
