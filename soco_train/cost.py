@@ -5,8 +5,9 @@ Pure: sizes of a dense model and settings in, bytes and FLOPs out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from soco_train.forms.registry import find_form, rank_at
 from soco_train.settings import DataSettings, PlanSettings, RefineSettings, TrainSettings
@@ -20,7 +21,8 @@ DOUBLE_BYTES = 8
 class ModelShape:
     """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer.
 
-    context: positions of the model, None if it says none.
+    context: positions of the model, None if it says none. shares: of the tokens, how many go through each of the
+    `linears` (an expert's: those that choose it); empty: all. idle: parameters that a token does not meet.
     """
 
     parameters: int
@@ -31,6 +33,23 @@ class ModelShape:
     blocks: int
     linears: tuple[tuple[int, int], ...]
     context: int | None = None
+    shares: tuple[float, ...] = ()
+    idle: int = 0
+
+    def met(self, sizes: Iterable[float]) -> int:
+        """Return the sum of a size of each layer over those that a token goes through."""
+        return int(sum(share * size for share, size in zip(self.shares or repeat(1.0), sizes, strict=False)))
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets."""
+        return self.parameters - self.idle
+
+    @property
+    def active_factors(self) -> int:
+        """Parameters that a token meets with P and B in the place of the participating layers."""
+        selected = self.met(m * n for m, n in self.linears)
+        return self.met(min(m, n) * (m + n) for m, n in self.linears) + self.active - selected
 
     @property
     def largest(self) -> int:
@@ -95,6 +114,12 @@ def ranks(plan: PlanSettings, shape: ModelShape) -> list[float]:
     return [rank_at(form, plan.keep_params, m, n) for m, n in shape.linears]
 
 
+def active_student(plan: PlanSettings, shape: ModelShape) -> int:
+    """Return the parameters that a token meets with stacked factors in the place of the participating layers."""
+    pairs = zip(ranks(plan, shape), shape.linears, strict=True)
+    return shape.met(r * (m + n) - m * n for r, (m, n) in pairs) + shape.active
+
+
 def stacked(plan: PlanSettings, shape: ModelShape) -> int:
     """Return the numbers of all factors as they are trained: stacked, whatever the storage."""
     return int(sum(r * (m + n) for r, (m, n) in zip(ranks(plan, shape), shape.linears, strict=True)))
@@ -103,7 +128,7 @@ def stacked(plan: PlanSettings, shape: ModelShape) -> int:
 def saved_by_the_rest(shape: ModelShape, width: int) -> int:
     """Return the bytes a token leaves for the backward pass, Linears apart: in fp32 the norms."""
     norms = 2 * shape.hidden * shape.blocks
-    return DENSE_BYTES * norms + width * (sum(m for m, _ in shape.linears) + 3 * norms)
+    return DENSE_BYTES * norms + width * (shape.met(m for m, _ in shape.linears) + 3 * norms)
 
 
 def activations(saved: int, shape: ModelShape, width: int, checkpointed: bool) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import plain_floats, read_config
+from soco_export.files.json import making_a_model, plain_floats, read_config
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 
@@ -26,13 +26,18 @@ PROVENANCE = (
     "quantization_config",  # only null gets this far
     "soco_export",  # how a plan would have an export write it
 )
+# what a config.json of several models may say of its language model outside
+SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config.json, rope settings in the form that transformers 4.57 and 5 both read."""
+    """Return the fields of a folder's config.json, rope settings in the form that transformers 4.57 and 5 both read.
+
+    Of a model that reads images or sounds as well they are those of its language model.
+    """
     fields = plain_floats(read_config(folder))
     record = fields.get("quantization_config")
     if record is not None:
@@ -42,7 +47,27 @@ def read_architecture(folder: Path) -> dict[str, Any]:
             fix="start from the dense model",
             where=str(folder / "config.json"),
         )
+    fields = language_model(fields) or fields
     return _with_plain_rope({key: value for key, value in fields.items() if key not in PROVENANCE})
+
+
+def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of the decoder inside a config.json of several models, None if it is of one.
+
+    Such a file leaves out what its class says already: sizes that a recipe is compared with are filled in.
+    """
+    inner = fields.get("text_config")
+    if not isinstance(inner, Mapping) or "model_type" not in inner:
+        return None
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    if inner["model_type"] not in DECODERS:
+        return None
+    inner = {**{key: fields[key] for key in SHARED if key in fields}, **inner}
+    with making_a_model("model.architecture"):
+        filled = AutoConfig.for_model(**inner)
+    return {**inner, **{key: getattr(filled, key) for key in _SIZES if key not in inner and hasattr(filled, key)}}
 
 
 def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:

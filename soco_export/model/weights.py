@@ -7,7 +7,7 @@ as the system may take back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import is_finite, open_shards, weight_files
 from soco_train.errors import DataError
 
+# how files of several models call the decoder among them, and what transformers calls it alone
+INSIDE = (("language_model.model", "model"), ("model.language_model", "model"), ("language_model.lm_head", "lm_head"))
 # half precisions by their name in a safetensors header
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -71,7 +73,13 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     return model
 
 
+def language_names(names: Collection[str]) -> dict[str, str]:
+    """Return what the decoder's tensors start with in files of several models → what they start with alone."""
+    return {inside: alone for inside, alone in INSIDE if any(name.startswith(f"{inside}.") for name in names)}
+
+
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+    names = language_names(open_shards(weight_files(folder)))
     with _quiet(), making_a_model(folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -80,15 +88,19 @@ def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtyp
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **({"key_mapping": {f"^{inside}": alone for inside, alone in names.items()}} if names else {}),
         )
-    _check_report(report, folder)
+    _check_report(report, folder, tuple(names))
+    if names:  # or transformers 5 would write the names of the whole again
+        model.__dict__.pop("_weight_conversions", None)
     return model.eval()
 
 
-def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+def _check_report(report: Mapping[str, Any], folder: Path, several: tuple[str, ...]) -> None:
     """Raise DataError for weights of the model that no file holds, or tensors of the files that the model leaves out.
 
-    What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets.
+    What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets. In files
+    of `several` models, the decoder's tensors starting with these, it is the others.
     """
     missing = sorted(report["missing_keys"])
     if missing:
@@ -98,6 +110,8 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
             where=str(folder),
         )
     unread = sorted(report["unexpected_keys"])
+    if several:
+        unread = [name for name in unread if name.startswith(("model.layers.", *several))]
     if unread:
         raise DataError(
             f"{len(unread)} tensors of the files are not read by the model's class, among them {', '.join(unread[:3])}",

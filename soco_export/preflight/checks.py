@@ -13,7 +13,14 @@ from pathlib import Path
 from soco_export.files.text import human_bytes
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.cost_card import CostCard
-from soco_export.preflight.inputs import check_held_out, check_lengths, check_plan, check_tasks, check_weights
+from soco_export.preflight.inputs import (
+    check_held_out,
+    check_lengths,
+    check_mixture,
+    check_plan,
+    check_tasks,
+    check_weights,
+)
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import install_command, version_of
@@ -44,6 +51,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
     check_plan(recipe, shape)
+    check_mixture(recipe, shape)
     check_lengths(recipe, shape.context)
     check_tasks(recipe)
     check_room(estimate(recipe, shape, format), look(root), already=bytes_in(root))

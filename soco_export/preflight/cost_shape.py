@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import DENSE_BYTES, ModelShape
 
 # interpreter, torch and ONNX Runtime before any weight
 BASE_HOST = 900 * 2**20
 BASE_DEVICE = 600 * 2**20
+EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 # sustained FLOP/s of one H100 (SXM): 40 % of 989 TFLOP/s dense bf16, 60 % of 67 TFLOP/s fp32; eigh in float64 is slow
 SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
 ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
@@ -28,6 +33,7 @@ def measure(recipe: Recipe) -> ModelShape:
     config = model.config
     open_sites(model)
     linears = select_linears(model, recipe.layers)
+    sharing = _sharing(config, [name for name, _ in model.named_parameters()])
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -38,7 +44,17 @@ def measure(recipe: Recipe) -> ModelShape:
         blocks=config.num_hidden_layers,
         linears=tuple((linear.out_features, linear.in_features) for linear in linears.values()),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        shares=tuple(sharing(name) for name in linears),
+        idle=int(sum(weight.numel() * (1 - sharing(name)) for name, weight in model.named_parameters())),
     )
+
+
+def _sharing(config: Any, names: Iterable[str]) -> Callable[[str], float]:
+    """Return which share of the tokens goes through a layer: of experts those that are chosen, of all others all."""
+    inside = [found for name in names if (found := EXPERT.match(name))]
+    experts = max((int(found[1]) + 1 for found in inside), default=1)
+    chosen = min(1.0, getattr(config, "num_experts_per_tok", experts) / experts)
+    return lambda name: chosen if EXPERT.match(name) else 1.0
 
 
 def participation_notes(recipe: Recipe) -> list[str]:
@@ -54,7 +70,21 @@ def participation_notes(recipe: Recipe) -> list[str]:
     linears = select_linears(model, recipe.layers)
     selected = sum(linear.weight.numel() for linear in linears.values())
     keep = None if recipe.keep_bytes else recipe.keep_params
-    return list(notes(selected, left_out(model, linears, recipe.layers), keep))
+    return [*_others(recipe), *notes(selected, left_out(model, linears, recipe.layers), keep)]
+
+
+def _others(recipe: Recipe) -> list[str]:
+    """Return what stays behind of a folder that holds several models."""
+    from soco_export.files.json import read_config
+    from soco_export.model.source import find_folder, language_model
+
+    folder = find_folder(recipe) if recipe.model.weights != "random" else None
+    whole = read_config(folder) if folder else {}
+    inner = language_model(whole)
+    kind = whole.get("model_type")
+    return (
+        [f"of the {kind} model the decoder alone is taken ({inner['model_type']}): it reads text only"] if inner else []
+    )
 
 
 def host(recipe: Recipe, shape: ModelShape) -> int:

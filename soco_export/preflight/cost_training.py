@@ -139,11 +139,11 @@ def _backward(recipe: Recipe) -> bool:
 
 def _statistics_hours(recipe: Recipe, shape: ModelShape) -> float:
     """A pass of the model for each group of layers, and the sums in fp32."""
-    total = sum(_sums_of_layers(recipe, shape))
+    sizes = _sums_of_layers(recipe, shape)
     tokens = (recipe.train.statistics_blocks or recipe.data.blocks or 128) * recipe.data.block
-    passes = math.ceil(total / SUMS_AT_ONCE) * (3 if _backward(recipe) else 1)
-    model = hours(2.0 * tokens * passes * shape.parameters, recipe.train.factor_dtype)
-    return model + hours(2.0 * tokens * total / DOUBLE_BYTES, "float32")
+    passes = math.ceil(sum(sizes) / SUMS_AT_ONCE) * (3 if _backward(recipe) else 1)
+    model = hours(2.0 * tokens * passes * shape.active, recipe.train.factor_dtype)
+    return model + hours(2.0 * tokens * shape.met(sizes) / DOUBLE_BYTES, "float32")
 
 
 def _spectrum_flops(shape: ModelShape) -> float:

@@ -41,6 +41,17 @@ def check_lengths(recipe: Recipe, context: int | None) -> None:
             )
 
 
+def check_mixture(recipe: Recipe, shape: ModelShape) -> None:
+    """Raise RecipeError if experts are to be refitted: token by token they read other inputs once others are pruned."""
+    if recipe.refine.refit.blocks and any(share < 1 for share in shape.shares):
+        raise RecipeError(
+            "refine.refit fits a layer to the same tokens in the dense and in the pruned model, and a mixture may send "
+            "them to different experts",
+            fix="refine.refit.blocks: 0, or exclude the experts: layers.exclude",
+            where="recipe: refine.refit.blocks",
+        )
+
+
 def check_held_out(recipe: Recipe, blocks: int) -> None:
     """Raise RecipeError if distillation would hold out all of the `blocks` calibration blocks. Pure."""
     held = recipe.refine.distill.held_out_blocks

@@ -170,7 +170,7 @@ def compensation_cost(task: Task, shape: ModelShape, width: int) -> Cost | None:
     memory = width * shape.parameters + scored + min(FISHER_AT_ONCE, fisher)
     memory += block * saved_by_the_rest(shape, width) + logits(block, shape, block, width)
     tokens = 2.0 * task.refine.compensate.blocks * block
-    flops: dict[str, float] = {task.train.factor_dtype: 2 * tokens * passes * shape.parameters}
+    flops: dict[str, float] = {task.train.factor_dtype: 2 * tokens * passes * shape.active}
     flops["float32"] = flops.get("float32", 0) + tokens * fisher / DENSE_BYTES
     return Cost(memory, flops=flops, phase="compensation")
 

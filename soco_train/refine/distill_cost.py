@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from soco_train.cost import DENSE_BYTES, Cost, ModelShape, Task, activations, logits, ranks, saved_by_the_rest, stacked
+from soco_train.cost import (
+    DENSE_BYTES,
+    Cost,
+    ModelShape,
+    Task,
+    activations,
+    active_student,
+    logits,
+    ranks,
+    saved_by_the_rest,
+    stacked,
+)
 
 KEPT_BY = {"adamw": 2, "muon": 1}  # numbers that the optimiser keeps for each parameter
 # bytes for each number of the matrix whose step Muon takes: the update in fp32; in bf16 three as large, two at most
@@ -27,7 +38,7 @@ def distillation_cost(task: Task, shape: ModelShape, width: int) -> Cost:
 def _memory(task: Task, shape: ModelShape, width: int, checkpoint: int) -> int:
     settings = task.refine.distill
     tokens, learning = settings.batch_tokens, _factors(task, shape, width)
-    saved = width * (sum(n for _, n in shape.linears) + shape.components) + saved_by_the_rest(shape, width)
+    saved = width * shape.met(n + min(m, n) for m, n in shape.linears) + saved_by_the_rest(shape, width)
     learning += _students(task) * tokens * activations(saved, shape, width, settings.checkpoint_activations)
     dense = width * shape.parameters
     if settings.teacher_top and width < DENSE_BYTES:  # on a GPU: parked once it has answered for every block
@@ -55,10 +66,9 @@ def _factors(task: Task, shape: ModelShape, width: int) -> int:
 
 def _flops(task: Task, shape: ModelShape) -> dict[str, float]:
     settings, dtype = task.refine.distill, task.train.factor_dtype
-    student = stacked(task.plan, shape) + shape.parameters - shape.selected
     passes = _students(task) * (4 if settings.checkpoint_activations else 3)
     tokens = 2.0 * settings.steps * settings.batch_tokens
-    flops: dict[str, float] = {dtype: tokens * (shape.parameters + passes * student)}
+    flops: dict[str, float] = {dtype: tokens * (shape.active + passes * active_student(task.plan, shape))}
     if settings.optimiser == "muon":
         flops["bfloat16"] = flops.get("bfloat16", 0) + settings.steps * _muon_flops(task, shape)
     return flops

@@ -9,24 +9,20 @@ def learning_cost(task: Task, shape: ModelShape, width: int) -> Cost:
     """Return the cost of learning scores: a dense model that teaches, forward and backward through all components."""
     train = task.train
     passes = 3 if train.checkpoint_activations else 2
-    done = 2.0 * train.steps * train.batch_tokens * (shape.parameters + passes * _student(shape))
+    done = 2.0 * train.steps * train.batch_tokens * (shape.active + passes * shape.active_factors)
     memory = _memory(task, shape, width, train.batch_tokens, train.checkpoint_activations)
     return Cost(memory, flops={train.factor_dtype: done})
 
 
 def saliency_cost(task: Task, shape: ModelShape, width: int) -> Cost:
     """Return the cost of one pass forward and backward over `fisher_blocks` sequences."""
-    done = 2.0 * task.train.fisher_blocks * task.data.block * 2 * _student(shape)
+    done = 2.0 * task.train.fisher_blocks * task.data.block * 2 * shape.active_factors
     return Cost(_memory(task, shape, width, task.data.block, False), flops={task.train.factor_dtype: done})
-
-
-def _student(shape: ModelShape) -> int:
-    return shape.full_factors + shape.parameters - shape.selected
 
 
 def _memory(task: Task, shape: ModelShape, width: int, tokens: int, checkpointed: bool) -> int:
     factors = BYTES[task.train.factor_dtype]
-    saved = factors * shape.components + saved_by_the_rest(shape, width)
+    saved = factors * shape.met(min(pair) for pair in shape.linears) + saved_by_the_rest(shape, width)
     memory = width * shape.parameters + factors * shape.full_factors
     memory += tokens * activations(saved, shape, width, checkpointed)
     memory += logits(tokens, shape, task.train.logit_chunk, width)

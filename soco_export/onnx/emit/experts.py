@@ -68,16 +68,16 @@ def _weights(linears: Linears, experts: Experts, tokens: ir.Value, prefix: str) 
 #         └────────┴─ without the best: the same again
 def _one_by_one(graph: Graph, scores: ir.Value, jitter: float) -> ir.Value:
     """Return the weights of sparsemixer (arXiv 2409.12136) at inference, float32 [tokens, experts]."""
-    axis, nowhere = graph.constant([1]), graph.constant(float("-inf"), FLOAT)
-    size, near = graph.op("Abs", scores), graph.constant(2 * jitter, FLOAT)
-    total, rest = graph.op("Mul", scores, graph.constant(0.0, FLOAT)), scores
+    axis, nowhere = graph.constant([1]), graph.constant(float("-inf"), _FLOAT)
+    size, near = graph.op("Abs", scores), graph.constant(2 * jitter, _FLOAT)
+    total, rest = graph.op("Mul", scores, graph.constant(0.0, _FLOAT)), scores
     for _ in range(2):
         best, chosen = graph.op("ReduceMax", rest, axis, keepdims=1), graph.op("ArgMax", rest, axis=1, keepdims=1)
         below = graph.op("Div", graph.op("Sub", best, scores), graph.op("Max", size, best))
         kept = graph.op("Where", graph.op("Greater", below, near), nowhere, rest)
         weight = graph.op("GatherElements", graph.op("Softmax", kept, axis=-1), chosen, axis=1)
         total = graph.op("ScatterElements", total, chosen, weight, axis=1)
-        gone = graph.op("Add", graph.op("Mul", best, graph.constant(0.0, FLOAT)), nowhere)
+        gone = graph.op("Add", graph.op("Mul", best, graph.constant(0.0, _FLOAT)), nowhere)
         rest = graph.op("ScatterElements", rest, chosen, gone, axis=1)
     return total
 
