@@ -35,7 +35,7 @@ from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
 
-UNSEEN = "the calibration text hardly visits this expert (fewer tokens than components)"
+_HARDLY_VISITED = "the calibration text hardly visits this expert (fewer tokens than components)"
 
 
 def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, spectra: Path) -> Subject:
@@ -68,7 +68,7 @@ def seen(subject: Subject) -> Subject:
     assert isinstance(store, SpectrumStore)
     unseen = {name: linear for name, linear in subject.linears.items() if store.left_out(name)}
     linears = {name: linear for name, linear in subject.linears.items() if name not in unseen}
-    rest = {f"{name}.weight": LeftOut(tuple(linear.weight.shape), UNSEEN) for name, linear in unseen.items()}
+    rest = {f"{name}.weight": LeftOut(tuple(linear.weight.shape), _HARDLY_VISITED) for name, linear in unseen.items()}
     return replace(subject, linears=linears, left_out={**subject.left_out, **rest})
 
 

@@ -27,7 +27,7 @@ PROVENANCE = (
     "soco_export",  # how a plan would have an export write it
 )
 # what a config.json of several models may say of its language model outside
-SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
@@ -64,7 +64,7 @@ def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
     if inner["model_type"] not in DECODERS:
         return None
-    inner = {**{key: fields[key] for key in SHARED if key in fields}, **inner}
+    inner = {**{key: fields[key] for key in _SHARED if key in fields}, **inner}
     with making_a_model("model.architecture"):
         filled = AutoConfig.for_model(**inner)
     return {**inner, **{key: getattr(filled, key) for key in _SIZES if key not in inner and hasattr(filled, key)}}

@@ -22,7 +22,7 @@ from soco_export.files.safetensors import is_finite, open_shards, weight_files
 from soco_train.errors import DataError
 
 # how files of several models call the decoder among them, and what transformers calls it alone
-INSIDE = (("language_model.model", "model"), ("model.language_model", "model"), ("language_model.lm_head", "lm_head"))
+_INSIDE = (("language_model.model", "model"), ("model.language_model", "model"), ("language_model.lm_head", "lm_head"))
 # half precisions by their name in a safetensors header
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -75,7 +75,7 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 
 def language_names(names: Collection[str]) -> dict[str, str]:
     """Return what the decoder's tensors start with in files of several models → what they start with alone."""
-    return {inside: alone for inside, alone in INSIDE if any(name.startswith(f"{inside}.") for name in names)}
+    return {inside: alone for inside, alone in _INSIDE if any(name.startswith(f"{inside}.") for name in names)}
 
 
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:

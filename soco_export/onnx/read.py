@@ -87,7 +87,7 @@ def places(
     return found
 
 
-def called(layer: str, renamed: Renamed) -> str:
+def _called(layer: str, renamed: Renamed) -> str:
     """Return what a pruned layer is called here."""
     (name,) = places(f"{layer}.weight", (), renamed)
     return name.removesuffix(".weight")
@@ -135,7 +135,9 @@ class CheckpointWeights:
         _refuse_quantised(config.get("quantization_config") or {}, folder)
         layers = pruned_layers(config)
         self._transposed -= {f"{name}.weight" for name in layers}
-        self.forms = {called(name, renamed): StoredForm(layer["kind"], layer["rank"]) for name, layer in layers.items()}
+        self.forms = {
+            _called(name, renamed): StoredForm(layer["kind"], layer["rank"]) for name, layer in layers.items()
+        }
         self._stored = open_shards(weight_files(folder))
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, _Place] = {}

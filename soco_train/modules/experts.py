@@ -19,12 +19,12 @@ from torch import nn
 
 from soco_train import parallel
 
-STACKS = ("gate_up_proj", "down_proj")
+_STACKS = ("gate_up_proj", "down_proj")
 
 
 def is_stack(module: nn.Module) -> bool:
     """Tell whether a module holds the gated experts of a layer in two stacks that can be opened."""
-    stacks = [getattr(module, name, None) for name in STACKS]
+    stacks = [getattr(module, name, None) for name in _STACKS]
     known = getattr(module, "has_gate", False) and not getattr(module, "has_post_expert_norm", False)
     return known and all(isinstance(stack, nn.Parameter) and stack.ndim == 3 for stack in stacks)
 
@@ -136,7 +136,7 @@ def stacked_tensors(layout: Any, state: dict[str, torch.Tensor], name: str, coun
     for part in ("weight", "bias") if layout.has_bias else ("weight",):
         gate, up, down = (taken(projection, part) for projection in ("gate_proj", "up_proj", "down_proj"))
         both = torch.cat((gate, up), 1) if layout.is_concatenated else torch.stack((gate, up), 2).flatten(1, 2)
-        for stack, matrices in zip(STACKS, (both, down), strict=True):
+        for stack, matrices in zip(_STACKS, (both, down), strict=True):
             turned = matrices.transpose(1, 2).contiguous() if layout.is_transposed and part == "weight" else matrices
             found[f"{name}.{stack}" + ("_bias" if part == "bias" else "")] = turned
     return found

@@ -50,7 +50,7 @@ def _head_norms(base: Architecture, config: Config, span: str = "head") -> Archi
     return replace(base, attention=replace(base.attention, norm=norm))
 
 
-NUMBERED = (
+_NUMBERED = (
     (".block_sparse_moe.", (".mlp.",)),
     (".w1.", (".gate_proj.",)),
     (".w3.", (".up_proj.",)),
@@ -62,7 +62,7 @@ NUMBERED = (
 @family("mixtral", keys=f"{ROUTED} {WINDOWS}")
 def mixtral(config: Config) -> Architecture:
     """Experts in every layer."""
-    return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), NUMBERED)
+    return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), _NUMBERED)
 
 
 @family("phimoe", keys=f"{ROUTED} {WINDOWS} input_jitter_noise lm_head_bias")
@@ -72,7 +72,7 @@ def phimoe(config: Config) -> Architecture:
     base = decoder(config, Norm("layer", config["rms_norm_eps"], bias=True))
     experts = _experts(config, "intermediate_size", "num_local_experts")
     experts = replace(experts, scoring="sparsemixer", jitter=config["router_jitter_noise"])
-    return _mixed(_short(base, config), experts, ((".mlp.router.", (".mlp.gate.",)), *NUMBERED))
+    return _mixed(_short(base, config), experts, ((".mlp.router.", (".mlp.gate.",)), *_NUMBERED))
 
 
 def _short(base: Architecture, config: Config) -> Architecture:
