@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import is_finite, open_shards, weight_files
+from soco_export.files.safetensors import StoredTensor, is_finite, open_shards, weight_files
 from soco_train.errors import DataError
 
 # how files of several models call the decoder among them, and what transformers calls it alone
@@ -79,28 +79,36 @@ def language_names(names: Collection[str]) -> dict[str, str]:
 
 
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    names = language_names(open_shards(weight_files(folder)))
+    stored = open_shards(weight_files(folder))
+    reading: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with _quiet(), making_a_model(folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **({"key_mapping": {f"^{inside}": alone for inside, alone in names.items()}} if names else {}),
-        )
-    _check_report(report, folder, tuple(names))
-    if names:  # or transformers 5 would write the names of the whole again
-        model.__dict__.pop("_weight_conversions", None)
+        if inside := language_names(stored):
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, report = kind.from_pretrained(None, state_dict=_decoder_of(stored, inside), **reading)
+            model.name_or_path = str(folder)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=trust_remote_code, **reading
+            )
+    _check_report(report, folder)
     return model.eval()
 
 
-def _check_report(report: Mapping[str, Any], folder: Path, several: tuple[str, ...]) -> None:
+def _decoder_of(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the decoder's tensors among those of several models, views of their files, under names of its own."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        for inside, alone in names.items():
+            if name.startswith(f"{inside}."):
+                with safe_open(str(tensor.file), framework="pt") as file:
+                    found[alone + name.removeprefix(inside)] = file.get_tensor(name)
+    return found
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
     """Raise DataError for weights of the model that no file holds, or tensors of the files that the model leaves out.
 
-    What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets. In files
-    of `several` models, the decoder's tensors starting with these, it is the others.
+    What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets.
     """
     missing = sorted(report["missing_keys"])
     if missing:
@@ -110,8 +118,6 @@ def _check_report(report: Mapping[str, Any], folder: Path, several: tuple[str, .
             where=str(folder),
         )
     unread = sorted(report["unexpected_keys"])
-    if several:
-        unread = [name for name in unread if name.startswith(("model.layers.", *several))]
     if unread:
         raise DataError(
             f"{len(unread)} tensors of the files are not read by the model's class, among them {', '.join(unread[:3])}",

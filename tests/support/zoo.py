@@ -102,8 +102,8 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": _of("olmoe", BASE, num_experts=5, num_experts_per_tok=3),
     "granitemoe": _of("granitemoe", BASE, num_local_experts=4, num_experts_per_tok=2, embedding_multiplier=6.0,
                       logits_scaling=4.0, residual_multiplier=0.3, attention_multiplier=0.1),
-    "phimoe": _of("phimoe", BASE, num_local_experts=4, sliding_window=9, lm_head_bias=True, attention_bias=True),
-    "phimoe-longrope": _of("phimoe", BASE, num_local_experts=4, rope_parameters={
+    "phimoe": _of("phimoe", BASE, num_local_experts=4, lm_head_bias=True, attention_bias=True),
+    "phimoe-longrope": _of("phimoe", BASE, num_local_experts=4, sliding_window=9, rope_parameters={
         **LONGROPE, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.8, 2.0], "long_factor": [2.0] * 8,
         "original_max_position_embeddings": 60, "short_mscale": 1.2, "long_mscale": 1.2}),
     "gpt_oss": _of("gpt_oss", BASE, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=7,

@@ -15,7 +15,7 @@ from soco_export import save_checkpoint
 from soco_export.model.load import load_model, open_model
 from soco_export.model.source import disagreement, read_architecture
 from soco_export.model.which import recipe_for
-from soco_export.onnx.describe.config import read_config
+from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families import describe
 from soco_export.onnx.read import check_tensors, open_weights
 from soco_export.preflight.cost_shape import participation_notes
@@ -59,7 +59,7 @@ def test_the_decoder_of_a_wrapper_is_what_is_loaded(wrapped: tuple[Path, Any], p
         assert model.config.model_type == "gemma3_text"
         torch.testing.assert_close(model(input_ids=tokens).logits, expected)
     save_checkpoint(model, None, tmp_path / "hf")
-    architecture = describe(read_config(tmp_path / "hf"))
+    architecture = describe(resolve_config(tmp_path / "hf"))
     assert architecture is not None
     check_tensors(architecture, open_weights(tmp_path / "hf", architecture))
     assert "reads text only" in participation_notes(recipe)[0]
