@@ -65,6 +65,17 @@ def mean_interval(series: _Reals, seed: int = 0) -> tuple[float, float]:
     return _ends(float(series.mean()), means, len(series) / block)
 
 
+def pooled_intervals(sums: _Reals, counts: _Reals, seed: int = 0) -> list[tuple[float, float]]:
+    """Return the 95 % intervals of pooled means Σ sums / Σ counts; both [n, k], rows in their order, n ≥ 2."""
+    block = block_length(sums.sum(1) / counts.sum(1))
+    times = np.stack([np.bincount(row, minlength=len(sums)) for row in picks(len(sums), block, RESAMPLES, seed)])
+    with np.errstate(invalid="ignore"):  # a kind that is in few rows may be in none of those drawn
+        means = (times @ sums) / (times @ counts)
+    middles = sums.sum(0) / counts.sum(0)
+    pairs = zip(middles, means.T, strict=True)
+    return [_ends(float(middle), drawn[np.isfinite(drawn)], len(sums) / block) for middle, drawn in pairs]
+
+
 def _ends(middle: float, resampled: _Reals, blocks: float) -> tuple[float, float]:
     """Return the ends of an interval; of few blocks it is stretched as Student's t is beside the normal."""
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

@@ -93,3 +93,78 @@ class TaskComparison:
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
     recovery_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one kind: those whose property lies between `low` and `high`, both of them found.
+
+    `dense`, `compressed`: their mean losses in nats; `interval`: 95 % of compressed − dense, over windows, None for
+    a single window.
+    """
+
+    low: float
+    high: float
+    tokens: int
+    dense: float
+    compressed: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def added(self) -> float:
+        """The loss that was added, in nats a token."""
+        return self.compressed - self.dense
+
+
+@dataclass(frozen=True)
+class DomainFigures:
+    """Perplexity on one of the evaluation texts; `interval`: 95 % of `ratio` = compressed / dense."""
+
+    tokens: int
+    dense: float
+    compressed: float
+    ratio: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class GenerationFigures:
+    """Greedy continuations of `tokens` tokens each, means over prompts.
+
+    `kept`: tokens before the first that differs; `dense`, `compressed`: the share of 4-grams that repeat an earlier one
+    of the same continuation; `repetition_increase`: compressed − dense.
+    """
+
+    prompts: int
+    tokens: int
+    kept: float
+    dense: float
+    compressed: float
+    repetition_increase: float
+
+
+@dataclass(frozen=True)
+class ForgettingFigures:
+    """Where the dense model's knowledge went: losses by kind of token, flips, calibration. Shares of 1, losses in nats.
+
+    `lost`, `gained`: tokens whose likeliest token was right and is wrong, and the other way round; `agreement`: the
+    same likeliest token; `ece_*`: expected calibration error of its probability. `frequency`: by how often the token
+    occurs in the text, the rarest tenth first; `entropy`: by that of the dense model's prediction, where it is surest
+    first; `position`: by place in the window. `rare_loss`: loss added on the rarest tenth.
+    """
+
+    tokens: int
+    accuracy_dense: float
+    accuracy_compressed: float
+    lost: float
+    gained: float
+    agreement: float
+    ece_dense: float
+    ece_compressed: float
+    ece_increase: float
+    rare_loss: float
+    frequency: tuple[Tokens, ...]
+    entropy: tuple[Tokens, ...]
+    position: tuple[Tokens, ...]
+    domains: Mapping[str, DomainFigures]
+    generation: GenerationFigures | None = None

@@ -9,16 +9,19 @@ are had, so that a killed proof goes on with the next one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from soco_export.evaluate.decoder import Decoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
+from soco_export.evaluate.forgetting import compare_readings, compare_texts
 from soco_export.evaluate.items import load_items
 from soco_export.evaluate.parity import Observation, compare_observations, observe
-from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.evaluate.perplexity import Readings, read_text, summarise_readings
 from soco_export.evaluate.settings import ValidateSettings
 from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
 from soco_export.files.atomic import write_atomic
@@ -45,7 +48,7 @@ class Questions:
 
 
 def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) -> dict[str, Any]:
-    """Ask the models that `openers` open, by form; return parity, perplexity, tasks and placement as JSON."""
+    """Ask the models that `openers` open, by form, two or more; return all figures and the placement as JSON."""
     observations: dict[str, Observation] = {}
     answers: dict[str, dict[str, Any]] = {}
     placement: Mapping[str, Any] = {}
@@ -64,6 +67,7 @@ def prove(openers: Mapping[str, Callable[[], Decoder]], questions: Questions) ->
         "perplexity": {form: answer["perplexity"] for form, answer in answers.items()},
         "tasks": _tasks(answers),
         "placement": placement,
+        "forgetting": _forgetting(list(openers), observations, questions),
         "samples": _samples(observations, questions.tokenizer),
     }
 
@@ -91,11 +95,27 @@ def _parity(observations: Mapping[str, Observation], reference: str, candidate: 
     return asdict(step)
 
 
+def _forgetting(forms: Sequence[str], observations: Mapping[str, Observation], questions: Questions) -> dict[str, Any]:
+    """Compare what the last form says of each token with what the first does."""
+    first, last = forms[0], forms[-1]
+    blocks, folder = questions.blocks, questions.folder
+    dense, other = _load_readings(folder / f"{first}.npz"), _load_readings(folder / f"{last}.npz")
+    domains = blocks.domains or (blocks.source,) * len(blocks.tokens)
+    texts = compare_texts(observations[first].greedy, observations[last].greedy)
+    return asdict(compare_readings(dense, other, blocks.tokens, domains, texts))
+
+
+def _load_readings(path: Path) -> Readings:
+    with np.load(path) as arrays:
+        return Readings(**arrays)
+
+
 def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any]:
     """Return a model's perplexity and its answers to the tasks, from the file if it has been asked before."""
-    path = questions.folder / f"{form}.json"
-    if not path.exists():
-        figures = measure_perplexity(decoder, questions.blocks.tokens, questions.notify)
+    path, readings = questions.folder / f"{form}.json", questions.folder / f"{form}.npz"
+    if not (path.exists() and readings.exists()):
+        read = read_text(decoder, questions.blocks.tokens, questions.notify)
+        figures = summarise_readings(read)
         tasks = {}
         for task in questions.settings.tasks:
             name = task.name or task.path.stem
@@ -103,6 +123,7 @@ def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any
                 decoder, questions.tokenizer, load_items(task), name, questions.notify, questions.context
             )
             tasks[name] = asdict(answers)
+        np.savez(readings, **vars(read))  # whole once the answers beside it are there
         write_atomic(path, json.dumps({"perplexity": asdict(figures), "tasks": tasks}))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -48,6 +48,19 @@ class GateSettings(Section):
     min_task_recovery: float | None = Field(
         default=None, ge=0, description="accuracy of what ships / dense, worst task"
     )
+    max_domain_ratio: float | None = Field(
+        default=None, gt=0, description="perplexity of what ships / dense, worst of the evaluation texts"
+    )
+    max_rare_loss: float | None = Field(default=None, description="nats added on the rarest tenth of the tokens")
+    max_lost_tokens: float | None = Field(
+        default=None, ge=0, description="next tokens that were right and are wrong, a share of 1"
+    )
+    max_ece_increase: float | None = Field(
+        default=None, ge=0, description="growth of the expected calibration error, a share of 1"
+    )
+    max_repetition_increase: float | None = Field(
+        default=None, ge=0, description="growth of the share of 4-grams that repeat in greedy text"
+    )
     max_bytes_ratio: float | None = Field(default=None, gt=0, description="bytes on disk of what ships / dense")
     max_memory_ratio: float | None = Field(default=None, gt=0, description="peak memory of what ships / dense")
     min_decode_speedup: float | None = Field(default=None, gt=0)
@@ -90,6 +103,11 @@ GATES = (
     ),
     Gate("max_ppl_ratio", ("perplexity.ratio",), at_most=True),
     Gate("min_task_recovery", ("tasks.*.recovery",), at_most=False),
+    Gate("max_domain_ratio", ("forgetting.domains.*.ratio",), at_most=True),
+    Gate("max_rare_loss", ("forgetting.rare_loss",), at_most=True),
+    Gate("max_lost_tokens", ("forgetting.lost",), at_most=True),
+    Gate("max_ece_increase", ("forgetting.ece_increase",), at_most=True),
+    Gate("max_repetition_increase", ("forgetting.generation.repetition_increase",), at_most=True),
     Gate("max_bytes_ratio", ("sizes.bytes_ratio",), at_most=True),
     Gate("max_memory_ratio", ("memory.ratio",), at_most=True),
     Gate("min_decode_speedup", ("latency.workloads.decode*.speedup.value",), at_most=False),

@@ -15,7 +15,9 @@ _FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 # figures by their first name → the stage of a run that measures them
-STAGES = {"parity": "proof", "perplexity": "proof", "tasks": "proof", "latency": "bench", "memory": "bench"}
+STAGES = {name: "proof" for name in ("parity", "perplexity", "tasks", "forgetting")} | {
+    name: "bench" for name in ("latency", "memory")
+}
 
 
 def render_junit(results: Results, command: str = "") -> str:

@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from soco_export.files.text import visible
-from soco_export.report.draw import curves, frontier, latency, ranks
+from soco_export.report.draw import curves, forgetting, frontier, latency, ranks
 from soco_export.report.draw.style import INK, STYLE
 from soco_export.report.material import Material
 from soco_export.report.schema import Results
@@ -47,6 +47,7 @@ PICTURES = (
     Picture("Ranks that were kept", ranks.draw),
     Picture("Learning the scores", curves.draw_scores),
     Picture("Distilling the factors", curves.draw_distillation),
+    Picture("Where the loss grew", forgetting.draw),
     Picture("Time beside the dense model", latency.draw),
     Picture("Size against quality", frontier.draw),
 )

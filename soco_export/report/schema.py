@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
-from soco_export.evaluate.figures import PerplexityFigures, StepParity, TaskComparison
+from soco_export.evaluate.figures import ForgettingFigures, PerplexityFigures, StepParity, TaskComparison
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.atomic import write_atomic
 from soco_export.report.gates import GateSettings, Verdict, judge
@@ -26,7 +26,7 @@ from soco_train.errors import DataError
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"
-MEASURED = ("sizes", "parity", "perplexity", "tasks", "latency", "memory")
+MEASURED = ("sizes", "parity", "perplexity", "tasks", "forgetting", "latency", "memory")
 
 
 class _Part(BaseModel):
@@ -151,6 +151,7 @@ class Results(_Part):
     parity: ParityResults = ParityResults()
     perplexity: PerplexityResults | None = None
     tasks: Mapping[str, TaskComparison] = {}
+    forgetting: ForgettingFigures | None = None
     latency: LatencyFigures | None = None
     memory: MemoryFigures | None = None
     machine: Machine

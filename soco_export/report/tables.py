@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from soco_export.evaluate.figures import ParityFigures, TaskComparison
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.text import human_bytes
+from soco_export.report.forgetting import domains_table, kinds_table, predictions_table
 from soco_export.report.material import Material
 from soco_export.report.rendering import Row, Table, noise_note, number, percent, with_ends
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
@@ -67,6 +68,9 @@ def all_tables(results: Results) -> list[Table]:
         _perplexity(results.perplexity),
         _parity(results.parity),
         _tasks(results.tasks),
+        kinds_table(results.forgetting),
+        domains_table(results.forgetting),
+        predictions_table(results.forgetting),
         latency_table(results.latency),
         cold_start_table(results.latency),
         ceiling_table(results.latency),

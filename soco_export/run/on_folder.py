@@ -114,9 +114,9 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
         "ratio": ratio,
         "ratio_interval": interval,
     }
-    measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity}
+    measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity, "forgetting": proof["forgetting"]}
     gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
-    verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.")))
+    verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.", "forgetting.")))
     return _proof_outcome(measured, step, verdicts)
 
 

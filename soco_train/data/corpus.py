@@ -32,11 +32,15 @@ Take = Callable[[Iterator[str]], str]  # how much of a continuous text is taken
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks [n, block] int64, where they come from, and the sha256 over their shape and values."""
+    """Token blocks [n, block] int64, where they come from, and the sha256 over their shape and values.
+
+    `domains`: the name of the text that each block is of, [n]; empty where there is one text.
+    """
 
     tokens: torch.Tensor
     source: str
     fingerprint: str
+    domains: tuple[str, ...] = ()
 
 
 def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blocks:
@@ -50,7 +54,8 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
     tokens_wanted = None if wanted is None else wanted * settings.block
     sources = _texts(settings, purpose, lambda pieces: _take(tokenizer, pieces, tokens_wanted))
     texts = [_cut(tokenizer, documents, settings.blocks, settings.block) for documents in sources]
-    tokens = spread([blocks for blocks, _ in texts])[: settings.blocks]
+    order = turns([len(blocks) for blocks, _ in texts])[: settings.blocks]
+    tokens = torch.cat([blocks for blocks, _ in texts])[order]
     if len(tokens) == 0:
         count = max(tokens for _, tokens in texts)
         raise DataError(
@@ -59,7 +64,9 @@ def load_blocks(tokenizer: Any, settings: DataSettings, purpose: Purpose) -> Blo
             + (f", or set {_section(purpose)}.block to {count} or less" if count >= SHORTEST_BLOCK else ""),
             where=source,
         )
-    return Blocks(tokens, source, fingerprint(tokens))
+    names = _names(settings, purpose)
+    of = [name for name, (blocks, _) in zip(names, texts, strict=True) for _ in blocks]
+    return Blocks(tokens, source, fingerprint(tokens), tuple(of[i] for i in order) if len(names) > 1 else ())
 
 
 def _cut(tokenizer: Any, documents: Iterator[str], wanted: int | None, block: int) -> tuple[torch.Tensor, int]:
@@ -96,8 +103,13 @@ def _beginning(tokenizer: Any, pieces: Iterator[str], tokens: int) -> str:
 
 def spread(texts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the blocks [n, block] of all texts, each text spread evenly over the whole; order within a text stays."""
-    places = torch.cat([(torch.arange(len(blocks), dtype=torch.float64) + 0.5) / len(blocks) for blocks in texts])
-    return torch.cat(list(texts))[places.sort(stable=True).indices]
+    return torch.cat(list(texts))[turns([len(blocks) for blocks in texts])]
+
+
+def turns(counts: Sequence[int]) -> torch.Tensor:
+    """Return the order in which the blocks of several texts take turns: indices [n] into all of them."""
+    places = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
+    return places.sort(stable=True).indices
 
 
 def fingerprint(tokens: torch.Tensor) -> str:
@@ -109,11 +121,16 @@ def fingerprint(tokens: torch.Tensor) -> str:
 
 def describe_source(settings: DataSettings, purpose: Purpose) -> str:
     """Return one line naming the text, as reports and errors show it."""
+    return (" + " if settings.builtin is not None else ", ").join(_names(settings, purpose))
+
+
+def _names(settings: DataSettings, purpose: Purpose) -> tuple[str, ...]:
+    """Return what each text of a data section is called."""
     if settings.builtin is not None:
-        return " + ".join(f"built-in text {name}.{purpose}" for name in _builtin(settings))
+        return tuple(f"built-in text {name}.{purpose}" for name in _builtin(settings))
     if settings.hub is not None:
-        return f"hub data set {settings.hub}"
-    return ", ".join(str(path) for path in _files(settings))
+        return (f"hub data set {settings.hub}",)
+    return tuple(str(path) for path in _files(settings))
 
 
 def describe_join(settings: DataSettings, purpose: Purpose) -> str:

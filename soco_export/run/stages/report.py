@@ -79,6 +79,7 @@ def collect(context: RunContext) -> Results:
         "parity": proof["parity"],
         "perplexity": _perplexity(context, proof["perplexity"]),
         "tasks": proof["tasks"],
+        "forgetting": proof.get("forgetting"),  # a proof of an earlier version has none
         "latency": bench.get("latency"),
         "memory": bench.get("memory"),
         "machine": describe_machine(recipe.validation.threads),

@@ -13,6 +13,8 @@ import torch
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures, PeakMemory, Roofline, WorkloadFigures
 from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
+from soco_export.evaluate.forgetting import compare_readings, compare_texts
+from soco_export.evaluate.perplexity import Readings
 from soco_export.files.text import human_bytes
 from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
@@ -67,6 +69,23 @@ def parity(rng, scale):
     return StepParity(one, replace(one, positions=64), rng.uniform(0.5, 1))
 
 
+def forgetting(rng):
+    """What a model that is 0.1 nats worse has forgotten of two texts."""
+    blocks = rng.integers(0, 40, (6, 33)) * rng.integers(0, 2, (6, 33))
+    shape = (6, 32)
+    readings = [
+        Readings(
+            rng.uniform(1, 2, shape) + worse,
+            rng.uniform(1, 3, shape),
+            rng.uniform(0, 1, shape),
+            rng.integers(0, 9, shape),
+        )
+        for worse in (0.0, 0.1)
+    ]
+    texts = compare_texts([np.arange(20)], [np.zeros(20, dtype=np.int64)])
+    return compare_readings(*readings, blocks, ["prose", "code"] * 3, texts)
+
+
 def workload(rng, tokens, past):
     times = rng.uniform(1, 2, (2, 30, 1))
     flat = [summarise_rounds(rounds) for rounds in times]
@@ -95,6 +114,7 @@ def results(rng):
         parity=ParityResults(compression=parity(rng, 0.1), export=parity(rng, 1e-9)),
         perplexity=PerplexityResults.of((ppl[0], ppl[1], ppl[2]), "builtin: time-machine", "ab" * 32, 512),
         tasks={"copa": TaskComparison(task, replace(task, acc=0.48), 0.9, 0.06, 0.96)},
+        forgetting=forgetting(rng),
         latency=LatencyFigures(
             "CPUExecutionProvider", 2, 30, {"prefill_128": workload(rng, 128, 0), "decode_128": workload(rng, 1, 128)},
             {"prefill_512": "the model's context ends at 256 tokens"}, {"dense": line, "compressed": line},
@@ -237,7 +257,7 @@ def test_markdown_has_the_verdict_first_and_whole_tables(results):
     assert all(f"- {SIGNS[verdict.state]} " in first for verdict in results.judged(GATES).verdicts)
     assert "keep_params: 0.8" in folded
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    assert len(blocks) == 11
+    assert len(blocks) == 14
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block}) == 1
     assert "n/a (n=30)" in text
@@ -282,7 +302,14 @@ def test_every_gate_has_words_with_both_numbers(name):
 
 def test_markdown_of_a_run_that_measured_little(results):
     bare = results.model_copy(
-        update={"parity": ParityResults(), "perplexity": None, "tasks": {}, "latency": None, "memory": None}
+        update={
+            "parity": ParityResults(),
+            "perplexity": None,
+            "tasks": {},
+            "latency": None,
+            "memory": None,
+            "forgetting": None,
+        }
     )
     text = render_markdown(bare)
     assert "NOT JUDGED" in text
@@ -338,9 +365,9 @@ def test_html_stands_alone_and_escapes(results):
     assert not {"link", "script", "img", "iframe"} & tags.seen
     assert "url(http" not in text
     assert "A &lt;fast&gt; CPU" in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     assert len(tags.ids) == len(set(tags.ids))
-    assert text.count("<desc") == text.count('role="img"') == 5
+    assert text.count("<desc") == text.count('role="img"') == 6
     assert "#010203" not in text
     assert "a &lt;b&gt; c" in text
 
@@ -445,6 +472,18 @@ def test_changed_answers_are_shown_both_ways(results):
     assert "4.00 %, 1.00 %" in text
     assert "(κ 0.81)" in text
     assert "-0.03 (-0.06 to 0.01)" in text
+
+
+def test_what_was_forgotten_is_told_by_kind_of_token_by_text_and_by_prediction(results):
+    found = results.forgetting
+    text = render_markdown(results)
+    rare = found.frequency[0]
+    assert f"{number(rare.dense)} | {number(rare.compressed)} | {number(rare.added)}" in text
+    assert f"| code | 96 | {number(found.domains['code'].dense)} |" in text
+    assert f"lost {percent(found.lost)}, gained {percent(found.gained)}" in text
+    assert "| 0.00 % | 94.12 % | +94.12 points |" in text  # the same token again and again: 16 of 17 repeat
+    picture = next(plot for plot in plots.draw_plots(results)[0] if plot.title == "Where the loss grew")
+    assert f"{rare.added:.3g} nats on the rarest" in picture.text
 
 
 def test_what_only_one_result_has_has_no_recovery(results):

@@ -73,8 +73,9 @@ def test_jsonl_documents_are_joined(tmp_path: Path) -> None:
 def test_any_first_blocks_of_several_texts_are_a_fair_mixture(tmp_path: Path) -> None:
     sizes = {"a": random.randint(3, 40), "b": random.randint(3, 40), "c": 1}
     paths = tuple(written(tmp_path, letter * 8 * size, f"{letter}.txt") for letter, size in sizes.items())
-    tokens = load_blocks(characters, DataSettings(path=paths, block=8), "calibration").tokens
-    letters = "".join(decoded(block[:1]) for block in tokens)
+    blocks = load_blocks(characters, DataSettings(path=paths, block=8), "calibration")
+    letters = "".join(decoded(block[:1]) for block in blocks.tokens)
+    assert blocks.domains == tuple(str(tmp_path / f"{letter}.txt") for letter in letters)
     total = sum(sizes.values())
     for count in range(1, total + 1):
         for letter, size in sizes.items():
