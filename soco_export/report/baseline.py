@@ -35,9 +35,16 @@ RULES = (
     Rule("sizes.bytes.onnx", True, 0.01, True),
     Rule("sizes.bytes_ratio", True, 0.01, True),
     Rule("memory.ratio", True, 0.1, True),
+    Rule("graph.nodes", True, 0.1, True),  # of a graph that is fused less, dense is as slow: no ratio shows it
     Rule("latency.workloads.*.speedup.value", False, 0.05, True),
 )
-TEXTS = {"the evaluation text": ("perplexity", "fingerprint"), "the tokens per block": ("perplexity", "block")}
+SAME = {  # what has to be the same for a comparison: name of the verdict → what it is called, section, field
+    "perplexity.text": (
+        ("the evaluation text", "perplexity", "fingerprint"),
+        ("the tokens per block", "perplexity", "block"),
+    ),
+    "latency.conditions": (("the number of threads", "latency", "threads"), ("the provider", "latency", "provider")),
+}
 
 
 def judge_against(
@@ -45,12 +52,13 @@ def judge_against(
 ) -> tuple[Verdict, ...]:
     """Judge every figure of `baseline` that a rule is about. `tolerances`: figure or glob of RULES → what is allowed.
 
-    A figure that the baseline has and this run lacks fails; so does perplexity of another text, which is no comparison.
+    A figure that the baseline has and this run lacks fails; so do perplexity of another text and speed on other threads, which are
+    no comparison.
     Raises RecipeError for a tolerance that no rule is about.
     """
     rules = _with(tolerances or {})
     before, now = baseline.figures(), run.figures()
-    verdicts = list(_other_text(run, baseline))
+    verdicts = list(_incomparable(run, baseline))
     for name, value in before.items():
         rule = next((rule for rule in rules if fnmatchcase(name, rule.figures)), None)
         if rule is not None and value is not None:
@@ -134,14 +142,15 @@ def apart(name: str, before: Mapping[str, float | None], now: Mapping[str, float
     return math.exp(value - down), math.exp(value + up)
 
 
-def _other_text(run: Results, baseline: Results) -> Iterator[Verdict]:
-    if run.perplexity is None or baseline.perplexity is None:
-        return
-    for title, (section, field) in TEXTS.items():
-        one, two = (getattr(getattr(side, section), field) for side in (baseline, run))
+def _incomparable(run: Results, baseline: Results) -> Iterator[Verdict]:
+    for verdict, title, section, field in ((name, *one) for name, each in SAME.items() for one in each):
+        before, now = getattr(baseline, section), getattr(run, section)
+        if before is None or now is None:
+            continue
+        one, two = getattr(before, field), getattr(now, field)
         if one != two:
-            message = f"{title} is another one than the baseline's ({_short(one)} → {_short(two)}): no comparison"
-            yield Verdict("perplexity.text", f"{section}.{field}", None, 0.0, False, message)
+            message = f"{title} is not the baseline's ({_short(one)} → {_short(two)}): no comparison"
+            yield Verdict(verdict, f"{section}.{field}", None, 0.0, False, message)
 
 
 def _origins(results: Results) -> dict[str, Any]:

@@ -173,7 +173,8 @@ class Results(_Part):
     def figures(self) -> dict[str, float | None]:
         """Return every measured number by dotted name: "parity.export.decode.mean_kl" → 3e-10."""
         measured = self.model_dump(include=set(MEASURED))
-        return dict(_numbers(measured, ""))
+        nodes = sum(count for operators in self.placement.values() for count in operators.values())
+        return {**dict(_numbers(measured, "")), "graph.nodes": nodes or None}
 
     def judged(self, gates: GateSettings) -> Results:
         """Return a copy with the verdicts of `gates`."""

@@ -75,6 +75,19 @@ def test_what_was_not_measured_or_on_another_text_fails(results):  # noqa: F811
     assert states(results.model_copy(update={"latency": None}), results)[DECODE] == "failed"
 
 
+@pytest.mark.parametrize("changed", [{"threads": 1}, {"provider": "CUDAExecutionProvider"}])
+def test_speed_on_other_threads_or_another_provider_is_no_comparison(results, changed):  # noqa: F811
+    other = results.model_copy(update={"latency": replace(results.latency, **changed)})
+    assert states(other, results)["latency.conditions"] == "failed"
+    assert "latency.conditions" not in states(results, results)
+
+
+@pytest.mark.parametrize(("nodes", "state"), [(800, "failed"), (430, "passed"), (300, "passed")])
+def test_a_graph_that_is_fused_less_is_found_though_dense_is_as_slow(results, nodes, state):  # noqa: F811
+    other = results.model_copy(update={"placement": {"CPUExecutionProvider": {"MatMul": 300, "Mul": nodes - 300}}})
+    assert states(other, results)["graph.nodes"] == state
+
+
 def test_what_changed_is_said(results):  # noqa: F811
     machine = replace(results.machine, threads=1, versions={"python": "3.12.0", "torch": "3"})
     run = results.model_copy(update={"machine": machine, "recipe": {**results.recipe, "keep_params": 0.6}})
