@@ -35,10 +35,11 @@ RULES = (
     Rule("sizes.bytes.onnx", True, 0.01, True),
     Rule("sizes.bytes_ratio", True, 0.01, True),
     Rule("memory.ratio", True, 0.1, True),
-    Rule("graph.nodes", True, 0.1, True),  # of a graph that is fused less, dense is as slow: no ratio shows it
+    Rule("graph.nodes", True, 0.1, True),  # dense is as slow in a graph that is fused less: no ratio shows it
     Rule("latency.workloads.*.speedup.value", False, 0.05, True),
 )
-SAME = {  # what has to be the same for a comparison: name of the verdict → what it is called, section, field
+# What has to be the same for a comparison: name of the verdict → what it is called, section, field.
+SAME = {
     "perplexity.text": (
         ("the evaluation text", "perplexity", "fingerprint"),
         ("the tokens per block", "perplexity", "block"),
@@ -52,8 +53,8 @@ def judge_against(
 ) -> tuple[Verdict, ...]:
     """Judge every figure of `baseline` that a rule is about. `tolerances`: figure or glob of RULES → what is allowed.
 
-    A figure that the baseline has and this run lacks fails; so do perplexity of another text and speed on other threads, which are
-    no comparison.
+    A figure that the baseline has and this run lacks fails; so do perplexity of another text and speed on other
+    threads, which are no comparison.
     Raises RecipeError for a tolerance that no rule is about.
     """
     rules = _with(tolerances or {})
