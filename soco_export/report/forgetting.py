@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from soco_export.evaluate.figures import ForgettingFigures, Tokens
-from soco_export.report.rendering import Row, Table, number, percent, ratio_text, with_ends
+from soco_export.report.rendering import Row, Table, number, percent, ratio_text
 
 KINDS = ("tokens", "count", "dense", "this model", "added")
 PREDICTIONS = ("", "dense", "this model", "change")
@@ -41,13 +41,8 @@ def _span(kind: Tokens, one: str, unit: str) -> str:
 
 
 def _row(name: str, kind: Tokens) -> Row:
-    return (
-        name,
-        number(kind.tokens),
-        number(kind.dense),
-        number(kind.compressed),
-        with_ends(number(kind.added), kind.interval),
-    )
+    ends = f" ({kind.interval[0]:.3f} to {kind.interval[1]:.3f})" if kind.interval else ""
+    return name, number(kind.tokens), f"{kind.dense:.3f}", f"{kind.compressed:.3f}", f"{kind.added:+.3f}{ends}"
 
 
 def domains_table(found: ForgettingFigures | None) -> Table | None:

@@ -17,7 +17,7 @@ def latency_table(latency: LatencyFigures | None) -> Table | None:
         title = workload_title(work)
         rows.append((title, "dense", *_percentiles(work.dense), number(work.dense_tokens_per_s), ""))
         speed = (*_percentiles(work.compressed), number(work.compressed_tokens_per_s), speedup(work.speedup))
-        rows.append((title, "pruned", *speed))
+        rows.append((title, "this model", *speed))
         if work.control:
             rows.append((title, "dense against itself (A/A)", "", "", "", "", ratio(work.control)))
     skipped = "".join(f" Skipped {name}: {reason}." for name, reason in latency.skipped.items())
@@ -25,7 +25,7 @@ def latency_table(latency: LatencyFigures | None) -> Table | None:
         f"ONNX, {latency.provider}, {latency.threads} threads, {latency.rounds} interleaved rounds or more. TTFT: time "
         "to first token; TPOT: time per output token. The speed-up is the median of the rounds' ratios; in brackets "
         "95 % intervals, from blocks of rounds, widened by what a second copy of the dense model measures against the "
-        f"first, which is noise. **Bold** is a difference beyond it.{skipped}"
+        f"first, which is noise. Bold is a difference beyond it.{skipped}"
     )
     return Table("Latency", ("workload", "model", "p50", "p95", "p99", "tokens/s", "speed-up"), tuple(rows), note)
 
@@ -49,7 +49,7 @@ def cold_start_table(latency: LatencyFigures | None) -> Table | None:
     """Return how long opening a model and its first token take."""
     if latency is None:
         return None
-    names = {"dense": "dense", "compressed": "pruned"}
+    names = {"dense": "dense", "compressed": "this model"}
     rows = [
         (
             names[model],
@@ -92,7 +92,7 @@ def memory_table(memory: MemoryFigures | None) -> Table | None:
     """Return the peak memory of both models."""
     if memory is None:
         return None
-    models = {"dense": memory.dense, "pruned": memory.compressed}
+    models = {"dense": memory.dense, "this model": memory.compressed}
     rows = [(name, human_bytes(peak.peak), human_bytes(peak.interpreter)) for name, peak in models.items()]
     note = f"{memory.dense.method}; ratio {number(memory.ratio)}."
     return Table("Memory", ("ONNX model", "peak", "of which libraries"), tuple(rows), note)

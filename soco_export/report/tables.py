@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from soco_export.evaluate.figures import ParityFigures, TaskComparison
+from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, TaskComparison
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.text import human_bytes
 from soco_export.report.forgetting import domains_table, kinds_table, predictions_table
@@ -94,7 +94,7 @@ def _sizes(sizes: SizeFigures) -> Table:
         written = "" if sizes.file_bytes is None else f" (model.onnx and its data: {sizes.file_bytes:,})"
         asked = f"keep_bytes {sizes.keep_bytes:,}{written}"
     note = f"asked: {asked}; {left}.{pivots}"
-    return Table("Size", ("", "dense", "pruned", "ratio"), tuple(rows), note)
+    return Table("Size", ("", "dense", "this model", "ratio"), tuple(rows), note)
 
 
 def _before_after(name: str, before: int, after: int) -> Row:
@@ -122,7 +122,7 @@ def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
         (
             name,
             with_ends(number(form.value), form.interval),
-            with_ends(number(form.value / perplexity.dense.value), perplexity_ratio(perplexity.dense, form)[1]),
+            _beside(perplexity.dense, form),
             number(form.loss),
             number(form.tokens),
         )
@@ -130,6 +130,11 @@ def _perplexity(perplexity: PerplexityResults | None) -> Table | None:
         if form is not None
     ]
     return Table("Perplexity", ("", "perplexity", "/ dense", "loss (nats)", "tokens"), tuple(rows), _text(perplexity))
+
+
+def _beside(dense: PerplexityFigures, form: PerplexityFigures) -> str:
+    ratio, ends = perplexity_ratio(dense, form)
+    return with_ends(number(ratio), ends) if form is not dense else "1"
 
 
 def _text(perplexity: PerplexityResults) -> str:
@@ -186,7 +191,17 @@ def _tasks(tasks: Mapping[str, TaskComparison]) -> Table:
         )
         for name, task in tasks.items()
     ]
-    columns = ("task", "dense", "pruned", "change", "recovery", "per character", "same answer", "lost, gained", "items")
+    columns = (
+        "task",
+        "dense",
+        "this model",
+        "change",
+        "recovery",
+        "per character",
+        "same answer",
+        "lost, gained",
+        "items",
+    )
     note = (
         "Accuracy ± standard error. Lost: right → wrong; gained: wrong → right. In brackets 95 % intervals from those "
         "items, for both models answered the same ones. κ: Cohen's kappa, the same answer beyond chance."

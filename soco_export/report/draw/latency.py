@@ -9,6 +9,7 @@ from soco_export.bench.figures import WorkloadFigures
 from soco_export.bench.stats import Summary
 from soco_export.report.draw.style import INK, MAIN, NOISE, SECOND
 from soco_export.report.material import Material
+from soco_export.report.rendering import noise_note
 from soco_export.report.schema import Results
 
 
@@ -31,7 +32,9 @@ def draw(results: Results, material: Material, figure: Any) -> str:
     for colour, label in ((SECOND, "dense"), (MAIN, "this model"), (NOISE, "dense against itself")):
         axes.plot([], [], color=colour, linewidth=6, alpha=1.0 if colour != NOISE else 0.35, label=label)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16 + 0.06 * (4 - min(4, len(works)))), ncols=3)
-    said = ", ".join(f"{name} {work.speedup.value:.2f} × as fast" for name, work in works.items())
+    said = ", ".join(
+        f"{name} {work.speedup.value:.2f} × as fast{noise_note(work.speedup)}" for name, work in works.items()
+    )
     return (
         "Boxes: quartiles and 5 to 95 % of all passes of each model. Grey: the 95 % interval that a copy of the dense "
         f"model shows against itself, which is noise. {said}."

@@ -243,7 +243,10 @@ def test_the_verdict_sentence_claims_no_speed_within_the_noise(results, low, val
     work = results.latency.workloads["decode_128"]
     work = replace(work, speedup=replace(work.speedup, low=low, value=value, high=high))
     latency = replace(results.latency, workloads={"decode_128": work})
-    sentence = verdict_sentence(results.model_copy(update={"latency": latency}))
+    run = results.model_copy(update={"latency": latency})
+    picture = next(plot for plot in plots.draw_plots(run)[0] if plot.title == "Time beside the dense model")
+    assert ("within the noise" in picture.text) == (low <= 1 <= high)
+    sentence = verdict_sentence(run)
     assert said in sentence
     assert f"{results.sizes.bytes_ratio:.2f} × the bytes" in sentence
     assert f"perplexity {results.perplexity.ratio:.3f} × dense" in sentence
@@ -462,6 +465,7 @@ def test_the_protocol_of_a_perplexity_is_stored_and_shown_with_its_interval(resu
     text = render_markdown(found)
     assert "32 windows of 512 tokens, stride 512, no BOS" in text
     assert f"({number(low)}–{number(high)})" in text
+    assert "(1–1)" not in text  # dense beside itself
 
 
 def test_changed_answers_are_shown_both_ways(results):
@@ -478,7 +482,7 @@ def test_what_was_forgotten_is_told_by_kind_of_token_by_text_and_by_prediction(r
     found = results.forgetting
     text = render_markdown(results)
     rare = found.frequency[0]
-    assert f"{number(rare.dense)} | {number(rare.compressed)} | {number(rare.added)}" in text
+    assert f"{rare.dense:.3f} | {rare.compressed:.3f} | {rare.added:+.3f} (" in text
     assert f"| code | 96 | {number(found.domains['code'].dense)} |" in text
     assert f"lost {percent(found.lost)}, gained {percent(found.gained)}" in text
     assert "| 0.00 % | 94.12 % | +94.12 points |" in text  # the same token again and again: 16 of 17 repeat
