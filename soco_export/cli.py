@@ -296,6 +296,28 @@ def gate(
 
 
 @app.command(cls=Verb)
+def repair(
+    run: Annotated[Path, typer.Argument(help="A run folder that lost its manifest.json or recipe.lock.yaml.")],
+    model: Model = None,
+    recipe: RecipeFile = None,
+    keep_params: KeepParams = None,
+    keep_bytes: KeepBytes = None,
+    set_: Set = None,
+    tiny: Tiny = False,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run's lost manifest or lock again from its other files, where these agree.
+
+    A lost lock is taken from results.json, else from the flags that the run was made with. With a lost manifest
+    --model says where the dense model lies now, if it was moved.
+    """
+    _call("repair", locals())
+
+
+@app.command(cls=Verb)
 def pack(
     folder: Annotated[Path, typer.Argument(help="An exported folder: onnx/ or hf/ of a run.")],
     out: Annotated[

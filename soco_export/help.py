@@ -36,6 +36,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "soco-export report runs/tiny",
     ),
     "gate": ("soco-export gate runs/tiny --baseline baseline.json --tolerance perplexity.ratio=0.03",),
+    "repair": ("soco-export repair runs/tiny",),
     "pack": ("soco-export pack runs/tiny/onnx --out tiny.socopack",),
     "unpack": ("soco-export unpack tiny.socopack --out tiny",),
     "show": ("soco-export recipes show tiny --set keep_params=0.8",),

@@ -178,7 +178,7 @@ def _check_free(root: Path) -> None:
     if LOCK in strangers:
         raise RecipeError(
             f"{root} holds a run that has lost its {MANIFEST}",
-            fix=f"put {MANIFEST} back, or give another --out: without it nothing there is known to be the run's own",
+            fix=f"soco-export repair {root}, or put {MANIFEST} back, or give another --out",
             where=str(root / MANIFEST),
         )
     if strangers:
@@ -233,7 +233,7 @@ def read_lock(root: Path) -> Recipe:
     if not (root / LOCK).is_file() and (root / MANIFEST).is_file():
         raise RecipeError(
             f"{root} holds a run that has lost its {LOCK}",
-            fix=f"put {LOCK} back from a copy, or write one from the key `recipe` of the run's results.json",
+            fix=f"soco-export repair {root}, or put {LOCK} back from a copy",
             where=str(root / LOCK),
         )
     if not (root / LOCK).is_file():
@@ -254,13 +254,20 @@ def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: boo
 
     Raises RecipeError if it holds another run or another process holds it, MachineError if it cannot be written.
     """
+    check_folder(root, recipe, fresh)
+    with hold(root):
+        yield _begin(root, recipe, argv, fresh)
+
+
+@contextmanager
+def hold(root: Path) -> Iterator[None]:
+    """Keep other processes from writing into `root`, created if need be; errors as `open_folder`."""
     from filelock import FileLock, Timeout
 
-    check_folder(root, recipe, fresh)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / HELD, timeout=0):
-            yield _begin(root, recipe, argv, fresh)
+            yield
     except Timeout:
         raise RecipeError(
             f"{root} is in use by another process{_holder(root)}",

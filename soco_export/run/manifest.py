@@ -37,6 +37,11 @@ class StageRecord(Record):
     seconds: float = 0.0
 
 
+def digest(record: StageRecord) -> str:
+    """Return one hash over everything that a stage wrote."""
+    return stage_key(None, {path: file.sha256 for path, file in record.outputs.items()})
+
+
 class Process(Record):
     """Who works (or last worked) in the folder."""
 
@@ -76,7 +81,8 @@ class Manifest(Record):
         except ValidationError as error:
             raise RecipeError(
                 f"{MANIFEST} is not a manifest of this version of soco-export",
-                fix="give another --out: what another program or version wrote is left alone, even with --fresh",
+                fix="give another --out: what another program or version wrote is left alone, even with --fresh; "
+                "one that was damaged is moved away and made again by soco-export repair",
                 where=str(path),
             ) from error
         if not manifest.written:  # made before files were listed apart from stages
@@ -96,6 +102,12 @@ class Manifest(Record):
             for name, record in records.items():
                 known.setdefault(name, []).append(record)
         check_ours(root, names, known, EDITED)
+
+    def disown(self, stage: str) -> None:
+        """Forget a stage, and that what it wrote is the run's own."""
+        record = self.stages.pop(stage, None)
+        for name in record.outputs if record else ():
+            self.written.pop(name, None)
 
     def settle(self, root: Path) -> None:
         """Forget what a killed replacement left in `earlier`: what lies there now is what was written."""

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from soco_export.files.atomic import remove
 from soco_export.files.machine import machine_limits
 from soco_export.run.folder import RunFolder, workspaces
-from soco_export.run.manifest import NEW, StageRecord, stage_key, why_stale
+from soco_export.run.manifest import NEW, StageRecord, digest, record_outputs, stage_key, why_stale
 from soco_train import parallel
 from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
@@ -84,11 +84,27 @@ class Pipeline(Generic[Context]):
     def why(self, stage: Stage[Context]) -> str:
         """Return why a stage must run, "" if it need not."""
         home = self._home(stage)
-        keys = (self._key(stage), self._key(stage, whole=True))
-        return why_stale(home.root, home.manifest.stages.get(stage.name), keys)
+        return why_stale(home.root, home.manifest.stages.get(stage.name), self._keys(stage))
+
+    def gives_key(self, stage: Stage[Context]) -> bool:
+        """Tell whether settings and inputs are those under which the manifest has a stage done."""
+        record = self._home(stage).manifest.stages[stage.name]
+        return record.key in self._keys(stage)
+
+    def adopt(self, stage: Stage[Context]) -> None:
+        """Record what lies in the places of a stage as what it wrote; whoever calls knows that it did."""
+        home = self._home(stage)
+        inputs = {name: self._hash(name) for name in stage.reads}
+        outputs = record_outputs(home.root, stage.writes, self._of_others(stage))
+        record = StageRecord(status="done", key=self._key(stage), inputs=inputs, outputs=outputs)
+        home.manifest.stages[stage.name] = record
+        home.manifest.written.update(outputs)
 
     def _home(self, stage: Stage[Context]) -> RunFolder:
         return self.homes.get(stage.name, self.folder)
+
+    def _keys(self, stage: Stage[Context]) -> tuple[str, str]:
+        return self._key(stage), self._key(stage, whole=True)
 
     def _key(self, stage: Stage[Context], whole: bool = False) -> str:
         """Hash what a stage reads: of its settings what differs from the default, or, as runs once had it, all.
@@ -106,8 +122,7 @@ class Pipeline(Generic[Context]):
         stage = next(stage for stage in self.stages if stage.name == name)
         if stage.cache:
             return self._key(stage, whole)
-        record = self._home(stage).manifest.stages.get(name, StageRecord(status="running", key=""))
-        return stage_key(None, {path: file.sha256 for path, file in record.outputs.items()})
+        return digest(self._home(stage).manifest.stages.get(name, StageRecord(status="running", key="")))
 
     def _execute(self, stage: Stage[Context], reason: str) -> None:
         home, key = self._home(stage), self._key(stage)
@@ -122,11 +137,14 @@ class Pipeline(Generic[Context]):
                 parallel.call(f"{stage.name}\n{workspace}")
             stage.work(self.context, workspace)
         seconds = time.monotonic() - started
-        others = {name for other in self.stages if other is not stage for name in other.writes}
-        others.update(stage.cedes)
         done = StageRecord(status="done", key=key, inputs=inputs, seconds=round(seconds, 3))
-        home.install(workspace, stage.name, done, stage.writes, others)
+        home.install(workspace, stage.name, done, stage.writes, self._of_others(stage))
         self.notify(Event(stage.name, 1, 1, {"": f"done in {seconds:.1f} s"}, "done"))
+
+    def _of_others(self, stage: Stage[Context]) -> set[str]:
+        """Return the paths inside of what a stage writes that another one has written since."""
+        others = {name for other in self.stages if other is not stage for name in other.writes}
+        return others | set(stage.cedes)
 
     def _workspace(self, stage: Stage[Context], key: str) -> Path:
         """Return the stage's own folder in unfinished/; those of its earlier tasks go."""
@@ -138,6 +156,8 @@ class Pipeline(Generic[Context]):
         for name in () if stage.cache else stage.writes:
             remove(own / name)
         own.mkdir(parents=True, exist_ok=True)
+        for left in own.rglob("*.partial"):  # of a process that was killed as it wrote
+            left.unlink()
         return own
 
 

@@ -154,6 +154,13 @@ def gate(
     return gate_run(run, baseline, tolerances)
 
 
+def repair(request: Request, run: Path, notify: Notify = silent) -> Outcome:
+    """Make the lost manifest or lock of a run again from what its other files say; see run/repair.py."""
+    from soco_export.run.repair import repair_run
+
+    return repair_run(request, run, notify)
+
+
 def pack(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
     """Write an exported folder as one compressed file for download."""
     from soco_export.files.pack import default_archive, pack_folder

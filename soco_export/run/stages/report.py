@@ -22,6 +22,7 @@ from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import Material, Sample
 from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
 from soco_export.run.context import RunContext
+from soco_export.run.manifest import digest
 from soco_export.run.names import (
     BENCH_FILE,
     CARD_FILE,
@@ -219,12 +220,14 @@ def rounding_note(rounding: Mapping[str, Any]) -> str:
 
 def _provenance(context: RunContext) -> dict[str, Any]:
     manifest, calibration = context.folder.manifest, context.blocks("calibration")
+    done = {name: record for name, record in manifest.stages.items() if record.status == "done"}
     return {
         "seed": manifest.seed,
         "model": context.model_hash(),
         "calibration": {"text": calibration.source, "fingerprint": calibration.fingerprint},
         "started": manifest.process.started,
-        "seconds": {name: record.seconds for name, record in manifest.stages.items() if record.status == "done"},
+        "seconds": {name: record.seconds for name, record in done.items()},
+        "made": {name: digest(record) for name, record in done.items() if name != "report"},
     }
 
 
