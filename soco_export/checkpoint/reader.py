@@ -14,10 +14,11 @@ from safetensors import safe_open
 
 from soco_export.checkpoint.record import QUANT_METHOD
 from soco_export.files.json import read_config
-from soco_export.files.safetensors import REPAIR, StoredTensor, is_finite, open_shards, weight_files
+from soco_export.files.safetensors import REPAIR, StoredTensor, open_shards, weight_files
 from soco_train.errors import DataError
 from soco_train.forms.base import FORMS
 from soco_train.forms.registry import state_of
+from soco_train.numbers.faults import number_fault
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # what factors are stored in
 
@@ -93,7 +94,7 @@ def _check_values(file: Path) -> None:
     with safe_open(str(file), framework="pt") as shard:
         for name in shard.keys():  # noqa: SIM118
             tensor = shard.get_tensor(name)
-            if not is_finite(tensor):
-                raise DataError(f"{name} in {file.name} holds NaN or infinity", fix=REPAIR, where=str(file))
+            if fault := number_fault(tensor):
+                raise DataError(f"{name} in {file.name} holds {fault}", fix=REPAIR, where=str(file))
             if name.endswith(".order") and not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
                 raise DataError(f"{name} in {file.name} is not a permutation", fix=REPAIR, where=str(file))

@@ -6,12 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from soco_export.files.safetensors import is_finite
-from soco_train.errors import DataError
-from soco_train.store.tensorfile import Pending, write_file
+from soco_train.store.tensorfile import Pending, checked, write_file
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Pending], max_shard_size: int | str, parameters: int) -> None:
@@ -25,28 +22,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Pending], max_shard_size: i
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        write_file(folder / file, {name: _checked(name, tensors[name]) for name in names}, {"format": "pt"})
+        write_file(folder / file, {name: checked(name, tensors[name]) for name in names}, {"format": "pt"})
     if split.is_sharded:
         metadata = {"total_parameters": parameters, **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _checked(name: str, tensor: Pending) -> Pending:
-    def read() -> torch.Tensor:
-        value = tensor.read()
-        check_values(name, value)
-        return value
-
-    return Pending(tensor.meta, read)
-
-
-def check_values(name: str, tensor: torch.Tensor) -> None:
-    """Raise DataError if `tensor` holds NaN or infinity."""
-    if not is_finite(tensor):
-        raise DataError(
-            f"{name} holds NaN or infinity",
-            fix="look for where it appears first: the base model, the calibration, or float16",
-            where=name,
-        )

@@ -20,13 +20,13 @@ from soco_export.checkpoint.card import render_card, summarise_layers
 from soco_export.checkpoint.layers import dense_module, factored_layers, record_layers
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.record import PLAN_KEY
-from soco_export.checkpoint.shards import check_values
 from soco_export.checkpoint.versions import config_in_both_forms, tokenizer_in_both_forms
 from soco_export.files.json import read_config
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_train.bounded import read_json
 from soco_train.modules.experts import open_mixtures, stacked_tensors
+from soco_train.numbers.faults import check_numbers
 
 SHARD = "5GB"
 
@@ -95,7 +95,7 @@ def _check_finite(model: nn.Module) -> None:
     """Raise DataError if a parameter holds NaN or infinity. Parameters offloaded to disk are not read."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            check_values(name, parameter.detach())
+            check_numbers(name, parameter.detach())
 
 
 def finish_folder(

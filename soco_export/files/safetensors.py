@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from soco_train.bounded import read_json
 from soco_train.errors import DataError, RecipeError
 from soco_train.store.header import read_header
@@ -87,11 +85,3 @@ def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
         for file in map(Path, files)
         for name, (dtype, shape) in read_header(file, REPAIR).tensors.items()
     }
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether no value is NaN or infinite; takes no memory, which comparing each value would."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 knows no order
-    return bool(torch.stack(wide.aminmax()).isfinite().all())

@@ -18,8 +18,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import StoredTensor, is_finite, open_shards, weight_files
+from soco_export.files.safetensors import StoredTensor, open_shards, weight_files
 from soco_train.errors import DataError
+from soco_train.numbers.faults import number_fault
 
 # how files of several models call the decoder among them, and what transformers calls it alone
 _INSIDE = (("language_model.model", "model"), ("model.language_model", "model"), ("language_model.lm_head", "lm_head"))
@@ -127,14 +128,14 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def check_finite(model: Any, where: str) -> None:
-    """Raise DataError naming the first weight that holds NaN or infinity."""
+def check_finite(model: Any, where: str, dtype: torch.dtype | None = None) -> None:
+    """Raise DataError naming the first weight that holds NaN, infinity, or what `dtype` has no room for."""
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise DataError(
-                f"{name} holds {bad} values that are NaN or infinite", fix="download or repair the model", where=where
+        if fault := number_fault(parameter.detach(), dtype):
+            fix = "download or repair the model" + (
+                f"; or another type than {dtype} for what is written" if dtype else ""
             )
+            raise DataError(f"{name} holds {fault}", fix=fix, where=where)
 
 
 @contextmanager

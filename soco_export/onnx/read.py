@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
@@ -22,6 +23,7 @@ from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.forms.registry import state_of
 from soco_train.numbers.blocks import Levels
+from soco_train.numbers.faults import NONE, range_fault
 
 HEADS = ("lm_head.", "embed_out.")  # outside of the base model, by whatever name it goes
 # Older checkpoints store buffers that are computed from the config.
@@ -162,16 +164,16 @@ class CheckpointWeights:
         return self.kept.get(name) if self.kept else None
 
     def read(self, name: str) -> Stored:
-        """Return one tensor, floats as float32; DataError if it is unreadable or not finite."""
+        """Return one tensor, floats as float32; DataError if it is unreadable or holds what it must not."""
         place = self._places[name]
         file = self._stored[place.name].file
         try:
             values = _read_tensor(str(file), place, place.turned or name in self._transposed)
-            finite = _is_finite(values)
+            fault = _fault(values)
         except (SafetensorError, OSError) as error:
             raise DataError(f"cannot read {name}: {error}", fix="copy the checkpoint again", where=str(file)) from error
-        if not finite:
-            raise DataError(f"{name} holds NaN or infinity", fix="train or download the model anew", where=name)
+        if fault:
+            raise DataError(f"{name} holds {fault}", fix="train or download the model anew", where=name)
         return values
 
 
@@ -253,13 +255,14 @@ def _read_tensor(file: str, place: _Place, transposed: bool) -> Stored:
     return np.asarray((tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
 
-def _is_finite(values: Stored) -> bool:
-    """A sum is finite only if every term is, and needs no second array."""
+def _fault(values: Stored) -> str:
+    """Return what is wrong with the numbers of a tensor, "" if nothing; looks at a piece of it at a time."""
     step = max(1, CHUNK * len(values) // max(1, values.nbytes))
-    with np.errstate(over="ignore", invalid="ignore"):
-        return all(
-            np.isfinite(values[start : start + step].sum(dtype=np.float64)) for start in range(0, len(values), step)
-        )
+    pieces = (values[start : start + step] for start in range(0, len(values), step))
+    ends = [(float(piece.min()), float(piece.max())) for piece in pieces if piece.size]
+    if not ends or not all(math.isfinite(end) for pair in ends for end in pair):
+        return NONE if ends else ""
+    return range_fault(min(low for low, _ in ends), max(high for _, high in ends), len(values.shape) > 1, torch.float32)
 
 
 def _refuse_quantised(record: dict[str, object], folder: Path) -> None:

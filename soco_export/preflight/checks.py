@@ -57,7 +57,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     check_room(estimate(recipe, shape, format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
     if not root.exists():  # a run that goes on has read its weights
-        check_weights(recipe)
+        check_weights(recipe, format)
 
 
 def check_recipe(recipe: Recipe, format: str) -> None:

@@ -71,18 +71,22 @@ def check_tasks(recipe: Recipe) -> None:
         load_items(task)
 
 
-def check_weights(recipe: Recipe) -> None:
+def check_weights(recipe: Recipe, format: str) -> None:
     """Raise DataError for weights that are missing, left out, not finite, or tied in name only; reads all of them.
 
-    Weights are looked at where their files lie: next to no memory is taken.
+    So are those refused that float16 has no room for, where that is written. Weights are looked at where their files
+    lie: next to no memory is taken.
     """
+    import torch
+
     from soco_export.model.load import open_model
     from soco_export.model.weights import check_finite
 
     if recipe.model.weights == "random":
         return
     model = open_model(recipe)
-    check_finite(model, recipe.name)
+    half = "float16" in (recipe.model.dtype, recipe.export.dtype if format == "onnx" else "")
+    check_finite(model, recipe.name, torch.float16 if half else None)
     check_ties(model, recipe)
 
 

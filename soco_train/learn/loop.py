@@ -22,6 +22,7 @@ from soco_train.data.batches import batch
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.learn.optimiser import pack_state, unpack_state
+from soco_train.learn.postmortem import first_broken
 from soco_train.modules.subject import Session
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
@@ -46,6 +47,7 @@ class Loop(ABC):
     kind: ClassVar[str]  # of the checkpoint, in its header and its name
     stage: ClassVar[str]  # of the events
     rate: ClassVar[str]  # the recipe key of the learning rate
+    model: nn.Module
 
     def __init__(
         self,
@@ -115,16 +117,34 @@ class Loop(ABC):
         parallel.backward(loss, self.parameters.values(), weight)
         value = float(parallel.combine(figure.detach().clone(), weight))
         if not math.isfinite(value):
-            raise DataError(
-                f"the loss is {value} at step {self.step} of {self.stage}",
-                fix=f"lower {self.rate}, and check that the dense model's logits are finite; the last checkpoint stays",
-                where=str(self._file),
-            )
+            raise self._broken(f"the loss is {value}", self.parameters)
         return value
 
     def clip(self) -> None:
-        """Scale the gradients down to the norm `clip`."""
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip)
+        """Scale the gradients down to the norm `clip`; DataError, naming the layer, if they are not finite."""
+        try:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip, error_if_nonfinite=True)
+        except RuntimeError as error:
+            gradients = {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
+            raise self._broken("a gradient is not finite", gradients) from error
+
+    def layer_at(self, parameter: str, index: int) -> str:
+        """Return the layer to which entry `index` of a parameter belongs; here each parameter is named by its layer."""
+        return parameter
+
+    def _broken(self, what: str, values: Mapping[str, torch.Tensor]) -> DataError:
+        """Return the error for a step that came to nothing; it names where the first number is that is none.
+
+        Where all of `values` are finite the model is asked once more, module by module.
+        """
+        bad = {name: (~value.detach().isfinite()).reshape(-1).nonzero() for name, value in values.items()}
+        found = [self.layer_at(name, int(indices[0])) for name, indices in bad.items() if len(indices)]
+        first = found[0] if found else first_broken(self.model, self.batch(self.step)[:1].to(self.device))
+        return DataError(
+            f"{what} at step {self.step} of {self.stage}{f', first in {first}' if first else ''}",
+            fix=f"lower {self.rate}, and check that the dense model's logits are finite; the last checkpoint stays",
+            where=str(self._file),
+        )
 
     def update(self, factor: float = 1.0) -> None:
         """Step every optimiser at `factor` of its peak learning rate, and forget the gradients."""

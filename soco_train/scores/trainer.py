@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,11 @@ class _Training(Loop):
     def steps(self) -> int:
         """Steps in all: fewer once the stopping rules have ended a phase."""
         return self.timetable.steps
+
+    def layer_at(self, parameter: str, index: int) -> str:
+        """Return the layer to which a score or an entry of the deviation belongs."""
+        counts = self.bank.ranks if parameter == "theta" else self.bank.rows
+        return next(name for name, end in zip(self.bank.names, accumulate(counts), strict=True) if index < end)
 
     def _gates(self, temperature: float) -> torch.Tensor:
         return soft_gate(self.bank.scores(), self.train.threshold, temperature)

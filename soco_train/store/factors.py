@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import form_of_class, forms_of, from_factors
-from soco_train.store.tensorfile import Pending, Provenance, read_tensors, write_tensors
+from soco_train.store.tensorfile import Pending, Provenance, checked, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Factors:
         return Factors(dict(self.layers), self.provenance)
 
     def save(self, path: Path) -> None:
-        """Write `factors.safetensors`; what is lazy is made a layer at a time."""
+        """Write `factors.safetensors`; what is lazy is made a layer at a time. DataError for NaN, naming the layer."""
         forms = forms_of(self.layers)
 
         @lru_cache(maxsize=1)  # the parts of a layer are written one after the other
@@ -36,7 +36,7 @@ class Factors:
             return vars(self.layers[name])
 
         tensors = {
-            f"{name}:{part}": Pending(meta, lambda name=name, part=part: parts_of(name)[part])  # type: ignore[misc]
+            f"{name}:{part}": checked(f"{part} of {name}", Pending(meta, partial(_part, parts_of, name, part)))
             for name, form in forms.items()
             for part, meta in vars(form).items()
             if meta is not None
@@ -55,6 +55,10 @@ class Factors:
             return Factors(layers, dict(header["provenance"]))
 
         return answering("these are no factors", str(path), MADE_ANEW, make)
+
+
+def _part(parts_of: Callable[[str], Mapping[str, torch.Tensor]], name: str, part: str) -> torch.Tensor:
+    return parts_of(name)[part]
 
 
 def _layer_factors(kind: str, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFactors:

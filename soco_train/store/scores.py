@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from soco_train.bounded import MADE_ANEW, answering
-from soco_train.store.tensorfile import Provenance, read_tensors, write_tensors
+from soco_train.store.tensorfile import Provenance, checked, read_tensors, write_tensors
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,7 +40,7 @@ class Scores:
     provenance: Provenance = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write `scores.safetensors`."""
+        """Write `scores.safetensors`; DataError, naming the layer, if a number is NaN or infinite."""
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}:importance"] = layer.importance
@@ -51,7 +51,8 @@ class Scores:
                 if pair is not None:
                     tensors[f"{name}:{part}.C"], tensors[f"{name}:{part}.A"] = pair
         shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
-        write_tensors(path, tensors, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
+        checks = {name: checked(name.replace(":", " "), tensor) for name, tensor in tensors.items()}
+        write_tensors(path, checks, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
 
     @staticmethod
     def load(path: Path) -> Scores:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from soco_train.bounded import MADE_ANEW, answering
-from soco_train.store.tensorfile import read_tensors, write_tensors
+from soco_train.store.tensorfile import checked, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class SpectrumStore(Mapping[str, Spectrum]):
         return self.folder / f"{name}.safetensors"
 
     def put(self, name: str, spectrum: Spectrum) -> None:
-        """Write one layer's spectrum."""
+        """Write one layer's spectrum; DataError, naming it, if a number is NaN or infinite."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._file(name), dict(vars(spectrum)), {"kind": "spectrum"})
+        parts = {part: checked(f"{part} of {name}", tensor) for part, tensor in vars(spectrum).items()}
+        write_tensors(self._file(name), parts, {"kind": "spectrum"})
         self._mark(name).unlink(missing_ok=True)
 
     def leave_out(self, name: str) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from soco_train.bounded import MADE_ANEW, parse_object
 from soco_train.errors import DataError
+from soco_train.numbers.faults import check_numbers
 from soco_train.store.header import read_header
 
 _DTYPES = {
@@ -44,6 +45,12 @@ class Pending:
     def of(tensor: torch.Tensor) -> Pending:
         """Return a tensor that is there already, on whatever device."""
         return Pending(tensor.detach().to("meta"), tensor.detach)
+
+
+def checked(name: str, tensor: torch.Tensor | Pending) -> Pending:
+    """Return a tensor that is looked at as it is read: DataError, naming it, for NaN, infinity and the like."""
+    pending = tensor if isinstance(tensor, Pending) else Pending.of(tensor)
+    return Pending(pending.meta, lambda: check_numbers(name, pending.read()))
 
 
 def write_file(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str]) -> None:
@@ -85,8 +92,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], hea
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     pending = {name: tensor if isinstance(tensor, Pending) else Pending.of(tensor) for name, tensor in tensors.items()}
-    write_file(partial, pending, {"header": json.dumps(header, sort_keys=True)})
-    os.replace(partial, path)
+    try:
+        write_file(partial, pending, {"header": json.dumps(header, sort_keys=True)})
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path, kind: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
