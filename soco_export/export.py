@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from soco_export.checkpoint.record import planned_weights
+from soco_export.checkpoint.record import planned_types
 from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
@@ -62,7 +62,7 @@ def export_onnx(
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
     config = resolve_config(folder)
-    settings = settings.planned(planned_weights(config.values))
+    settings = settings.planned(*planned_types(config.values))
     architecture = check_architecture(config, settings)
     check_runtimes(settings, architecture)
     source = open_weights(folder, architecture)

@@ -31,6 +31,7 @@ SHORTEST_BLOCK = 8  # tokens
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
+BLOCKS = (16, 32, 64, 128, 256)  # inputs that can share a scale
 WeightType = Literal["same", "int8", "int4", "int2"]
 TYPES: tuple[WeightType, ...] = get_args(WeightType)
 TABLE_TYPES: tuple[WeightType, ...] = ("same", "int8", "int4")  # that ONNX Runtime looks tokens up in
@@ -246,10 +247,16 @@ class FlattenSettings(Section):
 
 
 class RoundingSettings(Section):
-    """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`."""
+    """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`.
 
-    weights: WeightType = "same"
+    `weights: planned` is what the plan for `keep_bytes` chose for each layer; `each` and `blocks` are then its types
+    and blocks by name.
+    """
+
+    weights: Literal[WeightType, "planned"] = "same"
+    each: dict[str, WeightType] = Field(default_factory=dict)
     block: Literal[16, 32, 64, 128, 256] = 32
+    blocks: dict[str, int] = Field(default_factory=dict)
     symmetric: bool = True
     keep: tuple[str, ...] = ()
     dense: bool = Field(default=True, description="layers that stay dense are trained as rounded too")

@@ -1,10 +1,13 @@
-"""Bytes as the budget: what the tool chooses for a size, beside dense models of that size and near it.
+"""Bytes as the budget: what the tool chooses for a size, beside dense models of that size.
 
-    python -m benchmarks.bits.budget soco_train/builtin/tiny --out benchmarks/bits/results/tiny-budget
+    python -m benchmarks.bits.budget dense=soco_train/builtin/tiny --out benchmarks/bits/results/tiny-budget
+    python -m benchmarks.bits.budget dense=FOLDER --calibrate train.raw --evaluate test.raw --block 2048 --blocks 4 \
+        --sizes 70 90 110 --work WORK --out OUT
 
-The dense rows are every grid of run.py, rounded by each rule. The sizes are theirs and the geometric means of
-neighbours; for each the plan chooses form, rank and type of every layer and of the token table, and is rounded by each
-rule. Nothing is trained. OUT/budget.json holds all rows, OUT/budget.md the table.
+The dense rows are `--grids`, rounded by each of `--rules`. The sizes are theirs, or `--sizes` in MB; for each and by
+each rule the plan chooses form, rank, type and block of every layer and of the token table, among candidates by their
+loss on blocks held out of the calibration text. Nothing is trained. OUT/budget.json has every row as soon as it is
+measured, rows of the same inputs are kept; OUT/budget.md is the table. WORK keeps spectra and damage.
 """
 
 from __future__ import annotations
@@ -12,15 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from math import sqrt
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-from benchmarks.bits.run import _blocks, parse, settings
-from soco_export.checkpoint.layers import apply_factors, record_weights
+import torch
+
+from benchmarks.bits.models import tokenizer_of
+from benchmarks.bits.run import blocks_of, key_of, make_parser, setting_of, settings
+from soco_export.checkpoint.layers import apply_factors, record_types
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.evaluate.perplexity import measure_perplexity
@@ -28,8 +36,12 @@ from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
+from soco_export.model.file_bytes import SIZES
+from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
-from soco_export.run.byte_plan import plan_bytes
+from soco_export.recipe.recipe import Recipe
+from soco_export.run.byte_plan import plan_bytes_by_loss
+from soco_export.run.measured_bytes import PlanLoss, hold_out
 from soco_train import method
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
@@ -38,13 +50,17 @@ from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, Tra
 from soco_train.store.damage import Damage
 from soco_train.store.scores import Scores
 
-RULES = ("nearest", "calibrated")
-GRIDS = ("int8-32", "int4-32", "int4-64", "int2-32")
+GRIDS = ("int8-32", "int8-128", "int4-32", "int4-64", "int4-128", "int2-32", "int2-64")
+NEAR = 0.002  # sizes that differ by less are one
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one form; bytes: of model.onnx and its data; loss: mean cross entropy of a token."""
+    """One model in one form; bytes: of model.onnx and its data; loss: mean cross entropy of a token.
+
+    asked: the budget of a chosen one, `chosen` its name among the candidates, `measured` the loss of each on held-out
+    text; choices: how many layers are of each form and type. seconds: of processor time for all but the evaluation.
+    """
 
     model: str
     grid: str
@@ -53,100 +69,154 @@ class Row:
     loss: float
     perplexity: float
     tokens: int
-
-
-def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace) -> Row:
-    """Export and score one row."""
-    _, grid, rule = name
-    with tempfile.TemporaryDirectory() as work:
-        out, text = Path(work) / "onnx", _blocks(folder, options, "calibration")
-        export_onnx(folder, out, settings(grid, rule, options.tokens), calibration=lambda: text)
-        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
-        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), _blocks(folder, options, "evaluation"))
-    return Row(*name, bytes=size, loss=found.loss, perplexity=found.value, tokens=found.tokens)
+    seconds: float
+    asked: int = 0
+    chosen: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    choices: Mapping[str, int] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every row and write them."""
-    own = argparse.ArgumentParser(prog="python -m benchmarks.bits.budget")
-    own.add_argument("folder", type=Path)
-    own.add_argument("--out", type=Path, required=True)
-    own.add_argument("--threads", type=int, default=2)
-    asked = own.parse_args(argv)
-    options = parse([f"dense={asked.folder}", "--out", str(asked.out), "--threads", str(asked.threads)])
-    dense = [measure(("dense", grid, rule), asked.folder, options) for grid in GRIDS for rule in RULES]
+    """Measure every row that is missing and write them."""
+    options = parse(argv)
+    folder = options.models[0][1]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path, setting = options.out / "budget.json", {**setting_of(options), "key": key_of(folder, options)}
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = [Row(**row) for row in document["rows"]] if document.get("setting") == setting else []
+
+    def keep(name: tuple[str, str, str], asked: int, make: Callable[[], Row]) -> None:
+        if not any((row.model, row.grid, row.rule, row.asked) == (*name, asked) for row in rows):
+            rows.append(make())
+            found = {"setting": setting, "rows": [asdict(row) for row in rows]}
+            write_atomic(path, json.dumps(found, indent=1) + "\n")
+            write_atomic(options.out / "budget.md", markdown(rows, setting))
+
+    for grid, rule in product(options.grids, options.rules):
+        how = settings(grid, rule, options.tokens)
+        keep(("dense", grid, rule), 0, partial(measure, ("dense", grid, rule), folder, options, how))
+    with tempfile.TemporaryDirectory() as temporary:
+        planner = Planner(options, options.work or Path(temporary))
+        for size, rule in product(options.sizes or sizes_of(rows), options.rules):
+            keep(("chosen", "", rule), size, partial(planner.row, size, rule))
+    print(markdown(rows, setting))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    more = make_parser("python -m benchmarks.bits.budget", grids=GRIDS)
+    more.add_argument("--sizes", nargs="*", type=lambda text: int(float(text) * 1e6), default=[], help="MB")
+    more.add_argument("--work", type=Path, help="keep spectra, scores and damage here")
+    return more.parse_args(argv)
+
+
+def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace, how: ExportSettings) -> Row:
+    """Export and score one row."""
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as work:
-        chosen = list(_chosen(asked.folder, sizes_of(dense), options, Path(work)))
-    asked.out.mkdir(parents=True, exist_ok=True)
-    document = {
-        "dense": [asdict(row) for row in dense],
-        "chosen": [{"asked": size, "choices": choices, **asdict(row)} for size, choices, row in chosen],
-    }
-    write_atomic(asked.out / "budget.json", json.dumps(document, indent=1) + "\n")
-    text = markdown(dense, [(size, row) for size, _, row in chosen])
-    write_atomic(asked.out / "budget.md", text)
-    print(text)
+        out, text = Path(work) / "onnx", blocks_of(folder, options, "calibration")
+        export_onnx(folder, out, how, calibration=lambda: text)
+        seconds = time.process_time() - started
+        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
+        found = measure_perplexity(OnnxDecoder(out, CPU, options.threads), blocks_of(folder, options, "evaluation"))
+    return Row(*name, size, found.loss, found.value, found.tokens, round(seconds, 1))
 
 
-def sizes_of(dense: Sequence[Row]) -> list[int]:
-    """Return the sizes of the dense rows and the geometric means of neighbours, largest first."""
-    known = sorted({row.bytes for row in dense}, reverse=True)
-    return sorted({*known, *(int(sqrt(one * two)) for one, two in pairwise(known))}, reverse=True)
+def sizes_of(rows: Sequence[Row]) -> list[int]:
+    """Return the sizes of the dense rows, largest first; of those that are nearly one the largest."""
+    found: list[int] = []
+    for size in sorted({row.bytes for row in rows if row.model == "dense"}, reverse=True):
+        if not found or size < found[-1] * (1 - NEAR):
+            found.append(size)
+    return found
 
 
-def _chosen(
-    folder: Path, sizes: Sequence[int], options: argparse.Namespace, work: Path
-) -> Iterator[tuple[int, dict[str, int], Row]]:
-    """Yield (bytes asked for, how many layers are of each form and type, row)."""
-    recipe = load_recipe("base").replace({"model.path": str(folder), "model.weights": "pretrained"})
-    subject, scores, damage = _measured(folder, options, work)
-    for size in sizes:
-        plan = plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage)
-        where = _folder(folder, subject, scores, plan, work / f"{size}")
-        for rule in RULES:
-            yield size, _counted(plan), measure((f"{size}", "int8-32", rule), where, options)
+class Planner:
+    """Chooses for a number of bytes; what it measures of the model lies in `work`."""
 
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work, self.folder = options, work, options.models[0][1]
+        self.recipe = load_recipe("base").replace({"model.path": str(self.folder), "model.weights": "pretrained"})
+        self.texts = cache(lambda: hold_out(blocks_of(self.folder, options, "calibration")))
+        self.damage = cache(self._damage)
+        self.subject = cache(self._subject)
 
-def _measured(folder: Path, options: argparse.Namespace, work: Path) -> tuple[Subject, Scores, Damage]:
-    tokens = _blocks(folder, options, "calibration")[: max(1, options.tokens // options.block)]
-    subject = method.open_subject(load_checkpoint(folder), LayerSettings(), tokens, work / "spectra")
-    train = TrainSettings(scorer="singular-values", basis="two-sided")
-    method.make_spectra(subject, train)
-    scores = method.learn_scores(subject, train, PlanSettings(), Session(work / "scores"))
-    return subject, scores, measure_damage(subject, scores, tokens, RoundedInBlocks())
+    def row(self, size: int, rule: str) -> Row:
+        """Plan, cut, export and score one row."""
+        started = time.process_time()
+        recipe = self._recipe(rule).model_copy(update={"keep_bytes": size})
+        subject, scores = self.subject()
+        loss = PlanLoss(subject, scores, recipe.export, self.texts(), self.work / "candidates")
+        plan = plan_bytes_by_loss(recipe, self.damage(rule), loss, self.texts()[1].numel())
+        assert plan.bytes is not None
+        with tempfile.TemporaryDirectory() as work:
+            where = self._save(plan, Path(work))
+            spent = time.process_time() - started
+            row = measure(("chosen", "", rule), where, self.options, recipe.export)
+        return replace(
+            row,
+            seconds=round(row.seconds + spent, 1),
+            asked=size,
+            chosen=plan.bytes.chosen,
+            measured=plan.bytes.measured,
+            choices=_counted(plan),
+        )
 
+    def _recipe(self, rule: str) -> Recipe:
+        how = {"export.quantize.rule": rule, "export.quantize.calibration_tokens": self.options.tokens}
+        return self.recipe.replace({**how, "export.layouts": ["optimum"]})
 
-def _folder(folder: Path, subject: Subject, scores: Scores, plan: RankPlan, out: Path) -> Path:
-    """Return the checkpoint of a plan, nothing refined."""
-    from transformers import AutoTokenizer
+    def _subject(self) -> tuple[Subject, Scores]:
+        tokens = self.texts()[0][: max(1, self.options.tokens // self.options.block)]
+        subject = method.open_subject(
+            load_checkpoint(self.folder, dtype=torch.float32), LayerSettings(), tokens, self.work
+        )
+        train = TrainSettings(scorer="singular-values", basis="two-sided")
+        method.make_spectra(subject, train)
+        return subject, method.learn_scores(subject, train, PlanSettings(), Session(self.work / "scores"))
 
-    model = load_checkpoint(folder)
-    factors = method.cut_factors(subject, scores, plan, RefineSettings(), Session(out / "work"))
-    apply_factors(model, factors.made())
-    record_weights(model, plan.weights)
-    save_checkpoint(model, AutoTokenizer.from_pretrained(folder), out / "hf")
-    return out / "hf"
+    def _damage(self, rule: str) -> Damage:
+        path = self.work / f"damage-{rule}.safetensors"
+        if not path.exists():
+            subject, scores = self.subject()
+            measure_damage(subject, scores, subject.tokens, RoundedInBlocks(SIZES, rule=rule)).save(path)
+        return Damage.load(path)
+
+    def _save(self, plan: RankPlan, out: Path) -> Path:
+        """Return the checkpoint of a plan, nothing refined."""
+        model, (subject, scores) = load_checkpoint(self.folder), self.subject()
+        factors = method.cut_factors(subject, scores, plan, RefineSettings(), Session(out / "work"))
+        apply_factors(model, factors.made())
+        record_types(model, plan.weights, plan.blocks)
+        save_checkpoint(model, tokenizer_of(self.folder), out / "hf")
+        return out / "hf"
 
 
 def _counted(plan: RankPlan) -> dict[str, int]:
-    kinds = (f"{plan.forms.get(name, 'dense')} {weights}" for name, weights in plan.weights.items())
+    kinds = (
+        f"{plan.forms.get(name, 'dense')} {weights}-{plan.blocks.get(name, 0)}".removesuffix("-0")
+        for name, weights in plan.weights.items()
+    )
     return dict(sorted(Counter(kinds).items()))
 
 
-def markdown(dense: Sequence[Row], chosen: Sequence[tuple[int, Row]]) -> str:
-    """Return a table: each size, the best dense row that is no larger, and what was chosen, by rule of rounding."""
+def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
+    """Return a table: each size, by rule the best dense row that is no larger beside what was chosen."""
     lines = [
-        "| MB asked | MB chosen | nearest | calibrated | best dense no larger | MB | its perplexity |",
-        "|---|---|---|---|---|---|---|",
+        "| MB asked | rule | best dense | MB | perplexity | chosen | MB | perplexity | chosen / dense |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in sorted({size for size, _ in chosen}, reverse=True):
-        rows = {row.rule: row for asked, row in chosen if asked == size}
-        found = " | ".join(f"{rows[rule].perplexity:.5g}" for rule in RULES)
-        best = min((row for row in dense if row.bytes <= size), key=lambda row: row.loss, default=None)
-        beside = "none | | " if best is None else f"{best.grid} {best.rule} | {best.bytes / 1e6:.3f} | "
-        beside += "" if best is None else f"{best.perplexity:.5g}"
-        lines.append(f"| {size / 1e6:.3f} | {rows['nearest'].bytes / 1e6:.3f} | {found} | {beside} |")
-    return "\n".join([*lines, "", "Perplexity; nothing is trained. Every row is in budget.json.", ""])
+    for row in sorted((row for row in rows if row.model == "chosen"), key=lambda row: (-row.asked, row.rule)):
+        dense = [
+            other for other in rows if (other.model, other.rule) == ("dense", row.rule) and other.bytes <= row.asked
+        ]
+        best = min(dense, key=lambda other: other.loss, default=None)
+        beside = f"{best.grid} | {best.bytes / 1e6:.3f} | {best.perplexity:.5g}" if best else "none | | "
+        ratio = f"{row.perplexity / best.perplexity:.4f}" if best else ""
+        ours = f"{row.chosen} | {row.bytes / 1e6:.3f} | {row.perplexity:.5g} | {ratio}"
+        lines.append(f"| {row.asked / 1e6:.3f} | {row.rule} | {beside} | {ours} |")
+    said = f"{rows[0].tokens} tokens of {setting['evaluation']} in windows of {setting['block']}"
+    return "\n".join([*lines, "", f"Perplexity over {said}; nothing is trained. Every row is in budget.json.", ""])
 
 
 if __name__ == "__main__":

@@ -71,24 +71,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = {_name(row): row for row in _read(path)}
     with tempfile.TemporaryDirectory() as work:
         for model in models(options, Path(work)):
-            key = _key(model.subject.folder, options)
+            key = key_of(model.subject.folder, options)
             for grid, rule in forms(options, model.distilled):
                 own = stage_key([key, _LEARNING], {})[:16] if rule == "trained" or model.distilled else key
                 before = known.get((model.name, grid, rule))
                 if before is None or before.key != own:
                     known[model.name, grid, rule] = measure((model.name, grid, rule), model, options, own)
                     rows = [asdict(row) for row in known.values()]
-                    write_atomic(path, json.dumps({"setting": _setting(options), "rows": rows}, indent=1) + "\n")
-                    write_atomic(options.out / "bits.md", markdown(list(known.values()), _setting(options)))
-    print(markdown(list(known.values()), _setting(options)))
+                    write_atomic(path, json.dumps({"setting": setting_of(options), "rows": rows}, indent=1) + "\n")
+                    write_atomic(options.out / "bits.md", markdown(list(known.values()), setting_of(options)))
+    print(markdown(list(known.values()), setting_of(options)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bits")
+    return make_parser("python -m benchmarks.bits").parse_args(argv)
+
+
+def make_parser(prog: str, grids: Sequence[str] = GRIDS) -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("models", nargs="+", type=_named, help="NAME=FOLDER, a Hugging Face folder; the first is cut")
     parser.add_argument("--keep", nargs="*", type=float, default=[], help="cut the first model to these sizes as well")
-    parser.add_argument("--grids", nargs="+", default=list(GRIDS), help="intBITS-BLOCK")
+    parser.add_argument("--grids", nargs="+", default=list(grids), help="intBITS-BLOCK")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["nearest", "calibrated"])
     parser.add_argument("--calibrate", nargs="+", type=Path, help="text files; default: the built-in speeches")
     parser.add_argument("--evaluate", type=Path, help="text file; default: the built-in speeches")
@@ -97,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -115,7 +120,8 @@ def _read(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] if path.exists() else []
 
 
-def _setting(options: argparse.Namespace) -> dict[str, Any]:
+def setting_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what all rows share, in words."""
     return {
         "calibration": [path.name for path in options.calibrate] if options.calibrate else "built-in speeches",
         "calibration_tokens": options.tokens,
@@ -125,7 +131,8 @@ def _setting(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _key(folder: Path, options: argparse.Namespace) -> str:
+def key_of(folder: Path, options: argparse.Namespace) -> str:
+    """Return a hash over the folder, the texts and how they are cut."""
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     texts = [*(options.calibrate or []), *([options.evaluate] if options.evaluate else [])]
     inputs = {path.name: record_file(path).sha256 for path in [*files, *texts]}
@@ -158,7 +165,7 @@ def models(options: argparse.Namespace, work: Path) -> Iterator[Model]:
     """Yield the models, and the first at the sizes that it is cut to, untrained and distilled."""
     sizes = [(name, folder, 1.0) for name, folder in options.models]
     for name, folder, keep in [*sizes, *((f"{keep:g}", options.models[0][1], keep) for keep in options.keep)]:
-        subject = Subject(folder, keep, _blocks(folder, options, "calibration"), options.tokens, work / name)
+        subject = Subject(folder, keep, blocks_of(folder, options, "calibration"), options.tokens, work / name)
         yield Model(name, subject)
         if keep < 1 and "trained" in options.rules:
             yield Model(f"{name} distilled", subject, distilled=True)
@@ -180,7 +187,7 @@ def measure(name: tuple[str, str, str], model: Model, options: argparse.Namespac
         seconds = time.process_time() - started
         size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
         scored = measure_perplexity(
-            OnnxDecoder(out, CPU, options.threads), _blocks(model.subject.folder, options, "evaluation")
+            OnnxDecoder(out, CPU, options.threads), blocks_of(model.subject.folder, options, "evaluation")
         )
     return Row(
         *name,
@@ -212,7 +219,8 @@ def settings(grid: str, rule: str, tokens: int) -> ExportSettings:
     return ExportSettings.model_validate({"layouts": ("optimum",), "weights": weights, "quantize": how})
 
 
-def _blocks(folder: Path, options: argparse.Namespace, purpose: Any) -> Any:
+def blocks_of(folder: Path, options: argparse.Namespace, purpose: Any) -> Any:
+    """Return the token blocks [n, t] of `calibration` or `evaluation`."""
     paths = options.calibrate if purpose == "calibration" else options.evaluate and [options.evaluate]
     source: Mapping[str, Any] = {"path": tuple(paths)} if paths else {"builtin": "speeches"}
     blocks = options.blocks if purpose == "evaluation" else None

@@ -137,10 +137,10 @@ def record_layers(model: nn.Module) -> None:
         del config.quantization_config
 
 
-def record_weights(model: nn.Module, weights: Mapping[str, WeightType]) -> None:
-    """Write into `model.config` the types that a plan chose for an export: those of each layer and the token table."""
+def record_types(model: nn.Module, weights: Mapping[str, WeightType], blocks: Mapping[str, int]) -> None:
+    """Write into `model.config` the types and blocks that a plan chose for each layer and the token table."""
     if weights:
-        setattr(model.config, PLAN_KEY, {"weights": dict(weights)})
+        setattr(model.config, PLAN_KEY, {"weights": dict(weights), "blocks": dict(blocks)})
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soco_train.errors import DataError
-from soco_train.settings import BITS, WeightType
+from soco_train.settings import BITS, BLOCKS, WeightType
 
 QUANT_METHOD = "soco-export"
 INSTALL = "pip install soco-export"
@@ -26,14 +26,21 @@ def quantization_record(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def planned_weights(config: Mapping[str, Any]) -> dict[str, WeightType]:
-    """Return what `record_weights` wrote; empty where it did not; DataError for anything else there."""
+def planned_types(config: Mapping[str, Any]) -> tuple[dict[str, WeightType], dict[str, int]]:
+    """Return (types, inputs of a block) by layer as `record_types` wrote them; empty where it did not.
+
+    DataError for anything else there.
+    """
     record = config.get(PLAN_KEY) or {}
-    weights = record.get("weights", {}) if isinstance(record, dict) else None
-    if not isinstance(weights, dict) or not set(weights.values()) <= {"same", *BITS}:
-        raise DataError(
-            f"{PLAN_KEY} must give layers a type: same or {', '.join(BITS)}",
-            fix="remove it, or copy the checkpoint again",
-            where=f"config.json: {PLAN_KEY}",
-        )
-    return weights
+    weights, blocks = ((record.get(key) or {}) if isinstance(record, dict) else None for key in ("weights", "blocks"))
+    if isinstance(weights, dict) and isinstance(blocks, dict) and _known(weights, blocks):
+        return weights, blocks
+    raise DataError(
+        f"{PLAN_KEY} gives layers a type, same or {', '.join(BITS)}, in blocks of {', '.join(map(str, BLOCKS))}",
+        fix="remove it, or copy the checkpoint again",
+        where=f"config.json: {PLAN_KEY}",
+    )
+
+
+def _known(weights: Mapping[str, object], blocks: Mapping[str, object]) -> bool:
+    return all(kind in ("same", *BITS) for kind in weights.values()) and all(size in BLOCKS for size in blocks.values())

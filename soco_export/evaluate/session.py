@@ -197,7 +197,8 @@ def _read_graph(path: Path) -> onnx.GraphProto:
 
 def _half_precision(graph: onnx.GraphProto) -> str | None:
     types = [entry.type.tensor_type.elem_type for entry in (*graph.input, *graph.output)]
-    types += [tensor.data_type for tensor in graph.initializer if len(tensor.dims) > 1]
+    cast = {node.input[0] for node in graph.node if node.op_type == "Cast"}  # stored in half, computed in full
+    types += [tensor.data_type for tensor in graph.initializer if len(tensor.dims) > 1 and tensor.name not in cast]
     return next((HALF_TYPES[kind] for kind in types if kind in HALF_TYPES), None)
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
 
 from soco_export.model.load import dense_config, dense_skeleton
 from soco_export.onnx.build import count_bytes
 from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import as_config
 from soco_export.onnx.read import BlankWeights, StoredForm
+from soco_export.onnx.settings import named
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
-from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, menus_of
-from soco_train.settings import TABLE_TYPES, TYPES, WeightType
-from soco_train.store.damage import DENSE, Damage, no_damage
+from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of
+from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
+from soco_train.store.damage import DENSE, Damage, Kind, no_damage
 
 _TRIES = 12
+SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -50,8 +51,7 @@ class FileBytes:
         }
         self.left_out = left_out(model, self.linears, recipe.layers)
         self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
-        how = recipe.export.quantize
-        self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], how.block, how.symmetric)
+        self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], recipe.export.quantize.symmetric)
 
     def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
         """Return the bytes of the two files with these choices."""
@@ -60,13 +60,54 @@ class FileBytes:
             for name, choice in choices.items()
             if choice.form != DENSE
         }
-        settings = self.recipe.export.planned(self.weights(choices))
+        settings = self.recipe.export.planned(*self.types(choices))
         return count_bytes(self.architecture, BlankWeights(self.architecture, self.shapes, forms), settings)
 
-    def weights(self, choices: Mapping[str, Choice]) -> dict[str, WeightType]:
-        """Return the type of every matrix by layer; a tied head is stored as the table, if it has no copy."""
-        found = {name: choice.weights for name, choice in choices.items()}
-        return found | ({} if self.tables.head in found else {self.tables.head: found[self.tables.table]})
+    def types(self, choices: Mapping[str, Choice]) -> tuple[dict[str, WeightType], dict[str, int]]:
+        """Return (type, inputs of a block) of every matrix; a tied head is stored as the table, if it has no copy."""
+        found = {self.tables.head: choices[self.tables.table], **choices}
+        blocks = {name: choice.block for name, choice in found.items() if choice.block}
+        return {name: choice.weights for name, choice in found.items()}, blocks
+
+    def candidates(self, damage: Damage, keep_bytes: int) -> dict[str, dict[str, Choice]]:
+        """Return the choices within `keep_bytes` that are worth measuring, by name; the best by price is the first.
+
+        With the token table in each type that it may have: the plan by price, and of the dense models of one type and
+        block, which somebody would make without a plan, the one that loses least by the same price.
+        """
+        found: list[tuple[float, str, dict[str, Choice]]] = []
+        for table in TYPES:
+            layers = self._with_table(self._fixed(damage), table)
+            if layers is not None:
+                found += self._priced(layers, f"by price, token table in {table}", keep_bytes)
+                uniform = [
+                    candidate
+                    for weights, block in in_blocks(TYPES)
+                    for candidate in self._priced(
+                        self._uniform(layers, weights, block), _name(weights, block, table), keep_bytes
+                    )
+                ]
+                found += sorted(uniform, key=lambda candidate: candidate[0])[:1]
+        return {name: choices for _, name, choices in sorted(found, key=lambda candidate: candidate[0])}
+
+    def _priced(self, damage: Damage, name: str, keep_bytes: int) -> list[tuple[float, str, dict[str, Choice]]]:
+        """Return the plan by price with its error and a name, or nothing if none is that small."""
+        menus = self._menus(damage)
+        if self.count(_least(menus), damage) > keep_bytes:
+            return []
+        choices = self.plan(damage, keep_bytes)[0]
+        return [(errors_of(menus, choices), name, choices)]
+
+    def _with_table(self, damage: Damage, weights: WeightType) -> Damage | None:
+        """Return the damage with the token table in one type alone; None if it may not have that."""
+        table = damage.layers[self.tables.table].only(weights)
+        return Damage({**damage.layers, self.tables.table: table}) if table.curves else None
+
+    def _uniform(self, damage: Damage, weights: WeightType, block: int) -> Damage:
+        """Return the damage with all layers dense, of one type and block alone."""
+        names = [*self.linears] if self.tables.tied else [*self.linears, self.tables.head]
+        alone = {name: damage.layers[name].alone(DENSE, weights, block) for name in names}
+        return Damage({**damage.layers, **alone})
 
     def plan(self, damage: Damage, keep_bytes: int) -> tuple[dict[str, Choice], int]:
         """Return (choices, bytes written): the least damage found in at most `keep_bytes`; RecipeError if none fits.
@@ -93,19 +134,23 @@ class FileBytes:
         """Raise RecipeError if no plan can be that small."""
         table = (self.architecture.vocab, self.architecture.hidden)
         shapes = {**self.linears, self.tables.head: table, self.tables.table: table}
-        kinds = {name: list(product((DENSE, *FORMS), TYPES)) for name in self.linears}
-        kinds |= {
-            self.tables.head: list(product((DENSE,), TYPES)),
-            self.tables.table: list(product((DENSE,), TABLE_TYPES)),
-        }
+        kinds = {name: _kinds((DENSE, *FORMS), TYPES) for name in self.linears}
+        kinds |= {self.tables.head: _kinds((DENSE,), TYPES), self.tables.table: _kinds((DENSE,), TABLE_TYPES)}
         damage = no_damage(shapes, kinds)
         self._refuse_less(self._menus(damage), damage, keep_bytes)
 
     def _menus(self, damage: Damage) -> dict[str, Menu]:
-        """Return what each layer may be; a type that the recipe gives to a layer is the only one."""
-        fixed = {name: self.recipe.export.fixed(name) for name in damage.layers}
-        layers = {name: layer.only(fixed[name]) for name, layer in damage.layers.items()}
-        return menus_of(Damage(layers), self.packing, self.recipe.multiple, self.tables)
+        """Return what each layer may be; a type or block that the recipe gives to a layer is the only one."""
+        return menus_of(self._fixed(damage), self.packing, self.recipe.multiple, self.tables)
+
+    def _fixed(self, damage: Damage) -> Damage:
+        """Return the damage without the types and blocks that the recipe does not allow."""
+        export = self.recipe.export
+        layers = {
+            name: layer.only(export.fixed(name), named(export.quantize.blocks, name))
+            for name, layer in damage.layers.items()
+        }
+        return Damage(layers)
 
     def _beside(self, menus: Mapping[str, Menu], choices: Mapping[str, Choice], damage: Damage) -> int:
         """Return the bytes of all that the menus do not count."""
@@ -119,6 +164,20 @@ class FileBytes:
                 fix=f"the smallest possible keep_bytes here is {least}",
                 where="recipe: keep_bytes",
             )
+
+
+def in_blocks(types: Iterable[WeightType]) -> list[tuple[WeightType, int]]:
+    """Return each type in each size of block that a plan may choose; floats have none."""
+    return [(weights, block) for weights in types for block in (SIZES if weights in BITS else (0,))]
+
+
+def _kinds(forms: Iterable[str], types: Sequence[WeightType]) -> list[Kind]:
+    return [(form, *kind) for form in forms for kind in in_blocks(types)]
+
+
+def _name(weights: WeightType, block: int, table: WeightType) -> str:
+    how = f"{weights} in blocks of {block}" if block else "floats"
+    return f"dense in {how}, token table in {table}"
 
 
 def _least(menus: Mapping[str, Menu]) -> dict[str, Choice]:

@@ -8,7 +8,7 @@ What is in memory at one time: the model as it is stored, the covariances of a g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torch import nn
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
+from soco_train.forms.base import FactoredLinear
 from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
@@ -105,43 +106,70 @@ def calibrate(
     layers = _layers(model, settings)
     _check_tokens(layers, tokens.numel())
     figures: dict[str, LayerRounding] = {}
-    for name, module, inputs in _with_inputs(model, layers, tokens, notify):
-        chain, grid = _chain(name, module), _grid(settings, name)
-        levels = find_rounding(settings.quantize.rule).layer(list(chain.values()), grid, inputs)
-        found = dict(zip(chain, levels, strict=True))
+    for name, chain, found, inputs in _rounded(model, layers, tokens, settings, notify):
         kept.put(found)
-        figures[name] = _figures(list(chain.values()), list(found.values()), grid, inputs)
+        figures[name] = _figures(list(chain.values()), list(found.values()), grid_of(settings, name), inputs)
         notify(Event("rounding", len(figures), len(layers), {"layer": name}))
     removed = [1 - layer.error / layer.nearest for layer in figures.values() if layer.nearest]
     few = sum(tokens.numel() < ENOUGH * layer.inputs for layer in figures.values())
     return RoundingFigures(settings.quantize.rule, tokens.numel(), median(removed or [0.0]), few, figures)
 
 
-def _grid(settings: ExportSettings, name: str) -> Grid:
-    return Grid(BITS[settings.weights_of(name)], settings.quantize.block, settings.quantize.symmetric)
+def round_layers(
+    model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, notify: Notify
+) -> Iterator[tuple[str, Levels]]:
+    """Yield (name of a tensor, its levels) of every layer of `model` that `calibrate` would round."""
+    for _, _, found, _ in _rounded(model, _layers(model, settings), tokens, settings, notify):
+        for name, part in found.items():
+            yield name, replace(part, levels=part.levels.to(torch.uint8))
+
+
+def _rounded(
+    model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, settings: ExportSettings, notify: Notify
+) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, Levels], Inputs]]:
+    """Yield (layer, its matrices and their levels by the names of their tensors, what it reads)."""
+    rule = find_rounding(settings.quantize.rule)
+    for name, module, inputs in _with_inputs(model, layers, tokens, notify):
+        chain = _chain(name, module)
+        levels = rule.layer(list(chain.values()), grid_of(settings, name), inputs)
+        yield name, chain, dict(zip(chain, levels, strict=True)), inputs
+
+
+def grid_of(settings: ExportSettings, name: str) -> Grid:
+    """Return the grid that the matrices of the layer `name` are rounded to."""
+    how = settings.quantize
+    return Grid(BITS[settings.weights_of(name)], how.block_of(name), how.symmetric)
 
 
 def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
     """Return what is rounded: Linears and pairs of factors, but for a head that multiplies with the rounded table."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    shared = embedding.weight if _table_serves(model, embedding, settings) else None
+    shared = shared_table(model, settings)
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{pair}.") for pair in found)
-        if not inside and settings.quantizes(name) and _is_known(module) and module.weight is not shared:
+    for name, module in linear_layers(model):
+        known = not isinstance(module, FactoredLinear) or module.kind == "stacked"
+        if known and settings.quantizes(name) and module.weight is not shared:
             found[name] = module
     return found
 
 
-def _table_serves(model: nn.Module, embedding: nn.Module, settings: ExportSettings) -> bool:
-    """Whether a tied head needs no copy of the token table in blocks of its own (onnx/emit/embedding.py)."""
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of every Linear and factored layer; what is inside of the latter is no layer."""
+    factored: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            factored.append(f"{name}.")
+            yield name, module
+        elif is_linear(module) and not any(name.startswith(layer) for layer in factored[-1:]):
+            yield name, module
+
+
+def shared_table(model: nn.Module, settings: ExportSettings) -> torch.Tensor | None:
+    """Return the token table if a tied head needs no copy of it in blocks of its own (onnx/emit/embedding.py)."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is embedding)
-    width = cast(torch.Tensor, embedding.weight).shape[1]
-    return settings.table_of(name) != "same" and width % settings.quantize.block == 0
-
-
-def _is_known(module: nn.Module) -> bool:
-    return is_linear(module) or getattr(module, "kind", "") == "stacked"
+    table = cast(torch.Tensor, embedding.weight)
+    whole = table.shape[1] % settings.quantize.block_of(name) == 0
+    return table if whole and settings.table_of(name) != "same" else None
 
 
 def _check_tokens(layers: Mapping[str, nn.Linear], tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +14,13 @@ from soco_train.settings import TABLE_TYPES, Section, WeightType
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 TableType = Literal["same", "int8", "int4"]
+Block = Literal[16, 32, 64, 128, 256]
+Value = TypeVar("Value")
+
+
+def named(values: Mapping[str, Value], name: str) -> Value | None:
+    """Return the value of a layer by its name, or that of the first glob which it matches, or None."""
+    return values.get(name) or next((value for glob, value in values.items() if fnmatchcase(name, glob)), None)
 
 
 class QuantizeSettings(Section):
@@ -24,16 +31,22 @@ class QuantizeSettings(Section):
     `embedding` is the type of the token table, always symmetric; a tied head shares it (int8 beside int4 weights: fewer
     bytes and a better model than an int4 copy).
     `accuracy_level` is MatMulNBits' own: 4 lets the CPU round activations to int8 per block (fast), 1 keeps them fp32.
+    `blocks`: the block of single layers, by name or glob, the token table among them; goes before `block`.
     `keep` are globs of layers that stay unquantised (`lm_head`, `*.down_proj`, `*embed_tokens`).
     """
 
-    block: Literal[16, 32, 64, 128, 256] = 32
+    block: Block = 32
+    blocks: dict[str, Block] = Field(default_factory=dict)
     symmetric: bool = True
     rule: str = "nearest"
     calibration_tokens: int = Field(default=16384, ge=1)
     embedding: TableType = "int8"
     accuracy_level: int = Field(default=4, ge=0, le=4)
     keep: tuple[str, ...] = ()
+
+    def block_of(self, name: str) -> int:
+        """Return how many inputs share a scale in the layer `name`."""
+        return named(self.blocks, name) or self.block
 
 
 class ExportSettings(Section):
@@ -82,13 +95,15 @@ class ExportSettings(Section):
         return kind
 
     def _named(self, name: str) -> WeightType | None:
-        found = self.each.get(name)
-        return found or next((kind for glob, kind in self.each.items() if fnmatchcase(name, glob)), None)
+        return named(self.each, name)
 
-    def planned(self, weights: Mapping[str, WeightType]) -> ExportSettings:
-        """Return the settings with the types that a plan chose, where `each` says nothing else."""
-        more = {name: kind for name, kind in weights.items() if self._named(name) is None}
-        return self.model_copy(update={"each": {**self.each, **more}})
+    def planned(self, weights: Mapping[str, WeightType], blocks: Mapping[str, int]) -> ExportSettings:
+        """Return the settings with the types and blocks that a plan chose, where the settings say nothing else."""
+        how = self.quantize
+        each = {name: kind for name, kind in weights.items() if self._named(name) is None}
+        sizes = {name: block for name, block in blocks.items() if named(how.blocks, name) is None}
+        quantize = how.model_copy(update={"blocks": {**how.blocks, **sizes}})
+        return self.model_copy(update={"each": {**self.each, **each}, "quantize": quantize})
 
     @property
     def calibrates(self) -> bool:

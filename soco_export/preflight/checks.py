@@ -97,7 +97,7 @@ def check_bytes(recipe: Recipe) -> None:
     assert recipe.keep_bytes is not None
     against = {
         "optimise_for: latency": recipe.optimise_for == "latency",
-        "refine.distill.rounding.weights": recipe.refine.distill.rounding.weights != "same",
+        "refine.distill.rounding.weights": recipe.refine.distill.rounding.weights not in ("same", "planned"),
     }
     for other in (other for other, there in against.items() if there):
         raise RecipeError(
@@ -114,9 +114,16 @@ def check_quantisation(recipe: Recipe) -> None:
     What it rounds less than that is no worse for it.
     """
     trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
-    calibrates = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
-    if "same" in (trained.weights, weights):
+    rounds = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
+    calibrates = rounds or (trained.weights == "planned" and how.rule != "nearest")
+    if trained.weights == "same" or (weights == "same" and trained.weights != "planned"):
         return
+    if trained.weights == "planned" and recipe.keep_bytes is None:
+        raise RecipeError(
+            "refine.distill.rounding.weights is planned, and only a plan for bytes chooses types",
+            fix=f"give keep_bytes, or refine.distill.rounding.weights: {' or '.join(BITS)}",
+            where="recipe: refine.distill.rounding.weights",
+        )
     if calibrates:
         raise RecipeError(
             f"the layers are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
@@ -124,9 +131,9 @@ def check_quantisation(recipe: Recipe) -> None:
             where="recipe: export.quantize.rule",
         )
     differences = {
-        "weights": BITS[weights] < BITS[trained.weights],
+        "weights": trained.weights != "planned" and BITS[weights] < BITS[trained.weights],
         "block": weights == trained.weights and how.block != trained.block,
-        "symmetric": weights == trained.weights and how.symmetric != trained.symmetric,
+        "symmetric": trained.weights in (weights, "planned") and how.symmetric != trained.symmetric,
         "keep": not set(trained.keep) <= set(how.keep),
     }
     for key in (key for key, differs in differences.items() if differs):

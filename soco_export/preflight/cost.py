@@ -91,7 +91,7 @@ def _quantised(recipe: Recipe, shape: ModelShape, parameters: int, kind: str) ->
     """The input embedding stays in `export.dtype`; every MatMul is blocks of integers with a scale each."""
     width = BYTES[recipe.export.dtype]
     multiplied = parameters if shape.tied else parameters - shape.embedding
-    bits = BITS[kind] + 8 * width / recipe.export.quantize.block
+    bits = BITS[kind] + 16 / recipe.export.quantize.block  # a scale has two bytes
     return int(width * shape.embedding + multiplied * bits / 8)
 
 

@@ -1,8 +1,17 @@
-"""The plan of a run whose budget is bytes: from the measured damage to ranks, forms and types of weights."""
+"""The plan of a run whose budget is bytes: from the measured damage to ranks, forms and types of weights.
+
+    damage ── by price ──────────────────────────────┐
+                                                     ├─ each rounded as the export will, and run ── the least loss
+    damage ── dense in one type and block, that fit ─┘
+
+The price adds errors of layers and knows them to second order; among a few candidates the loss itself decides, on text
+that the price has not seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from soco_export.model.file_bytes import FileBytes
 from soco_export.recipe.recipe import Recipe
@@ -11,16 +20,40 @@ from soco_train.plan.bytes import Choice
 from soco_train.plan.ranks import BytePlan, LayerPlan, RankPlan
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
+BY_PRICE = "by price"
+
 
 def plan_bytes(recipe: Recipe, damage: Damage) -> RankPlan:
-    """Return the plan for `keep_bytes`; RecipeError if no file of the model can be that small."""
+    """Return the plan for `keep_bytes` by price alone; RecipeError if no file of the model can be that small."""
     file = FileBytes(recipe)
     assert recipe.keep_bytes is not None
-    choices, written = file.plan(damage, recipe.keep_bytes)
+    return _plan(file, recipe.keep_bytes, damage, BY_PRICE, file.plan(damage, recipe.keep_bytes)[0])
+
+
+def plan_bytes_by_loss(recipe: Recipe, damage: Damage, loss: Callable[[RankPlan], float], tokens: int) -> RankPlan:
+    """Return, among the candidates for `keep_bytes`, the plan of least `loss`, measured on `tokens` tokens.
+
+    RecipeError if no file of the model can be that small.
+    """
+    file = FileBytes(recipe)
+    assert recipe.keep_bytes is not None
+    plans = {
+        name: _plan(file, recipe.keep_bytes, damage, name, choices)
+        for name, choices in file.candidates(damage, recipe.keep_bytes).items()
+    }
+    if not plans:
+        return plan_bytes(recipe, damage)
+    losses = {name: loss(plan) for name, plan in plans.items()}
+    best = plans[min(losses, key=lambda name: losses[name])]
+    assert best.bytes is not None
+    return replace(best, bytes=replace(best.bytes, measured=losses, tokens=tokens))
+
+
+def _plan(file: FileBytes, keep_bytes: int, damage: Damage, chosen: str, choices: Mapping[str, Choice]) -> RankPlan:
     layers = {name: _layer(damage.layers[name], choices[name]) for name in file.linears}
     forms = {name: choice.form for name, choice in choices.items() if choice.form != DENSE}
-    plan = BytePlan(recipe.keep_bytes, written, forms, file.weights(choices))
-    return RankPlan(layers, _share(layers), recipe.storage, "lagrangian", plan, file.left_out)
+    plan = BytePlan(keep_bytes, file.count(choices, damage), forms, *file.types(choices), chosen=chosen)
+    return RankPlan(layers, _share(layers), file.recipe.storage, "lagrangian", plan, file.left_out)
 
 
 def _layer(damage: LayerDamage, choice: Choice) -> LayerPlan:

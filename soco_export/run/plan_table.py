@@ -113,14 +113,20 @@ def _sizes(plans: dict[float, RankPlan], total: int) -> str:
     return "\n".join(aligned(SIZE_HEADER, rows))
 
 
+def _kind(plan: RankPlan, name: str) -> str:
+    """Return type and block of a layer's matrices: `int4-32`, or `same`."""
+    kind, block = plan.weights.get(name, ""), plan.blocks.get(name)
+    return f"{kind}-{block}" if block else kind
+
+
 def _layers(plan: RankPlan, total: int) -> str:
     rows = []
     for name, layer in plan.layers.items():
         (m, n), rank = layer.shape, "dense" if layer.dense else str(layer.rank)
-        stored = (plan.forms.get(name, ""), plan.weights.get(name, "")) if plan.bytes else ()
+        stored = (plan.forms.get(name, ""), _kind(plan, name)) if plan.bytes else ()
         why = layer.reason if not plan.bytes else ""
         rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", " ".join(filter(None, stored)) or why))
-    tables = [(name, "", "", "", "", kind) for name, kind in plan.weights.items() if name not in plan.layers]
+    tables = [(name, "", "", "", "", _kind(plan, name)) for name in plan.weights if name not in plan.layers]
     rest = [
         (
             name,

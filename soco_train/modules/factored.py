@@ -14,7 +14,7 @@ from soco_train import parallel
 from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import substituted
-from soco_train.numbers.rounding import rounded, rounds, trains_dense
+from soco_train.numbers.rounding import of_layer, rounded, rounds, trains_dense
 from soco_train.settings import RoundingSettings
 
 
@@ -141,11 +141,12 @@ def deployed(
     """As `factored`; those `linears` that will be rounded and have no factors are there as rounding leaves them."""
 
     def make(name: str, linear: nn.Linear) -> Deployed:
+        own = of_layer(rounding, name)
         if name in factors:
-            return _factor_linear(linear, factors[name], rounding if rounds(rounding, name) else None)
+            return _factor_linear(linear, factors[name], own if rounds(rounding, name) else None)
         if trains_dense(rounding, name):
-            return TrainedLinear(linear, WholeWeight(linear, rounding))
-        return RoundedLinear(linear, rounding)
+            return TrainedLinear(linear, WholeWeight(linear, own))
+        return RoundedLinear(linear, own)
 
     taking_part = {name: linear for name, linear in linears.items() if name in factors or rounds(rounding, name)}
     return substituted(model, taking_part, make)

@@ -2,7 +2,8 @@
 
     w ≈ (level - zero) · scale        level in 0 … 2^bits - 1, one scale and zero per `block` inputs of each row
 
-The last block of a row is padded with zeros, and so are its levels.
+The last block of a row is padded with zeros, and so are its levels. Every scale is a number that float16 has, and
+levels are chosen for that: files store scales in two bytes each and lose nothing by it.
 """
 
 from __future__ import annotations
@@ -65,10 +66,15 @@ def stack(parts: Sequence[Levels]) -> Levels:
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Levels:
-    """Round a matrix [m, n] to the nearest levels; each block's largest number is on its grid."""
+    """Round a matrix [m, n] to the nearest levels of grids that reach to each block's largest number."""
     blocks = grid.blocks(weight)
     scales, zeros = (_symmetric if grid.symmetric else _asymmetric)(blocks, grid)
     return Levels(to_levels(blocks, scales, zeros, grid), scales, zeros, weight.shape[1])
+
+
+def to_half(scales: torch.Tensor) -> torch.Tensor:
+    """Return the nearest numbers that float16 has, in the dtype of `scales`."""
+    return scales.half().to(scales.dtype)
 
 
 def to_levels(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -81,7 +87,7 @@ def _symmetric(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     """Return (scales, zeros): the number of largest magnitude is at the end that has one level more."""
     low, high = blocks.amin(-1), blocks.amax(-1)
     extreme = torch.where(-low > high, low, high)
-    return extreme / -grid.half, torch.full_like(extreme, grid.half)
+    return to_half(extreme / -grid.half), torch.full_like(extreme, grid.half)
 
 
 def _asymmetric(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,5 +98,5 @@ def _asymmetric(blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
 
 def with_range(low: torch.Tensor, high: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scales, zeros) of grids from `low` ≤ 0 to `high` ≥ 0."""
-    scales = (high - low) / grid.top
+    scales = to_half((high - low) / grid.top)
     return scales, (-low / torch.where(scales == 0, 1, scales)).round().clamp(0, grid.top)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from soco_train.numbers.blocks import Grid, Levels, nearest, to_levels, with_range
+from soco_train.numbers.blocks import Grid, Levels, nearest, to_half, to_levels, with_range
 
 DAMPING = 0.01  # of the mean of the diagonal, as GPTQ has it
 SWEEPS = 2  # of coordinate descent: the third takes less than 1 % of what nearest loses
@@ -114,9 +114,9 @@ def _candidates(blocks: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor
     zeros, fewer = torch.full_like(low, grid.half), max(1, grid.half - 1)
     below, above = torch.maximum(-low / grid.half, high / fewer), torch.maximum(high / grid.half, -low / fewer)
     for share in _SHRINK:
-        yield torch.where(-low > high, low, high) / -grid.half * share, zeros
-        yield below * share, zeros
-        yield -above * share, zeros
+        yield to_half(torch.where(-low > high, low, high) / -grid.half * share), zeros
+        yield to_half(below * share), zeros
+        yield to_half(-above * share), zeros
 
 
 def _column(
@@ -177,4 +177,4 @@ def _rescaled(weight: torch.Tensor, found: Levels, grid: Grid, H: torch.Tensor) 
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.mul_(1 + 1e-6).add_(torch.where(diagonal > 0, 0, 1))  # a block of zeros keeps the scale 0
     wanted = grid.blocks((weight @ H) * units).sum(-1)
-    return Levels(found.levels, torch.linalg.solve(system, wanted), found.zeros, n)
+    return Levels(found.levels, to_half(torch.linalg.solve(system, wanted)), found.zeros, n)

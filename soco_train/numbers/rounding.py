@@ -17,9 +17,19 @@ from soco_train.numbers.blocks import Grid, nearest
 from soco_train.settings import BITS, RoundingSettings, Storage
 
 
+def of_layer(settings: RoundingSettings, name: str) -> RoundingSettings:
+    """Return the rounding of the layer `name`, `same` if it has none."""
+    weights = settings.each.get(name, "same") if settings.weights == "planned" else settings.weights
+    kept = any(fnmatchcase(name, glob) for glob in settings.keep)
+    block = settings.blocks.get(name, settings.block)
+    return settings.model_copy(
+        update={"weights": "same" if kept else weights, "each": {}, "block": block, "blocks": {}}
+    )
+
+
 def rounds(settings: RoundingSettings, name: str) -> bool:
     """Tell whether the layer `name` will be rounded."""
-    return settings.weights != "same" and not any(fnmatchcase(name, glob) for glob in settings.keep)
+    return of_layer(settings, name).weights != "same"
 
 
 def trains_dense(settings: RoundingSettings, name: str) -> bool:
@@ -38,7 +48,7 @@ def check_rounding(settings: RoundingSettings, storage: Storage) -> None:
 
 
 def rounded(weight: torch.Tensor, settings: RoundingSettings) -> torch.Tensor:
-    """weight: [m, n] → what is left of it, in float32; its gradient is that of `weight`."""
+    """weight: [m, n] → what is left of it by the settings of its layer, float32; its gradient is that of `weight`."""
     values: torch.Tensor = _StraightThrough.apply(weight, settings)
     return values
 

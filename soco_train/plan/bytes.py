@@ -1,4 +1,4 @@
-"""Bytes as the budget: what a layer takes in the ONNX file in each form, rank and type, and the best choice of these.
+"""Bytes as the budget: what a layer takes in the ONNX file in each form, rank, type and block, and the best choice.
 
 Every tensor of the file starts on a page, every row of a rounded matrix is padded to whole blocks, and a block has its
 scale: all of that is counted. Pure: shapes and errors in, choices out.
@@ -6,7 +6,7 @@ scale: all of that is counted. Pure: shapes and errors in, choices out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,35 +16,35 @@ import numpy.typing as npt
 from soco_train.forms.registry import find_form
 from soco_train.plan.allocation import best_rungs
 from soco_train.settings import BITS, WeightType
-from soco_train.store.damage import DENSE, Damage, LayerDamage
+from soco_train.store.damage import DENSE, Damage, Kind, LayerDamage
 
 PAGE = 4096  # where tensors of the data file start
 _TRIED = 8  # choices of the largest layer
 _RANKS = 128  # sizes of a layer that are looked at in each form and type
+_SCALE = 2  # bytes
 _Reals = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How matrices are written: bytes of a float, inputs of a block, whether zeros are stored beside the scales."""
+    """How matrices are written: bytes of a float, whether zeros are stored beside the scales."""
 
     float_bytes: int = 4
-    block: int = 32
     symmetric: bool = True
 
-    def matrix(self, rows: int, columns: int, weights: WeightType) -> int:
+    def matrix(self, rows: int, columns: int, weights: WeightType, block: int) -> int:
         """Return the bytes of a matrix [rows, columns]: floats, or levels and scales (and zeros) of whole blocks."""
         if weights == "same":
             return pages(rows * columns * self.float_bytes)
-        bits, blocks = BITS[weights], -(-columns // self.block)
+        bits, blocks = BITS[weights], -(-columns // block)
         zeros = 0 if self.symmetric else rows * -(-blocks * bits // 8)
-        return pages(rows * blocks * self.block * bits // 8) + self._scales(rows, blocks) + pages(zeros)
+        return pages(rows * blocks * block * bits // 8) + self._scales(rows, blocks) + pages(zeros)
 
-    def table(self, rows: int, columns: int, weights: WeightType) -> int:
+    def table(self, rows: int, columns: int, weights: WeightType, block: int) -> int:
         """Return the bytes of a token table: always symmetric, and its last block not padded."""
         if weights == "same":
-            return self.matrix(rows, columns, weights)
-        return pages(rows * (columns * BITS[weights] // 8)) + self._scales(rows, -(-columns // self.block))
+            return self.matrix(rows, columns, weights, block)
+        return pages(rows * (columns * BITS[weights] // 8)) + self._scales(rows, -(-columns // block))
 
     def vector(self, entries: int) -> int:
         """Return the bytes of a bias."""
@@ -53,12 +53,12 @@ class Packing:
     def layer(self, choice: Choice, shape: tuple[int, int]) -> int:
         """Return the bytes of a layer's matrices, without its bias."""
         if choice.form == DENSE:
-            return self.matrix(*shape, choice.weights)
+            return self.matrix(*shape, choice.weights, choice.block)
         matrices, others = _parts(choice.form, *shape, choice.rank)
-        return sum(self.matrix(*part, choice.weights) for part in matrices) + sum(map(pages, others))
+        return sum(self.matrix(*part, choice.weights, choice.block) for part in matrices) + sum(map(pages, others))
 
     def _scales(self, rows: int, blocks: int) -> int:
-        return pages(rows * blocks * self.float_bytes)
+        return pages(rows * blocks * _SCALE)
 
 
 def pages(size: int) -> int:
@@ -86,11 +86,12 @@ class Tables:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer: `dense` or a form, its rank, and the type of its matrices."""
+    """One way to store a layer: `dense` or a form, its rank, type of its matrices, inputs of a block (0: floats)."""
 
     form: str
     rank: int
     weights: WeightType
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,14 @@ def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) ->
     }
     table, head = damage.layers[tables.table], damage.layers.get(tables.head)
     m, n = table.shape
-    shared = head is not None and tables.tied and n % packing.block == 0  # one copy, read by rows and multiplied with
-    errors = {kind: float(curve[0]) for (_, kind), curve in table.curves.items()}
-    if shared and head is not None:
-        errors = {kind: errors[kind] + float(curve[0]) for (_, kind), curve in head.curves.items() if kind in errors}
-    full = min(m, n)
+    errors = {kind: float(curve[0]) for kind, curve in table.curves.items()}
+    whole = _in_one_copy(errors, n) if head is not None and tables.tied else []
+    shared = {kind: errors[kind] + float(head.curves[kind][0]) for kind in whole if head and kind in head.curves}
     found[tables.table] = Menu.of(
-        [(Choice(DENSE, full, kind), packing.table(m, n, kind), error) for kind, error in errors.items()]
+        [
+            (Choice(form, min(m, n), weights, block), packing.table(m, n, weights, block), error)
+            for (form, weights, block), error in (shared or errors).items()
+        ]
     )
     if head is not None and not shared:
         found[tables.head] = Menu.of(
@@ -166,13 +168,23 @@ def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) ->
     return found
 
 
+def _in_one_copy(kinds: Collection[Kind], width: int) -> list[Kind]:
+    """Return how a table can be both read by rows and multiplied with: in blocks that divide its width, or in floats.
+
+    Where only floats would be left nothing is: a head of its own can then be rounded.
+    """
+    divides = [kind for kind in kinds if width % (kind[2] or 1) == 0]
+    rounded = {kind for kind in kinds if kind[2]}
+    return divides if rounded.intersection(divides) or not rounded else []
+
+
 def _offers(layer: LayerDamage, packing: Packing, multiple: int) -> Iterator[tuple[Choice, int, float]]:
     full = min(layer.shape)
     bias = packing.vector(layer.shape[0]) if layer.biased else 0
     step = multiple * max(1, full // (multiple * _RANKS))
-    for (form, weights), curve in layer.curves.items():
+    for (form, weights, block), curve in layer.curves.items():
         for rank in (full,) if form == DENSE else range(max(multiple, step), full, step):
-            choice = Choice(form, rank, weights)
+            choice = Choice(form, rank, weights, block)
             error = float(curve[0 if form == DENSE else rank])
             yield choice, packing.layer(choice, layer.shape) + (0 if form == DENSE else bias), error
 

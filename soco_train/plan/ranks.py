@@ -25,7 +25,7 @@ from soco_train.plan.allocation import (
     uniform_ranks,
 )
 from soco_train.plan.left_out import LeftOut, taking_part
-from soco_train.settings import Allocation, PlanSettings, Storage, WeightType
+from soco_train.settings import Allocation, PlanSettings, RoundingSettings, Storage, WeightType
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +49,25 @@ class BytePlan:
     """What a plan for `keep_bytes` chose beside ranks.
 
     written: bytes of the file that it counts on; forms: of the pruned layers, by name; weights: type of each layer's
-    matrices, token table and head included.
+    matrices, token table and head included; blocks: inputs of a block of those that are rounded. measured: loss on
+    `tokens` held-out tokens of every candidate by name, `chosen` among them; empty where the plan is by price alone.
     """
 
     keep_bytes: int
     written: int
     forms: Mapping[str, Storage]
     weights: Mapping[str, WeightType]
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    chosen: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    def describe(self) -> str:
+        """Return how many bytes, and how it was chosen."""
+        text = f"{self.written:,} of {self.keep_bytes:,} bytes"
+        if not self.measured:
+            return f"{text}, {self.chosen}" if self.chosen else text
+        return f"{text}, {self.chosen}: the best of {len(self.measured)} by loss on {self.tokens:,} held-out tokens"
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,24 @@ class RankPlan:
     def weights(self) -> Mapping[str, WeightType]:
         """Return the types of weights that were chosen, by layer; empty where the plan chose none."""
         return self.bytes.weights if self.bytes else {}
+
+    @property
+    def blocks(self) -> Mapping[str, int]:
+        """Return the inputs of a block that were chosen, by layer; empty where the plan chose none."""
+        return self.bytes.blocks if self.bytes else {}
+
+    def rounding(self, settings: RoundingSettings) -> RoundingSettings:
+        """Return the settings with the type and block that the plan chose for each layer, where they ask for it.
+
+        Layers whose rounded numbers are others than those that are trained stay as they are.
+        """
+        from soco_train.forms.registry import find_form
+
+        if settings.weights != "planned":
+            return settings
+        other = {name for name, form in self.forms.items() if not find_form(form).rounded_as_trained}
+        each = {name: self.weights[name] for name in self.layers if name not in other}
+        return settings.model_copy(update={"each": each, "blocks": dict(self.blocks)})
 
     @property
     def params_before(self) -> int:
@@ -115,7 +145,7 @@ class RankPlan:
             text = f"{text} · {taking_part(before, self.left_out):.1%} of the blocks' weights take part"
         if self.bytes is None:
             return f"{text} · stored {self.storage}"
-        return f"{text} · {self.bytes.written:,} of {self.bytes.keep_bytes:,} bytes"
+        return f"{text} · {self.bytes.describe()}"
 
     def to_json(self) -> str:
         """Return the plan as the text of plan.json."""
@@ -173,6 +203,10 @@ class _Bytes(BaseModel):
     written: int = Field(ge=1)
     forms: dict[str, Storage]
     weights: dict[str, WeightType]
+    blocks: dict[str, int] = Field(default_factory=dict)
+    chosen: str = ""
+    measured: dict[str, float] = Field(default_factory=dict)
+    tokens: int = Field(default=0, ge=0)
 
 
 class _LeftOut(BaseModel):

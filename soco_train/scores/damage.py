@@ -7,6 +7,9 @@ norm, arXiv 1503.05671), so errors of different layers can be added and compared
 rows of the factors as they are stored, the error at *every* rank r is read off three k × k products:
 
     tr(G E C Eᵀ) = ‖P B‖² - 2 Σ_{j<r} Σ_i (PᵀGÛ ∘ B C D̂ᵀ)_ij + Σ_{i,j<r} (ÛᵀGÛ ∘ D̂ C D̂ᵀ)_ij
+
+Û and D̂ are to nearest in blocks of one size. What rounding adds to a cut layer in other blocks, or by a rule that
+leaves less of it, is that, times what the same change makes of the dense weight's error.
 """
 
 from __future__ import annotations
@@ -24,32 +27,57 @@ from soco_train.forms.registry import from_factors
 from soco_train.forms.stacked import StackedFactors, balance
 from soco_train.modules.subject import Subject
 from soco_train.numbers.blocks import Grid, nearest
+from soco_train.numbers.feedback import curvature, row_errors
+from soco_train.numbers.rules import Inputs, find_rounding
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.spectra.bases import present
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
-from soco_train.store.damage import DENSE, Damage, LayerDamage
+from soco_train.store.damage import DENSE, Damage, Kind, LayerDamage
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 
 NEEDS = frozenset({"input_covariance", "output_curvature"})
 _SAMPLED = 4  # ranks at which a form is built whose factors of one rank are no part of those of the next
+_ROWS = 64  # of a layer that tell what a rule of rounding leaves
 _AT_ONCE = 1024  # tokens in one backward pass
 Round = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class RoundedInBlocks:
-    """How matrices would be rounded: inputs of a block, zero in the middle or not."""
+    """How matrices could be rounded: inputs of a block, zero in the middle or not, by which rule (numbers/rules.py)."""
 
-    block: int = 32
+    sizes: tuple[int, ...] = (32, 64, 128)
     symmetric: bool = True
+    rule: str = "nearest"
 
-    def rounding(self, weights: WeightType, symmetric: bool | None = None) -> Round:
-        """Return what is left of a matrix in the type `weights`."""
+    @property
+    def middle(self) -> int:
+        """The size of block that pruned layers are measured in."""
+        return self.sizes[len(self.sizes) // 2]
+
+    def kinds(self, types: Sequence[WeightType]) -> list[tuple[WeightType, int]]:
+        """Return each (type, block) there is; floats have no blocks."""
+        return [(kind, size) for kind in types for size in (self.sizes if kind in BITS else (0,))]
+
+    def rounding(self, weights: WeightType, block: int, symmetric: bool | None = None) -> Round:
+        """Return what is left of a matrix in the type `weights`, to nearest."""
         if weights == "same":
             return lambda matrix: matrix
-        grid = Grid(BITS[weights], self.block, self.symmetric if symmetric is None else symmetric)
+        grid = Grid(BITS[weights], block, self.symmetric if symmetric is None else symmetric)
         return lambda matrix: nearest(matrix.float(), grid).values().to(matrix.dtype)
+
+    def left(self, weight: torch.Tensor, statistics: LayerStatistics) -> float:
+        """Return the share of nearest's error that the rule leaves: of some rows of `weight` [m, n], in int4."""
+        rule = find_rounding(self.rule)
+        if not rule.calibrates:
+            return 1.0
+        covariance = present(statistics.input_covariance)
+        inputs = Inputs(covariance, curvature(covariance), statistics.tokens)
+        rows, grid = weight[:: -(-len(weight) // _ROWS)].float(), Grid(4, self.middle, self.symmetric)
+        found = rule.layer([rows], grid, inputs)[0], nearest(rows, grid)
+        ours, plain = (float(row_errors(rows, part.values(), inputs.known.covariance).sum()) for part in found)
+        return ours / plain if plain else 1.0
 
 
 @dataclass(frozen=True)
@@ -82,31 +110,44 @@ class LossNorm:
 def damage_to(
     linear: nn.Linear, statistics: LayerStatistics, spectrum: Spectrum, scores: LayerScores, blocks: RoundedInBlocks
 ) -> LayerDamage:
-    """Return the errors of one layer dense, stacked and in every other form, in every type."""
+    """Return the errors of one layer dense, stacked and in every other form, in every type and block."""
     norm, weight = LossNorm.of(statistics), linear.weight.detach().double()
-    roundings = {weights: blocks.rounding(weights) for weights in TYPES}
-    curves = {
-        (DENSE, weights): torch.tensor([norm.error(weight - rounding(weight))], dtype=torch.float64)
-        for weights, rounding in roundings.items()
-    }
-    up, down = _components(spectrum, scores)
-    up, down = up.to(weight.device), down.to(weight.device)
-    for weights, rounding in roundings.items():
-        curves["stacked", weights] = norm.cut((up, down), (rounding(up), rounding(down)))
-    for kind, form in FORMS.items():
-        if form is not StackedFactors:
-            found = _sampled(form, (up, down), norm, roundings)
-            curves |= {(kind, weights): curves["stacked", "same"] + found[weights] for weights in found}
+    kinds = blocks.kinds(TYPES)
+    dense = {kind: norm.error(weight - blocks.rounding(*kind)(weight)) for kind in kinds}
+    left = blocks.left(weight, statistics)
+    exact, added = _pruned(_components(spectrum, scores, weight.device), norm, blocks)
+    curves: dict[Kind, torch.Tensor] = {}
+    for (weights, block), error in dense.items():
+        curves[DENSE, weights, block] = torch.tensor([left * error], dtype=torch.float64)
+        measured = dense[weights, blocks.middle if block else 0]
+        share = left * error / measured if measured else 1.0
+        curves |= {(form, weights, block): exact + share * more[weights] for form, more in added.items()}
     biased = scores.deviation is not None and linear.bias is None
     return LayerDamage(scores.shape, {key: curve.cpu() for key, curve in curves.items()}, biased)
 
 
-def _components(spectrum: Spectrum, scores: LayerScores) -> tuple[torch.Tensor, torch.Tensor]:
+def _pruned(
+    factors: tuple[torch.Tensor, torch.Tensor], norm: LossNorm, blocks: RoundedInBlocks
+) -> tuple[torch.Tensor, dict[str, dict[WeightType, torch.Tensor]]]:
+    """Return (what cutting loses [k + 1], by form and type what rounding to nearest in blocks of `middle` adds)."""
+    roundings = {weights: blocks.rounding(weights, blocks.middle) for weights in TYPES}
+    stored = {
+        weights: norm.cut(factors, [rounding(part) for part in factors]) for weights, rounding in roundings.items()
+    }
+    exact = stored["same"]
+    added = {"stacked": {weights: curve - exact for weights, curve in stored.items()}}
+    for kind, form in FORMS.items():
+        if form is not StackedFactors:
+            added[kind] = _sampled(form, factors, norm, roundings)
+    return exact, added
+
+
+def _components(spectrum: Spectrum, scores: LayerScores, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (up [m, k], down [k, n]), the components that live longest first, each with its norm shared evenly."""
     order = torch.sort(scores.importance, descending=True, stable=True).indices
     up, down = spectrum.P[:, order].double(), spectrum.B[order].double()
     evened = balance(up, down)
-    return up * evened, down / evened[:, None]
+    return (up * evened).to(device), (down / evened[:, None]).to(device)
 
 
 def _sampled(
@@ -178,7 +219,7 @@ def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: RoundedInBl
         return float((often * ((error @ curvature) * error).sum(1)).sum()) / 2
 
     found = {
-        names[id(table)]: _whole(weight, TABLE_TYPES, lambda kind: blocks.rounding(kind, True), lost),
+        names[id(table)]: _whole(weight, TABLE_TYPES, blocks, lost),
     }
     if head is not None:
         name = next(name for name, module in model.named_modules() if module is head)
@@ -189,19 +230,18 @@ def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: RoundedInBl
         def missed(error: torch.Tensor) -> float:
             return float((rows * ((error @ covariance) * error).sum(1)).sum()) / 2
 
-        found[name] = _whole(head.weight.detach().double(), TYPES, blocks.rounding, missed)
+        found[name] = _whole(head.weight.detach().double(), TYPES, blocks, missed)
     return found
 
 
 def _whole(
-    weight: torch.Tensor,
-    types: Sequence[WeightType],
-    rounding: Callable[[WeightType], Round],
-    error: Callable[[torch.Tensor], float],
+    weight: torch.Tensor, types: Sequence[WeightType], blocks: RoundedInBlocks, error: Callable[[torch.Tensor], float]
 ) -> LayerDamage:
-    losses = {(DENSE, kind): error(weight - rounding(kind)(weight)) for kind in types}
-    shape = (weight.shape[0], weight.shape[1])
-    return LayerDamage(shape, {key: torch.tensor([loss], dtype=torch.float64) for key, loss in losses.items()})
+    curves: dict[Kind, torch.Tensor] = {}
+    for kind, block in blocks.kinds(types):
+        rounding = blocks.rounding(kind, block, True if types is TABLE_TYPES else None)
+        curves[DENSE, kind, block] = torch.tensor([error(weight - rounding(weight))], dtype=torch.float64)
+    return LayerDamage((weight.shape[0], weight.shape[1]), curves)
 
 
 def frequencies(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -13,25 +13,35 @@ from soco_train.settings import TYPES, WeightType
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"
+Kind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
 
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """Errors of one layer [m, n] by form and type of weights (`same`: not rounded).
+    """Errors of one layer [m, n] by form, type of weights (`same`: not rounded) and block.
 
-    curves: (form, weights) → [k + 1] float64, entry r at rank r; a dense layer has the one entry [1]. biased: whether a
+    curves: kind → [k + 1] float64, entry r at rank r; a dense layer has the one entry [1]. biased: whether a
     pruned layer gets a bias that the dense one has not.
     """
 
     shape: tuple[int, int]
-    curves: Mapping[tuple[str, WeightType], torch.Tensor]
+    curves: Mapping[Kind, torch.Tensor]
     biased: bool = False
 
-    def only(self, weights: WeightType | None) -> LayerDamage:
-        """Return the errors in one type; None: in all."""
-        if weights is None:
-            return self
-        return replace(self, curves={kind: curve for kind, curve in self.curves.items() if kind[1] == weights})
+    def only(self, weights: WeightType | None, block: int | None = None) -> LayerDamage:
+        """Return the errors in one type and block; None: in all."""
+        curves = {
+            kind: curve
+            for kind, curve in self.curves.items()
+            if weights in (None, kind[1]) and (block is None or kind[2] in (0, block))
+        }
+        return replace(self, curves=curves)
+
+    def alone(self, form: str, weights: WeightType, block: int) -> LayerDamage:
+        """Return the errors of one kind: this one, or of the same form the next to it."""
+        kinds = [kind for kind in self.curves if kind[0] == form]
+        found = min(kinds, key=lambda kind: (kind[1] != weights, abs(kind[2] - block)))
+        return replace(self, curves={found: self.curves[found]})
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,9 @@ class Damage:
     def save(self, path: Path) -> None:
         """Write `damage.safetensors`."""
         tensors = {
-            f"{name}:{form}:{weights}": curve
+            f"{name}:{form}:{weights}:{block}": curve
             for name, layer in self.layers.items()
-            for (form, weights), curve in layer.curves.items()
+            for (form, weights, block), curve in layer.curves.items()
         }
         shapes = {name: [*layer.shape, layer.biased] for name, layer in self.layers.items()}
         write_tensors(path, tensors, {"kind": "damage", "shapes": shapes, "provenance": dict(self.provenance)})
@@ -57,12 +67,12 @@ class Damage:
         tensors, header = read_tensors(path, "damage")
 
         def make() -> Damage:
-            curves: dict[str, dict[tuple[str, WeightType], torch.Tensor]] = {name: {} for name in header["shapes"]}
+            curves: dict[str, dict[Kind, torch.Tensor]] = {name: {} for name in header["shapes"]}
             for key, curve in tensors.items():
-                name, form, weights = key.rsplit(":", 2)
+                name, form, weights, block = key.rsplit(":", 3)
                 if curve.ndim != 1 or weights not in TYPES or not bool(curve.isfinite().all()):
                     raise ValueError(f"{key} is no list of finite numbers for a type of weights")
-                curves[name][form, weights] = curve
+                curves[name][form, weights, int(block)] = curve
             shapes = header["shapes"].items()
             layers = {name: LayerDamage((m, n), curves[name], bool(biased)) for name, (m, n, biased) in shapes}
             return Damage(layers, dict(header["provenance"]))
@@ -70,8 +80,8 @@ class Damage:
         return answering("this is no damage of layers", str(path), MADE_ANEW, make)
 
 
-def no_damage(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Sequence[tuple[str, WeightType]]]) -> Damage:
-    """Return damage of 0 for layers of these shapes in each of their `kinds` (form, weights): only bytes count then."""
+def no_damage(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Sequence[Kind]]) -> Damage:
+    """Return damage of 0 for layers of these shapes in each of their `kinds`: only bytes count then."""
     return Damage(
         {
             name: LayerDamage(shape, {kind: torch.zeros(min(shape) + 1, dtype=torch.float64) for kind in kinds[name]})

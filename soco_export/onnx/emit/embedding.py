@@ -12,6 +12,7 @@ from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.emit.linear import Linears, StoredBlocks
 from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Matrix, Part
+from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 
 
@@ -31,23 +32,24 @@ class TokenTable:
     def rows(self, tokens: ir.Value) -> ir.Value:
         """Return the rows of `tokens` [batch, sequence], [batch, sequence, hidden]."""
         settings = self.linears.settings
-        kind = settings.table_of(self.architecture.tensors.embed)
+        name = self.architecture.tensors.embed
+        kind = settings.table_of(name)
         if kind == "same":
             self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
             return self.graph.op("Gather", self._floats, tokens)
-        how, bits = settings.quantize, BITS[kind]
+        grid = Grid(BITS[kind], settings.quantize.block_of(name), symmetric=True)
         # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
         # Gather wants the table as wide as the model: no padding behind the last block.
-        shape = (self.architecture.vocab, self.architecture.hidden * bits // 8)
+        shape = (self.architecture.vocab, self.architecture.hidden * grid.bits // 8)
         table = Matrix([Part(self.linears.source.read(self.name))])
-        self._blocks = self.linears.store_blocks(self.name, table, bits, True, shape)
+        self._blocks = self.linears.store_blocks(self.name, table, grid, shape)
         return self.graph.op(
             f"{CONTRIB}::GatherBlockQuantized",
             self._blocks.packed,
             tokens,
             *self._blocks.parameters,
-            bits=bits,
-            block_size=how.block,
+            bits=grid.bits,
+            block_size=grid.block,
             gather_axis=0,
             quantize_axis=1,
         )
@@ -59,8 +61,7 @@ class TokenTable:
         """Return hidden · tableᵀ: the logits of a tied head."""
         head = self.architecture.tensors.head
         quantized = self.linears.settings.quantizes(head)
-        whole_blocks = self.architecture.hidden % self.linears.settings.quantize.block == 0
-        if quantized and whole_blocks and self._blocks is not None:
+        if quantized and self._blocks is not None and self.architecture.hidden % self._blocks.block == 0:
             return self._block_product(hidden, self._blocks)
         if quantized or self._floats is None:
             levels = self.linears.source.levels(f"{head}.weight")
@@ -69,8 +70,7 @@ class TokenTable:
         return self._float_product(hidden, self._floats)
 
     def _block_product(self, hidden: ir.Value, blocks: StoredBlocks) -> ir.Value:
-        graph, how = self.graph, self.linears.settings.quantize
-        size = how.block * blocks.bits // 8
+        graph, size = self.graph, blocks.block * blocks.bits // 8
         table = graph.op("Reshape", blocks.packed, graph.constant([self.architecture.vocab, -1, size]))
         return self.linears.block_product(hidden, blocks.with_packed(table))
 

@@ -53,6 +53,7 @@ class StoredBlocks:
     packed: ir.Value
     parameters: tuple[ir.Value, ...]
     bits: int
+    block: int
     shape: tuple[int, int]
 
     def with_packed(self, packed: ir.Value) -> StoredBlocks:
@@ -84,7 +85,8 @@ class Linears:
     def many(self, x: ir.Value, names: Sequence[str], rows: Sequence[Order] = ()) -> list[ir.Value]:
         """Return the outputs of several Linears that all read `x`; `rows`: an order for each."""
         rows = rows or [None] * len(names)
-        alike = len({self.settings.weights_of(name) for name in names}) == 1  # each is stored as it is to be
+        stored = {(self.settings.weights_of(name), self.settings.quantize.block_of(name)) for name in names}
+        alike = len(stored) == 1  # each is stored as it is to be
         if self.settings.pack and len(names) > 1 and alike:
             firsts = self._packed(x, names, rows)
         else:
@@ -148,24 +150,23 @@ class Linears:
         if kind == "same":
             # Stored transposed: MatMul then needs no Transpose at run time.
             return self.graph.op("MatMul", x, self.graph.transposed(name, weight))
-        bits, how = BITS[kind], self.settings.quantize
-        blocks = -(-weight.shape[1] // how.block)
-        shape = (weight.shape[0], blocks, how.block * bits // 8)
-        return self.block_product(x, self.store_blocks(name, weight, bits, how.symmetric, shape))
+        how = self.settings.quantize
+        grid = Grid(BITS[kind], how.block_of(layers[0]), how.symmetric)
+        blocks = -(-weight.shape[1] // grid.block)
+        shape = (weight.shape[0], blocks, grid.block * grid.bits // 8)
+        return self.block_product(x, self.store_blocks(name, weight, grid, shape))
 
-    def store_blocks(
-        self, name: str, weight: Matrix, bits: int, symmetric: bool, shape: tuple[int, ...]
-    ) -> StoredBlocks:
+    def store_blocks(self, name: str, weight: Matrix, grid: Grid, shape: tuple[int, ...]) -> StoredBlocks:
         """Store a weight in blocks, its levels in `shape` (whose first axis are the rows), then scales and zeros."""
-        (m, n), block = weight.shape, self.settings.quantize.block
-        blocks, size = -(-n // block), int(np.prod(shape[1:]))
+        (m, n), bits, symmetric = weight.shape, grid.bits, grid.symmetric
+        blocks, size = -(-n // grid.block), int(np.prod(shape[1:]))
         # Made before the pieces come, so that they do not lie between these in memory.
         scales = np.empty((m, blocks), np.float32)
         zeros = np.empty((0 if symmetric else m, -(-blocks * bits // 8)), np.uint8)
 
         def levels() -> Iterator[Array]:
             start = 0
-            for piece in quantize_rows(weight, Grid(bits, block, symmetric)):
+            for piece in quantize_rows(weight, grid):
                 stop = start + len(piece.packed)
                 scales[start:stop] = piece.scales
                 if piece.zeros is not None:
@@ -175,14 +176,14 @@ class Linears:
                 yield piece.packed.reshape(len(piece.packed), -1)[:, :size]
 
         packed = self.graph.streamed(f"{name}_q{bits}", shape, levels())
-        parameters = [self.graph.weight(f"{name}_scales", scales)]
+        parameters = [self.graph.scales(f"{name}_scales", scales)]
         if not symmetric:
             parameters.append(self.graph.stored(f"{name}_zeros", zeros))
-        return StoredBlocks(packed, tuple(parameters), bits, weight.shape)
+        return StoredBlocks(packed, tuple(parameters), bits, grid.block, weight.shape)
 
     def block_product(self, x: ir.Value, weight: StoredBlocks) -> ir.Value:
         """Return x · weightᵀ for a weight stored in blocks."""
-        how, (m, n) = self.settings.quantize, weight.shape
+        m, n = weight.shape
         return self.graph.op(
             f"{CONTRIB}::MatMulNBits",
             x,
@@ -191,8 +192,8 @@ class Linears:
             K=n,
             N=m,
             bits=weight.bits,
-            block_size=how.block,
-            accuracy_level=how.accuracy_level,
+            block_size=weight.block,
+            accuracy_level=self.settings.quantize.accuracy_level,
         )
 
 

@@ -139,6 +139,14 @@ class Graph:
         """Store a weight in the graph's float type; RecipeError if a value does not fit it."""
         return self._initializer(name, self._data.write(name, array, self.dtype))
 
+    # scales (float16) ── Cast ── float32: the runtime folds it when it loads
+    def scales(self, name: str, array: Array) -> ir.Value:
+        """Store numbers that float16 has in two bytes each; return them in the graph's float type."""
+        if self.dtype != ir.DataType.FLOAT:
+            return self.weight(name, array)
+        half = self._initializer(name, self._data.write(name, array, ir.DataType.FLOAT16))
+        return self.op("Cast", half, to=self.dtype)
+
     def transposed(self, name: str, matrix: Matrix) -> ir.Value:
         """Store the transpose of a matrix in the graph's float type."""
         m, n = matrix.shape
@@ -190,7 +198,7 @@ def _cast(name: str, array: Array, dtype: ir.DataType) -> Array:
     if dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
         raise RecipeError(
             f"{name} holds |w| = {np.abs(array).max():.0f}, float16 ends at 65504",
-            fix="set export.dtype: bfloat16 or float32",
+            fix="set export.dtype: bfloat16 or float32, or leave the layer of these scales in export.quantize.keep",
             where="export.dtype",
         )
     return cast

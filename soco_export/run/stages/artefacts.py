@@ -13,6 +13,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soco_export.files.curve import recording
 from soco_export.recipe.recipe import Recipe
@@ -23,6 +24,10 @@ from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
 from soco_train.bounded import read_json
+
+if TYPE_CHECKING:
+    from soco_train.plan.ranks import RankPlan
+    from soco_train.settings import RefineSettings
 
 
 def cut_plan(context: RunContext, out: Path) -> None:
@@ -36,19 +41,26 @@ def cut_plan(context: RunContext, out: Path) -> None:
 
 
 def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
-    """Measure what each layer loses in each size and type, then choose for the recipe's bytes."""
-    from soco_export.run.byte_plan import plan_bytes
+    """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by loss."""
+    from soco_export.model.file_bytes import SIZES_STAGE
+    from soco_export.run.byte_plan import plan_bytes_by_loss
+    from soco_export.run.measured_bytes import PlanLoss, hold_out
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
 
     recipe = context.recipe
     subject = context.subject(context.path("spectrum", "spectrum"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
-    tokens = subject.tokens[: recipe.train.statistics_blocks]
-    blocks = RoundedInBlocks(recipe.export.quantize.block, recipe.export.quantize.symmetric)
-    damage = measure_damage(subject, scores, tokens, blocks, context.notify)
+    seen, held = hold_out(subject.tokens)
+    export = recipe.export
+    if recipe.refine.distill.rounding.weights == "planned":  # training leaves as little of an error, or less
+        export = export.model_copy(update={"quantize": export.quantize.model_copy(update={"rule": "calibrated"})})
+    blocks = RoundedInBlocks(SIZES_STAGE, export.quantize.symmetric, export.quantize.rule)
+    damage = measure_damage(subject, scores, seen[: recipe.train.statistics_blocks], blocks, context.notify)
     damage.save(out / DAMAGE)
-    (out / "plan.json").write_text(plan_bytes(recipe, damage).to_json(), encoding="utf-8")
+    loss = PlanLoss(subject, scores, export, (seen, held), out / "work")
+    plan = plan_bytes_by_loss(recipe, damage, loss, held.numel())
+    (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
 
 def make_factors(context: RunContext, out: Path) -> None:
@@ -64,9 +76,16 @@ def make_factors(context: RunContext, out: Path) -> None:
     origin = {"calibration": context.blocks("calibration").fingerprint}
     with recording(context.notify, out / KEPT_CURVE, out / FACTORS_CURVE) as notify:
         session = Session(out / "work", notify, fingerprint=out.name, seed=context.recipe.train.seed)
-        factors = method.cut_factors(subject, scores, plan, context.recipe.refine, session, origin)
+        factors = method.cut_factors(subject, scores, plan, _refine_settings(context.recipe, plan), session, origin)
     if parallel.leading():
         factors.save(out / "factors.safetensors")
+
+
+def _refine_settings(recipe: Recipe, plan: RankPlan) -> RefineSettings:
+    """Return the recipe's, with the plan's types for what is trained as they are rounded."""
+    distill = recipe.refine.distill
+    rounding = plan.rounding(distill.rounding)
+    return recipe.refine.model_copy(update={"distill": distill.model_copy(update={"rounding": rounding})})
 
 
 def distill_sizes(context: RunContext, out: Path) -> None:
@@ -74,7 +93,6 @@ def distill_sizes(context: RunContext, out: Path) -> None:
     from soco_export.run.measured_plan import plan_for
     from soco_train import method
     from soco_train.modules.subject import Session
-    from soco_train.plan.ranks import RankPlan
     from soco_train.store.scores import Scores
 
     recipe = context.recipe
@@ -107,7 +125,7 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     """Write the model with the factors in it as a Hugging Face folder, a tensor at a time."""
     import torch
 
-    from soco_export.checkpoint.layers import apply_factors, count_parameters, record_weights, stored_factors
+    from soco_export.checkpoint.layers import apply_factors, count_parameters, record_types, stored_factors
     from soco_export.checkpoint.stream import stream_checkpoint
     from soco_export.run.stages.model_card import model_card, summary_json
     from soco_train.plan.ranks import RankPlan
@@ -117,7 +135,8 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     before = count_parameters(model)
     layers = stored_factors(context.path("factors", "factors.safetensors"))
     apply_factors(model, layers, dtype, "meta")
-    record_weights(model, RankPlan.load(context.path("plan", "plan.json")).weights)
+    plan = RankPlan.load(context.path("plan", "plan.json"))
+    record_types(model, plan.weights, plan.blocks)
     summary = summary_json(context.recipe, model, before)
     card = model_card(context.recipe, summary)
     stream_checkpoint(model, layers, dtype, context.tokenizer(), out / "hf", card)

@@ -20,7 +20,7 @@ from soco_export.onnx.write.graph import DataFile, Graph
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import state_of
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of, pages
-from soco_train.settings import TYPES, WeightType
+from soco_train.settings import BITS, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
 SIZES = st.integers(2, 90)
@@ -75,8 +75,8 @@ def test_a_layer_takes_the_bytes_that_are_counted(
     Linears(graph, source, settings)(graph.input("x", ir.DataType.FLOAT, [1, n]), "layer")
     file.write("behind", np.zeros(1, np.uint8), ir.DataType.UINT8)  # where the next tensor would begin
     file.close()
-    packing = Packing(4, block, symmetric)
-    counted = packing.layer(Choice(form, rank or min(shape), weights), shape)
+    packing = Packing(4, symmetric)
+    counted = packing.layer(Choice(form, rank or min(shape), weights, block), shape)
     if form == "pivoted" and np.array_equal(source.read("layer.order"), np.arange(m)):
         counted -= pages(8 * m)
     assert file.path.stat().st_size - 1 == counted
@@ -110,19 +110,20 @@ def test_the_choice_is_next_to_the_best_of_all(found: dict[str, Menu], budget: i
     assert errors_of(found, choose_storage(found, budget + 40)) <= errors_of(found, chosen) + step + 1e-12
 
 
-def layer(error: float, shape: tuple[int, int] = (64, 64)) -> LayerDamage:
+def layer(error: float, shape: tuple[int, int] = (64, 64), blocks: tuple[int, ...] = (32,)) -> LayerDamage:
     """Return a dense layer whose error grows sixteenfold for half the bits, beginning at `error` in int8."""
     steps = {"same": 0.0, "int8": error, "int4": 16 * error, "int2": 256 * error}
-    return LayerDamage(shape, {(DENSE, kind): torch.tensor([steps[kind]]).double() for kind in TYPES})
+    kinds = [(kind, block) for kind in TYPES for block in (blocks if kind in BITS else (0,))]
+    return LayerDamage(shape, {(DENSE, kind, block): torch.tensor([steps[kind]]).double() for kind, block in kinds})
 
 
 def test_a_layer_that_does_not_mind_gets_fewer_bits() -> None:
-    table = LayerDamage((64, 64), {(DENSE, "int8"): torch.zeros(1).double()})
+    table = LayerDamage((64, 64), {(DENSE, "int8", 32): torch.zeros(1).double()})
     shape = (256, 256)
     damage = Damage({"calm": layer(1e-6, shape), "keen": layer(1e-3, shape), "table": table})
     found = menus_of(damage, Packing(), 1, Tables("table", "head", tied=True))
-    sizes = {kind: Packing().matrix(*shape, kind) for kind in TYPES}
-    chosen = choose_storage(found, sizes["int8"] + sizes["int2"] + Packing().table(64, 64, "int8"))
+    sizes = {kind: Packing().matrix(*shape, kind, 32) for kind in TYPES}
+    chosen = choose_storage(found, sizes["int8"] + sizes["int2"] + Packing().table(64, 64, "int8", 32))
     assert (chosen["calm"].weights, chosen["keen"].weights) == ("int2", "int8")
 
 
@@ -144,21 +145,30 @@ def test_a_table_that_a_tied_head_shares_is_paid_once() -> None:
     assert set(menus_of(damage, Packing(), 1, tied)) == {"table"}
     assert set(menus_of(damage, Packing(), 1, own)) == {"table", "head"}
     # blocks that do not divide the width need a copy of their own
-    assert set(menus_of(damage, Packing(block=128), 1, tied)) == {"table", "head"}
+    damage = Damage({name: layer(1e-3, blocks=(48,)) for name in ("table", "head")})
+    assert set(menus_of(damage, Packing(), 1, tied)) == {"table", "head"}
+    # where some divide it, the others are not offered
+    damage = Damage({name: layer(1e-3, blocks=(48, 64)) for name in ("table", "head")})
+    found = menus_of(damage, Packing(), 1, tied)
+    assert set(found) == {"table"}
+    assert {choice.block for choice in found["table"].choices} == {0, 64}
 
 
 def test_damage_survives_its_file(tmp_path: Path) -> None:
-    damage = Damage({"a.b": LayerDamage((3, 4), {("stacked", "int4"): torch.rand(4).double()}, biased=True)})
+    damage = Damage({"a.b": LayerDamage((3, 4), {("stacked", "int4", 64): torch.rand(4).double()}, biased=True)})
     damage.save(tmp_path / "damage.safetensors")
     found = Damage.load(tmp_path / "damage.safetensors").layers["a.b"]
     assert (found.shape, found.biased) == ((3, 4), True)
-    assert torch.equal(found.curves["stacked", "int4"], damage.layers["a.b"].curves["stacked", "int4"])
+    assert torch.equal(found.curves["stacked", "int4", 64], damage.layers["a.b"].curves["stacked", "int4", 64])
 
 
 def test_types_of_single_layers_go_before_the_others() -> None:
-    settings = ExportSettings(weights="int4", each={"*.down": "int8"}, quantize=QuantizeSettings(keep=("*.up",)))
-    planned = settings.planned({"0.up": "int2", "0.down": "same", "embed": "int4"})
+    settings = ExportSettings(
+        weights="int4", each={"*.down": "int8"}, quantize=QuantizeSettings(keep=("*.up",), blocks={"*.gate": 16})
+    )
+    planned = settings.planned({"0.up": "int2", "0.down": "same", "embed": "int4"}, {"0.up": 64, "0.gate": 128})
     assert [planned.weights_of(name) for name in ("0.down", "0.up", "0.gate")] == ["int8", "int2", "int4"]
     assert (settings.table_of("embed"), planned.table_of("embed")) == ("int8", "int4")
+    assert [planned.quantize.block_of(name) for name in ("0.down", "0.up", "0.gate")] == [32, 64, 16]
     with pytest.raises(RecipeError, match="token table"):
         ExportSettings(each={"embed": "int2"}).table_of("embed")

@@ -123,6 +123,7 @@ def test_the_onnx_file_has_the_levels_that_were_trained(subject: Subject, traine
     export_onnx(tmp_path / "hf", tmp_path / "onnx", ExportSettings(weights="int4", quantize=how))
     graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    arrays |= {node.output[0]: arrays[node.input[0]] for node in graph.node if node.input[0].endswith("_scales")}
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(products) == len(layers)
     written = [dequantized(*(arrays[name] for name in node.input[1:3])) for node in products]

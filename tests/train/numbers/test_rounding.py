@@ -9,8 +9,9 @@ import torch
 from soco_export.onnx.write.blocks import dequantize, pack_levels, quantize, unpack_levels
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, nearest
-from soco_train.numbers.rounding import check_rounding, rounded, rounds
-from soco_train.settings import BITS, RoundingSettings
+from soco_train.numbers.rounding import check_rounding, of_layer, rounded, rounds
+from soco_train.plan.ranks import BytePlan, LayerPlan, RankPlan
+from soco_train.settings import BITS, RoundingSettings, WeightType
 from tests.support import fresh
 
 
@@ -28,15 +29,19 @@ def test_what_is_trained_is_what_the_export_stores(
     assert np.array_equal(rounded(weight, settings).numpy(), stored)
 
 
+def halves(scales: np.ndarray) -> np.ndarray:
+    return scales.astype(np.float16).astype(np.float32)
+
+
 def by_numpy(weight: np.ndarray, bits: int, block: int, symmetric: bool) -> tuple[np.ndarray, ...]:
-    """What ONNX Runtime's own quantiser does, number by number in float32: levels, scales, zeros."""
+    """What ONNX Runtime's own quantiser does, number by number, with scales that float16 has: levels, scales, zeros."""
     m, n = weight.shape
     padded = np.pad(weight, ((0, 0), (0, -n % block))).reshape(m, -1, block)
     low, high, top, half = padded.min(-1), padded.max(-1), 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
-        scales, zeros = np.where(-low > high, low, high) / np.float32(-half), np.full_like(low, half)
+        scales, zeros = halves(np.where(-low > high, low, high) / np.float32(-half)), np.full_like(low, half)
     else:
-        scales = (np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(top)
+        scales = halves((np.maximum(high, 0) - np.minimum(low, 0)) / np.float32(top))
         zeros = np.clip(np.rint(-np.minimum(low, 0) / np.where(scales == 0, 1, scales)), 0, top)
     levels = np.rint(padded / np.where(scales == 0, 1, scales)[..., None]) + zeros[..., None]
     return np.clip(levels, 0, top), scales, zeros
@@ -73,6 +78,20 @@ def test_layers_that_the_export_keeps_are_not_rounded() -> None:
     assert rounds(settings, "model.layers.0.mlp.up_proj")
     assert not rounds(settings, "model.layers.0.mlp.down_proj")
     assert not rounds(RoundingSettings(), "model.layers.0.mlp.up_proj")
+
+
+def test_each_layer_is_rounded_as_its_plan_has_it() -> None:
+    shapes = {"a": (96, 64), "b": (64, 64), "c": (64, 64)}
+    layers = {name: LayerPlan(shape, 64, True, 1, "") for name, shape in shapes.items()}
+    kinds: dict[str, WeightType] = {"a": "int4", "b": "same", "c": "int8", "table": "int8"}
+    chosen = BytePlan(9, 9, {"c": "pivoted"}, kinds, {"a": 64, "c": 32})
+    plan = RankPlan(layers, 1.0, "stacked", "lagrangian", chosen)
+    assert plan.rounding(RoundingSettings(weights="int8")) == RoundingSettings(weights="int8")
+    settings = plan.rounding(RoundingSettings(weights="planned", keep=("d",)))
+    # what is stored of a pivoted layer are other numbers than those that are trained
+    assert [rounds(settings, name) for name in ("a", "b", "c", "d")] == [True, False, False, False]
+    weight = torch.randn(4, 64)
+    assert torch.equal(rounded(weight, of_layer(settings, "a")), nearest(weight, Grid(4, 64, True)).values())
 
 
 def test_pivoted_storage_is_refused() -> None:
