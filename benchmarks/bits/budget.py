@@ -36,7 +36,7 @@ from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
-from soco_export.model.file_bytes import SIZES
+from soco_export.model.file_bytes import BLOCK_SIZES
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
@@ -179,7 +179,7 @@ class Planner:
         path = self.work / f"damage-{rule}.safetensors"
         if not path.exists():
             subject, scores = self.subject()
-            measure_damage(subject, scores, subject.tokens, RoundedInBlocks(SIZES, rule=rule)).save(path)
+            measure_damage(subject, scores, subject.tokens, RoundedInBlocks(BLOCK_SIZES, rule=rule)).save(path)
         return Damage.load(path)
 
     def _save(self, plan: RankPlan, out: Path) -> Path:

@@ -18,7 +18,7 @@ from soco_export.evaluate.figures import DomainFigures, ForgettingFigures, Gener
 from soco_export.evaluate.paired import perplexity_interval
 from soco_export.evaluate.perplexity import Doubles, Readings
 
-KINDS = 10  # tenths of the tokens
+_KINDS = 10  # tenths of the tokens
 CONFIDENCES = 15  # bins of the calibration error, as Guo et al. 2017 have it
 GRAM = 4  # tokens that make a repetition (Welleck et al. 2019, seq-rep-4)
 
@@ -66,7 +66,7 @@ def by_kind(key: Doubles | IntArray, dense: Doubles, other: Doubles) -> tuple[To
 
     Tokens with the same key stay together, so that there may be fewer than ten kinds, of different sizes.
     """
-    last = np.unique(np.quantile(key, np.arange(1, KINDS + 1) / KINDS, method="higher"))  # the largest key of each
+    last = np.unique(np.quantile(key, np.arange(1, _KINDS + 1) / _KINDS, method="higher"))  # the largest key of each
     kind = np.searchsorted(last, key)
     counts, one, two = (_per_window(kind, weights, len(last)) for weights in (np.ones_like(dense), dense, other))
     intervals = pooled_intervals(two - one, counts) if len(counts) > 1 else [None] * len(last)

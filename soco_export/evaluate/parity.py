@@ -23,7 +23,7 @@ from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
 _POSITIONS_AT_ONCE = 32  # of vocabulary-wide float64 rows
-Doubles = npt.NDArray[np.float64]
+_Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,18 @@ def _compare_chunk(reference: FloatArray, candidate: FloatArray) -> ParityFigure
     )
 
 
-def _healthy(logits: Doubles) -> npt.NDArray[np.bool_]:
+def _healthy(logits: _Doubles) -> npt.NDArray[np.bool_]:
     return np.isfinite(logits.max(-1))
 
 
-def _divergence(reference: Doubles, candidate: Doubles) -> Doubles:
+def _divergence(reference: _Doubles, candidate: _Doubles) -> _Doubles:
     with np.errstate(invalid="ignore", divide="ignore"):
         log_p, log_q = log_softmax(reference), log_softmax(candidate)
         p = np.exp(log_p)
         return np.maximum(np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1), 0.0)
 
 
-def log_softmax(logits: Doubles) -> Doubles:
+def log_softmax(logits: _Doubles) -> _Doubles:
     """Return log-probabilities over the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

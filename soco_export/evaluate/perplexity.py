@@ -44,10 +44,10 @@ def measure_perplexity(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify =
 
     Raises DataError, naming the block, if a loss is NaN or infinite.
     """
-    return summarise_readings(read_text(decoder, blocks, notify))
+    return summarise_readings(read_windows(decoder, blocks, notify))
 
 
-def read_text(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify = silent) -> Readings:
+def read_windows(decoder: Decoder, blocks: npt.ArrayLike, notify: Notify = silent) -> Readings:
     """Return what a model says of all but the first token of every block. blocks: [n, t] token ids, t ≥ 2.
 
     Raises DataError, naming the block, if a loss is NaN or infinite.

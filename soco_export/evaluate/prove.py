@@ -21,7 +21,7 @@ from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
 from soco_export.evaluate.forgetting import compare_readings, compare_texts
 from soco_export.evaluate.items import load_items
 from soco_export.evaluate.parity import Observation, compare_observations, observe
-from soco_export.evaluate.perplexity import Readings, read_text, summarise_readings
+from soco_export.evaluate.perplexity import Readings, read_windows, summarise_readings
 from soco_export.evaluate.settings import ValidateSettings
 from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
 from soco_export.files.atomic import write_atomic
@@ -114,7 +114,7 @@ def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any
     """Return a model's perplexity and its answers to the tasks, from the file if it has been asked before."""
     path, readings = questions.folder / f"{form}.json", questions.folder / f"{form}.npz"
     if not (path.exists() and readings.exists()):
-        read = read_text(decoder, questions.blocks.tokens, questions.notify)
+        read = read_windows(decoder, questions.blocks.tokens, questions.notify)
         figures = summarise_readings(read)
         tasks = {}
         for task in questions.settings.tasks:

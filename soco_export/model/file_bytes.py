@@ -18,10 +18,10 @@ from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
-from soco_train.store.damage import DENSE, Damage, Kind, no_damage
+from soco_train.store.damage import DENSE, Damage, StorageKind, no_damage
 
 _TRIES = 12
-SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
+BLOCK_SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -168,10 +168,10 @@ class FileBytes:
 
 def in_blocks(types: Iterable[WeightType]) -> list[tuple[WeightType, int]]:
     """Return each type in each size of block that a plan may choose; floats have none."""
-    return [(weights, block) for weights in types for block in (SIZES if weights in BITS else (0,))]
+    return [(weights, block) for weights in types for block in (BLOCK_SIZES if weights in BITS else (0,))]
 
 
-def _kinds(forms: Iterable[str], types: Sequence[WeightType]) -> list[Kind]:
+def _kinds(forms: Iterable[str], types: Sequence[WeightType]) -> list[StorageKind]:
     return [(form, *kind) for form in forms for kind in in_blocks(types)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from soco_export.evaluate.figures import ForgettingFigures, Tokens
 from soco_export.report.rendering import Row, Table, number, percent, ratio_text
 
-KINDS = ("tokens", "count", "dense", "this model", "added")
+_KINDS = ("tokens", "count", "dense", "this model", "added")
 PREDICTIONS = ("", "dense", "this model", "change")
 
 
@@ -19,7 +19,7 @@ def kinds_table(found: ForgettingFigures | None) -> Table | None:
         "Mean loss in nats a token; the ends of what the picture shows whole. Entropy: of the dense model's "
         "prediction. In brackets 95 % intervals over windows."
     )
-    return Table("What was forgotten", KINDS, tuple(_kinds(found)), note)
+    return Table("What was forgotten", _KINDS, tuple(_kinds(found)), note)
 
 
 def _kinds(found: ForgettingFigures) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from soco_export.files.text import visible
 from soco_export.report.frontier import frontier_table
 from soco_export.report.markdown import render_recipe
 from soco_export.report.material import Material
-from soco_export.report.plots import NONE, draw_plots
+from soco_export.report.plots import NO_PLOT, draw_plots
 from soco_export.report.schema import Results
 from soco_export.report.sentences import figures_sentence, origin, verdict_line
 from soco_export.report.tables import all_tables, changed, run_table
@@ -21,7 +21,7 @@ _TEMPLATE = "report.html.jinja"
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 
 
-def render_html(results: Results, material: Material = NONE) -> str:
+def render_html(results: Results, material: Material = NO_PLOT) -> str:
     """Return report.html."""
     plots, absence = draw_plots(results, material)
     frontier = frontier_table(material.frontier)

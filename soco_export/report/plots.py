@@ -20,7 +20,7 @@ from soco_export.report.material import Material
 from soco_export.report.schema import Results
 
 ABSENT = "No plots: matplotlib is not installed (pip install matplotlib)."
-NONE = Material()
+NO_PLOT = Material()
 NOTHING = "No plots: nothing that can be drawn was measured."
 IDS = re.compile(r'(?<=[ (])((?:xlink:)?href="#|id="|url\(#)')
 SIZE = re.compile(r'<svg[^>]*? viewBox="([^"]+)"[^>]*>')
@@ -53,7 +53,7 @@ PICTURES = (
 )
 
 
-def draw_plots(results: Results, material: Material = NONE) -> tuple[list[Plot], str]:
+def draw_plots(results: Results, material: Material = NO_PLOT) -> tuple[list[Plot], str]:
     """Return the plots, and why there are none ("" if there are)."""
     try:
         from matplotlib import rc_context

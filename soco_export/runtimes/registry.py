@@ -62,13 +62,13 @@ class Runtime:
 
 
 RUNTIMES: dict[str, Runtime] = {}
-Kind = TypeVar("Kind", bound=type[Runtime])
+_Kind = TypeVar("_Kind", bound=type[Runtime])
 
 
-def runtime(name: str) -> Callable[[Kind], Kind]:
+def runtime(name: str) -> Callable[[_Kind], _Kind]:
     """Register a runtime under a word for export.layouts, validate.runtime and --target."""
 
-    def register(kind: Kind) -> Kind:
+    def register(kind: _Kind) -> _Kind:
         RUNTIMES[name] = kind()
         return kind
 

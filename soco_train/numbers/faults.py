@@ -9,9 +9,9 @@ import torch
 from soco_train.errors import DataError
 
 # float32 below this has lost digits, and most kernels take it for 0 (IEEE 754: the smallest normal number)
-NORMAL = torch.finfo(torch.float32).tiny
+_NORMAL = torch.finfo(torch.float32).tiny
 NONE = "NaN or infinity"
-FIX = "look for where it appears first: the base model, the calibration, or half precision"
+_FIX = "look for where it appears first: the base model, the calibration, or half precision"
 
 
 def number_fault(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
@@ -40,7 +40,7 @@ def range_fault(low: float, high: float, matrix: bool, dtype: torch.dtype) -> st
         return f"|w| = {largest:.5g}, and {dtype} ends at {torch.finfo(dtype).max:.5g}"
     if not matrix or not largest:
         return ""
-    if largest < NORMAL:
+    if largest < _NORMAL:
         return f"nothing but subnormal numbers (up to {largest:.3g}), which most kernels take for 0"
     return "" if rounded else f"nothing that {dtype} does not round to 0 (up to {largest:.3g})"
 
@@ -49,5 +49,5 @@ def check_numbers(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = N
     """Return the tensor; DataError, naming it, for what `number_fault` finds."""
     fault = number_fault(tensor, dtype)
     if fault:
-        raise DataError(f"{name} holds {fault}", fix=FIX, where=name)
+        raise DataError(f"{name} holds {fault}", fix=_FIX, where=name)
     return tensor

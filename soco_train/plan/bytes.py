@@ -16,7 +16,7 @@ import numpy.typing as npt
 from soco_train.forms.registry import find_form
 from soco_train.plan.allocation import best_rungs
 from soco_train.settings import BITS, WeightType
-from soco_train.store.damage import DENSE, Damage, Kind, LayerDamage
+from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 
 PAGE = 4096  # where tensors of the data file start
 _TRIED = 8  # choices of the largest layer
@@ -168,7 +168,7 @@ def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) ->
     return found
 
 
-def _in_one_copy(kinds: Collection[Kind], width: int) -> list[Kind]:
+def _in_one_copy(kinds: Collection[StorageKind], width: int) -> list[StorageKind]:
     """Return how a table can be both read by rows and multiplied with: in blocks that divide its width, or in floats.
 
     Where only floats would be left nothing is: a head of its own can then be rounded.

@@ -32,7 +32,7 @@ from soco_train.numbers.rules import Inputs, find_rounding
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.spectra.bases import present
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
-from soco_train.store.damage import DENSE, Damage, Kind, LayerDamage
+from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 
@@ -116,7 +116,7 @@ def damage_to(
     dense = {kind: norm.error(weight - blocks.rounding(*kind)(weight)) for kind in kinds}
     left = blocks.left(weight, statistics)
     exact, added = _pruned(_components(spectrum, scores, weight.device), norm, blocks)
-    curves: dict[Kind, torch.Tensor] = {}
+    curves: dict[StorageKind, torch.Tensor] = {}
     for (weights, block), error in dense.items():
         curves[DENSE, weights, block] = torch.tensor([left * error], dtype=torch.float64)
         measured = dense[weights, blocks.middle if block else 0]
@@ -237,7 +237,7 @@ def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: RoundedInBl
 def _whole(
     weight: torch.Tensor, types: Sequence[WeightType], blocks: RoundedInBlocks, error: Callable[[torch.Tensor], float]
 ) -> LayerDamage:
-    curves: dict[Kind, torch.Tensor] = {}
+    curves: dict[StorageKind, torch.Tensor] = {}
     for kind, block in blocks.kinds(types):
         rounding = blocks.rounding(kind, block, True if types is TABLE_TYPES else None)
         curves[DENSE, kind, block] = torch.tensor([error(weight - rounding(weight))], dtype=torch.float64)

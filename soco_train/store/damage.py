@@ -13,7 +13,7 @@ from soco_train.settings import TYPES, WeightType
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"
-Kind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
+StorageKind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LayerDamage:
     """
 
     shape: tuple[int, int]
-    curves: Mapping[Kind, torch.Tensor]
+    curves: Mapping[StorageKind, torch.Tensor]
     biased: bool = False
 
     def only(self, weights: WeightType | None, block: int | None = None) -> LayerDamage:
@@ -67,7 +67,7 @@ class Damage:
         tensors, header = read_tensors(path, "damage")
 
         def make() -> Damage:
-            curves: dict[str, dict[Kind, torch.Tensor]] = {name: {} for name in header["shapes"]}
+            curves: dict[str, dict[StorageKind, torch.Tensor]] = {name: {} for name in header["shapes"]}
             for key, curve in tensors.items():
                 name, form, weights, block = key.rsplit(":", 3)
                 if curve.ndim != 1 or weights not in TYPES or not bool(curve.isfinite().all()):
@@ -80,7 +80,7 @@ class Damage:
         return answering("this is no damage of layers", str(path), MADE_ANEW, make)
 
 
-def no_damage(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Sequence[Kind]]) -> Damage:
+def no_damage(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Sequence[StorageKind]]) -> Damage:
     """Return damage of 0 for layers of these shapes in each of their `kinds`: only bytes count then."""
     return Damage(
         {

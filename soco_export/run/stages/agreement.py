@@ -24,7 +24,7 @@ from soco_export.run.stages.report import collect, write_reports
 from soco_train.bounded import MADE_ANEW, read_bytes, read_text
 from soco_train.store.scores import Scores
 
-MEASURED = ("parity", "perplexity", "tasks", "latency", "memory")
+_MEASURED = ("parity", "perplexity", "tasks", "latency", "memory")
 COMMAND = re.compile(r'<property name="command" value="([^"]*)" />')
 
 
@@ -57,7 +57,7 @@ def scores(context: RunContext) -> str:
     return f"the scores were learnt with another {wrong[0]} than the recipe's" if wrong else ""
 
 
-def plan(context: RunContext) -> str:
+def plan_agrees(context: RunContext) -> str:
     """The plan is what the scores give; where times or bytes chose it too, one of the same layers and size."""
     from soco_train.plan.ranks import RankPlan, plan_ranks
 
@@ -141,14 +141,14 @@ def evidence(context: RunContext) -> str:
     if not (context.folder.root / RESULTS_FILE).is_file():
         return f"{RESULTS_FILE}, which would vouch for it, is not there"
     told, found = (
-        results.model_dump(mode="json", include=set(MEASURED))
+        results.model_dump(mode="json", include=set(_MEASURED))
         for results in (Results.load(context.folder.root), collect(context))
     )
-    wrong = [part for part in MEASURED if told[part] != found[part]]
+    wrong = [part for part in _MEASURED if told[part] != found[part]]
     return f"{RESULTS_FILE} tells another {wrong[0]} than was measured" if wrong else ""
 
 
-def report(context: RunContext) -> str:
+def report_agrees(context: RunContext) -> str:
     """results.json is of this recipe and this model, and the reports say what it says, to the letter."""
     root = context.folder.root
     results = Results.load(root)
@@ -204,7 +204,7 @@ def _scores(context: RunContext) -> Scores:
 AGREE: Mapping[str, Callable[[RunContext], str]] = {
     "spectrum": spectrum,
     "scores": scores,
-    "plan": plan,
+    "plan": plan_agrees,
     "sizes": lambda context: "" if context.path("sizes", SIZES_FILE).is_file() else f"{SIZES_FILE} is not there",
     "factors": factors,
     "checkpoint": checkpoint,
@@ -213,5 +213,5 @@ AGREE: Mapping[str, Callable[[RunContext], str]] = {
     "onnx-dense": dense_onnx,
     "proof": evidence,
     "bench": evidence,
-    "report": report,
+    "report": report_agrees,
 }

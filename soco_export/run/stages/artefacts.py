@@ -42,7 +42,7 @@ def cut_plan(context: RunContext, out: Path) -> None:
 
 def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by loss."""
-    from soco_export.model.file_bytes import SIZES_STAGE
+    from soco_export.model.file_bytes import BLOCK_SIZES
     from soco_export.run.byte_plan import plan_bytes_by_loss
     from soco_export.run.measured_bytes import PlanLoss, hold_out
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
@@ -55,7 +55,7 @@ def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     export = recipe.export
     if recipe.refine.distill.rounding.weights == "planned":  # training leaves as little of an error, or less
         export = export.model_copy(update={"quantize": export.quantize.model_copy(update={"rule": "calibrated"})})
-    blocks = RoundedInBlocks(SIZES_STAGE, export.quantize.symmetric, export.quantize.rule)
+    blocks = RoundedInBlocks(BLOCK_SIZES, export.quantize.symmetric, export.quantize.rule)
     damage = measure_damage(subject, scores, seen[: recipe.train.statistics_blocks], blocks, context.notify)
     damage.save(out / DAMAGE)
     loss = PlanLoss(subject, scores, export, (seen, held), out / "work")

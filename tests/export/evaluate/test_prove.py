@@ -10,7 +10,7 @@ import torch
 
 from soco_export.evaluate.decoder import Decoder, TorchDecoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
-from soco_export.evaluate.perplexity import read_text
+from soco_export.evaluate.perplexity import read_windows
 from soco_export.evaluate.prove import Questions, prove
 from soco_export.evaluate.settings import ParitySettings, ValidateSettings
 from soco_train.data.corpus import Blocks
@@ -54,7 +54,7 @@ def openers(models: dict[str, ToyModel], *forms: str) -> dict[str, Callable[[], 
 def test_what_was_forgotten_is_of_what_ships_beside_dense(models: dict[str, ToyModel], questions: Questions) -> None:
     found = prove(openers(models, *FORMS), questions)["forgetting"]
     blocks = questions.blocks.tokens.numpy()
-    read = {form: read_text(TorchDecoder(models[form], form), blocks) for form in FORMS}
+    read = {form: read_windows(TorchDecoder(models[form], form), blocks) for form in FORMS}
     right = {form: read[form].top == blocks[:, 1:] for form in FORMS}
     assert found["accuracy_dense"] == right[DENSE].mean()
     assert found["accuracy_compressed"] == right[SHIPPED].mean()
@@ -68,7 +68,7 @@ def test_what_was_forgotten_is_of_what_ships_beside_dense(models: dict[str, ToyM
 
 def test_without_a_third_form_it_is_of_the_low_rank_model(models: dict[str, ToyModel], questions: Questions) -> None:
     found = prove(openers(models, DENSE, LOW_RANK), questions)
-    read = read_text(TorchDecoder(models[LOW_RANK], ""), questions.blocks.tokens)
+    read = read_windows(TorchDecoder(models[LOW_RANK], ""), questions.blocks.tokens)
     assert found["forgetting"]["accuracy_compressed"] == (read.top == questions.blocks.tokens[:, 1:].numpy()).mean()
     assert found["perplexity"][LOW_RANK]["value"] == pytest.approx(torch.from_numpy(read.loss).mean().exp().item())
 

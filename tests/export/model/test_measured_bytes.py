@@ -12,7 +12,7 @@ from soco_export.run.byte_plan import plan_bytes, plan_bytes_by_loss
 from soco_export.run.measured_bytes import hold_out
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import TABLE_TYPES, TYPES
-from soco_train.store.damage import DENSE, Damage, Kind, LayerDamage
+from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 from tests.support import fresh
 
 ASKED = 2_000_000
@@ -35,7 +35,7 @@ def damage(file: FileBytes) -> Damage:
     draw, table = fresh.rng(), (file.architecture.vocab, file.architecture.hidden)
 
     def layer(shape: tuple[int, int], forms: tuple[str, ...], types: tuple[str, ...]) -> LayerDamage:
-        scale, curves = draw.uniform(0.1, 1), dict[Kind, torch.Tensor]()
+        scale, curves = draw.uniform(0.1, 1), dict[StorageKind, torch.Tensor]()
         for form in forms:
             for weights, block in in_blocks(types):
                 cut = 0.1 * torch.linspace(1, 0, 1 if form == DENSE else min(shape) + 1).double()
