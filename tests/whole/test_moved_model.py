@@ -10,9 +10,17 @@ import pytest
 from soco_export.model.source import BUILTIN_MODEL
 from tests.support.cli import soco
 
-SHORT = [
-    f"--set={key}" for key in ("train.steps=1", "train.statistics_blocks=2", "data.blocks=8", "evaluation.blocks=1")
-]
+KEYS = (
+    "train.steps=1",
+    "train.statistics_blocks=2",
+    "refine.distill.steps=1",
+    "refine.distill.batch_tokens=256",
+    "data.blocks=8",
+    "evaluation.blocks=1",
+    "validate.parity.blocks=1",
+    "validate.parity.greedy_prompts=1",
+)
+SHORT = [f"--set={key}" for key in KEYS]
 
 
 @pytest.fixture(scope="module")
