@@ -17,6 +17,8 @@ from soco_export.preflight.cost_shape import (
     ASSUMPTION,
     BASE_DEVICE,
     BASE_HOST,
+    CORE,
+    SUSTAINED,
     WEIGHTS_AT_ONCE,
     host,
     measure,
@@ -46,9 +48,20 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         phases=phases,
         disk=_disk(recipe, shape, kept, format, outputs),
         outputs=outputs,
-        assumption=ASSUMPTION,
+        assumption=f"{ASSUMPTION}; a CPU core at {CORE / 1e9:.0f} GFLOP/s",
+        core_hours=_core_hours(recipe, shape, format),
         training_tokens=recipe.train.steps * recipe.train.batch_tokens * find_scorer(recipe.train.scorer).trains,
     )
+
+
+def _core_hours(recipe: Recipe, shape: ModelShape, format: str) -> float:
+    """Return the hours of one CPU core: all in fp32, the three forms that the proof asks too."""
+    on_cpu = training_phases(recipe.replace({"train.factor_dtype": "float32"}), shape)
+    rates = {"spectrum": SUSTAINED["float64"]}  # the one phase in float64
+    training = sum(phase.gpu_hours * rates.get(phase.name, SUSTAINED["float32"]) / CORE for phase in on_cpu)
+    tokens = (recipe.evaluation.blocks or 128) * recipe.evaluation.block
+    forms = 2 if format == "hf" else 3
+    return training + 2.0 * forms * tokens * shape.parameters / CORE / 3600
 
 
 def _export_phases(

@@ -27,7 +27,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class CostCard:
-    """All estimates for one recipe; bytes, parameters, tokens and GPU-hours."""
+    """All estimates for one recipe; bytes, parameters, tokens and GPU-hours.
+
+    `core_hours`: of one CPU core, for all of it, where there is no GPU.
+    """
 
     model: str
     parameters: int
@@ -40,6 +43,7 @@ class CostCard:
     outputs: Mapping[str, int]
     training_tokens: int
     assumption: str
+    core_hours: float = 0.0
 
     @property
     def parameters_after(self) -> int:
@@ -90,11 +94,13 @@ class CostCard:
             f"{self.model}: {count(self.parameters)} → {count(self.parameters_after)} parameters "
             f"(selected {count(self.selected)} → {count(self.kept)}, keep {keep:.2f})",
             f"{self.layers} layers · {self.components:,} scores · {count(self.training_tokens)} training tokens",
-            f"{'phase':<14}{'GPU memory':>12}{'host memory':>13}{'GPU-hours':>11}",
+            f"{'phase':<14}{'GPU memory':>12}{'host memory':>13}{'GPU time':>11}",
         ]
         rows += [_row(phase.name, phase.device, phase.host, phase.gpu_hours) for phase in self.phases]
         rows.append(_row("in all", self.peak_device, self.peak_host, self.gpu_hours))
-        rows.append(f"assumed: {self.assumption}; without a GPU, {human_bytes(self.peak_alone)} of host memory")
+        alone = f"{human_bytes(self.peak_alone)} of host memory, {duration(self.core_hours)} of a CPU core"
+        rows.append(f"without a GPU: {alone}")
+        rows.append(f"assumed: {self.assumption}")
         rows.append(f"disk {human_bytes(self.disk_total)}: {_listed(self.disk)}")
         rows.append(f"outputs: {_listed(self.outputs)}")
         return rows
@@ -108,8 +114,18 @@ def count(number: float) -> str:
 
 
 def _row(name: str, device: float, host: float, gpu_hours: float) -> str:
-    return f"{name:<14}{human_bytes(device):>12}{human_bytes(host):>13}{gpu_hours:>11.2f}"
+    return f"{name:<14}{human_bytes(device):>12}{human_bytes(host):>13}{duration(gpu_hours):>11}"
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
     return " · ".join(f"{name} {human_bytes(number)}" for name, number in sizes.items())
+
+
+def duration(hours: float) -> str:
+    """Return a time with two digits or more: 1.5 h, 12 min, 3 s."""
+    if not hours:
+        return "–"
+    value, unit = next(
+        (hours * each, name) for each, name in ((1, "h"), (60, "min"), (3600, "s")) if hours * each >= 1 or name == "s"
+    )
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}" if value >= 0.1 else "< 0.1 s"

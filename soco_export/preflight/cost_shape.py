@@ -16,6 +16,9 @@ _EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 # sustained FLOP/s of one H100 (SXM): 40 % of 989 TFLOP/s dense bf16, 60 % of 67 TFLOP/s fp32; eigh in float64 is slow
 SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
 ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
+# sustained fp32 FLOP/s of one core: the training stages of benchmarks/results/smollm2-135m.keep-0.8.json, on two cores
+# of a Xeon, give 39 to 53 GFLOP/s for each
+CORE = 45e9
 # where the host streams weights, in fp32: as read, as computed, as written, and the one before; measured: 1.9 to 3.1
 WEIGHTS_AT_ONCE = 4
 

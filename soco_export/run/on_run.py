@@ -13,7 +13,7 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder import EVIDENCE_SECTIONS, check_folder, open_folder, read_folder, read_lock
+from soco_export.run.folder import EVIDENCE_SECTIONS, LOCK, check_folder, open_folder, read_folder, read_lock
 from soco_export.run.manifest import MANIFEST, Manifest, StageRecord, check_unchanged, stage_key
 from soco_export.run.names import REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
@@ -184,13 +184,16 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
     results = Results.load(run)
     measured = read_lock(run)
     recipe = measured.override(request.overrides)
-    keys = [key for key in differences(measured, recipe) if key.partition(".")[0] != "gates"]
+    changed = differences(measured, recipe)
+    keys = [key for key in changed if key.partition(".")[0] != "gates"]
     if keys:
         raise RecipeError(
             f"{', '.join(keys)} cannot change what has been measured",
             fix="set gates alone, or measure again with soco-export validate or bench",
             where="--set",
         )
+    if changed:
+        notify(Event("report", 1, 1, {"": f"{', '.join(changed)}: changed for good, in {LOCK} too"}, "done"))
     with open_folder(run, recipe) as folder:
         context = RunContext(folder, results.format, notify)
         rejudged = results.judged(applicable(recipe, results.format))

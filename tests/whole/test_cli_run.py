@@ -123,7 +123,8 @@ class TestGates:
         assert suite.get("failures") == "1"
 
     def test_judging_again_costs_nothing(self, run: Path) -> None:
-        assert soco("report", run, "--set", "gates.max_ppl_ratio=0.5").code == 3
+        judged = soco("report", run, "--set", "gates.max_ppl_ratio=0.5")
+        assert (judged.code, "gates.max_ppl_ratio: changed for good" in judged.err) == (3, True)
         assert soco("report", run, "--set", "gates.max_ppl_ratio=null").code == 0
         lock = (run / "recipe.lock.yaml").read_text(encoding="utf-8")
         refused = soco("report", run, "--set", "evaluation.block=16")

@@ -20,7 +20,7 @@ from soco_export.onnx.describe.config import as_config
 from soco_export.onnx.families import describe
 from soco_export.preflight import cost_training
 from soco_export.preflight.cost import ModelShape, estimate, measure
-from soco_export.preflight.cost_card import Phase, count
+from soco_export.preflight.cost_card import Phase, count, duration
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import saved_by_the_rest, stacked
@@ -30,6 +30,7 @@ from soco_train.refine.compensate import FISHER_AT_ONCE
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.statistics import SUMS_AT_ONCE, groups, sums_bytes
 from soco_train.store.spectra import Spectrum, SpectrumStore
+from tests.support.cli import ROOT
 
 pytestmark = pytest.mark.transformers
 
@@ -134,6 +135,27 @@ def test_mistral_7b_fits_one_gpu_of_80_gb() -> None:
     # method.md §5 computes 45 GB for a 7B model
     assert 42e9 < card.peak_device < 50e9
     assert {phase.name for phase in card.phases if phase.device > 30e9} == {"scores"}
+
+
+def test_time_without_a_gpu_is_that_of_a_run_that_was_measured() -> None:
+    run = json.loads((ROOT / "benchmarks" / "results" / "smollm2-135m.keep-0.8.json").read_text())
+    seconds = run["provenance"]["seconds"]
+    measured = (
+        sum(seconds[stage] for stage in ("spectrum", "scores", "factors", "proof")) * run["machine"]["cores"] / 3600
+    )
+    recipe = load_recipe("smollm2-135m").replace({"keep_params": 0.8})
+    card = estimate(recipe, measure(recipe))
+    assert measured / 1.5 < card.core_hours < measured * 1.5
+    assert f"{duration(card.core_hours)} of a CPU core" in "\n".join(card.lines())
+    assert not any(line.split()[-1] == "0.00" for line in card.lines())
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"),
+    [(0.0, "–"), (1e-6, "< 0.1 s"), (0.001, "3.6 s"), (0.2, "12 min"), (1.46, "1.5 h"), (20.0, "20 h")],
+)
+def test_a_time_is_shown_in_its_unit(hours: float, shown: str) -> None:
+    assert duration(hours) == shown
 
 
 @by_property
