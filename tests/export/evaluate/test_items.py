@@ -1,7 +1,9 @@
 import json
+import random
 
 import pytest
 
+from soco_export.evaluate.arithmetic import arithmetic
 from soco_export.evaluate.items import Item, load_items
 from soco_export.evaluate.settings import TaskSettings
 from soco_train.errors import DataError, RecipeError
@@ -132,3 +134,20 @@ def test_what_is_no_item_is_told_what_it_has_and_what_it_lacks(tmp_path):
     ) as caught:
         load_items(TaskSettings(path=path))
     assert "goal, label, sol1, sol2" in caught.value.fix
+
+
+def test_arithmetic_is_right_and_its_wrong_choices_are_not(tmp_path):
+    path = tmp_path / "arithmetic.jsonl"
+    made = list(arithmetic(200, seed=random.randrange(2**32)))
+    path.write_text("".join(json.dumps(item) + "\n" for item in made), encoding="utf-8")
+    items = load_items(TaskSettings(path=path))
+    assert len(items) == 200
+    for item in items:
+        one, sign, two, _ = item.context.splitlines()[-1].split()
+        value = {"+": int(one) + int(two), "-": int(one) - int(two), "*": int(one) * int(two)}[sign]
+        assert [int(choice) == value for choice in item.choices].index(True) == item.label
+        assert len(set(item.choices)) == 4
+        assert min(int(choice) for choice in item.choices) >= 0
+    assert {item.label for item in items} == {0, 1, 2, 3}
+    assert {item.context.splitlines()[-1].split()[1] for item in items} == {"+", "-", "*"}
+    assert list(arithmetic(9, seed=3)) == list(arithmetic(9, seed=3)) != list(arithmetic(9, seed=4))
