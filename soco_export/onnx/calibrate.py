@@ -27,7 +27,7 @@ from soco_train.numbers.feedback import Curvature, curvature
 from soco_train.numbers.pair import chain_error, kappa, product
 from soco_train.numbers.rules import Inputs, find_rounding
 from soco_train.settings import BITS
-from soco_train.spectra.statistics import collect_statistics, groups
+from soco_train.spectra.statistics import collect_statistics, groups, hardly_seen
 
 ENOUGH = 2  # tokens an input, below which a covariance is noise to a good part
 
@@ -96,8 +96,9 @@ def calibrate(
 ) -> RoundingFigures:
     """Round every layer of `folder` that `settings` quantise, into `kept`; tokens: [b, t] of text that it is meant for.
 
-    Pivoted layers are left out: their other rows are combinations of what would be rounded. Raises DataError for fewer
-    tokens than a layer has inputs.
+    Pivoted layers are left out: their other rows are combinations of what would be rounded. So are experts that fewer
+    tokens choose than they have components: these are rounded to nearest. Raises DataError for fewer tokens than a
+    layer has inputs.
     """
     from soco_export.checkpoint.load import load_checkpoint
 
@@ -106,12 +107,14 @@ def calibrate(
     layers = _layers(model, settings)
     _check_tokens(layers, tokens.numel())
     figures: dict[str, LayerRounding] = {}
+    few = 0
     for name, chain, found, inputs in _rounded(model, layers, tokens, settings, notify):
+        few += inputs.tokens < ENOUGH * len(inputs.covariance)
         kept.put(found)
         figures[name] = _figures(list(chain.values()), list(found.values()), grid_of(settings, name), inputs)
         notify(Event("rounding", len(figures), len(layers), {"layer": name}))
     removed = [1 - layer.error / layer.nearest for layer in figures.values() if layer.nearest]
-    few = sum(tokens.numel() < ENOUGH * layer.inputs for layer in figures.values())
+    few += len(layers) - len(figures)
     return RoundingFigures(settings.quantize.rule, tokens.numel(), median(removed or [0.0]), few, figures)
 
 
@@ -185,11 +188,16 @@ def _check_tokens(layers: Mapping[str, nn.Linear], tokens: int) -> None:
 def _with_inputs(
     model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, notify: Notify
 ) -> Iterator[tuple[str, nn.Module, Inputs]]:
-    """Yield each layer with what it reads; layers that read the same tensor share one factorisation."""
+    """Yield each layer with what it reads, unless too little is known of that.
+
+    Layers that read the same tensor share one factorisation.
+    """
     for part in groups(layers, frozenset({"input_covariance"})):
         statistics = collect_statistics(model, part, tokens, frozenset({"input_covariance"}), notify)
         latest: tuple[torch.Tensor, Curvature] | None = None
         for name, module in part.items():
+            if hardly_seen(name, module, statistics[name]):
+                continue
             covariance = cast(torch.Tensor, statistics[name].input_covariance)
             if latest is None or latest[0] is not covariance:
                 latest = covariance, curvature(covariance)

@@ -14,8 +14,10 @@ from packaging import version
 from soco_export import apply_factors, load_checkpoint, save_checkpoint, save_dense
 from soco_export.checkpoint.layers import merge_dense
 from soco_export.export import export_onnx
+from soco_export.onnx.calibrate import KeptLevels, calibrate
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
+from soco_train.events import silent
 from soco_train.modules.experts import open_mixtures
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import opened
@@ -100,3 +102,23 @@ def test_factors_of_another_model_leave_a_mixture_closed() -> None:
     with pytest.raises(DataError, match=r"experts\.9"):
         apply_factors(model, layers)
     assert not any(open_mixtures(model))
+
+
+def test_an_expert_that_hardly_a_token_chooses_is_rounded_to_nearest(tmp_path: Path) -> None:
+    """24 experts share 160 tokens, two a token: few have a covariance that says anything of 32 rows."""
+    decoders.CONFIGS["crowd"] = ("qwen3_moe", {**ZOO["qwen3_moe"][1], "num_experts": 24, "num_hidden_layers": 1,
+                                               "mlp_only_layers": []})  # fmt: skip
+    model, tokens = decoders.tiny_model("crowd"), torch.randint(3, 90, (5, 32))
+    save_checkpoint(model, None, tmp_path / "hf")
+    visits: dict[str, int] = {}
+    with opened(model):
+        for name, linear in select_linears(model, LayerSettings()).items():
+            linear.register_forward_hook(
+                lambda _, args, __, name=name: visits.update({name: args[0].shape[:-1].numel()})
+            )
+        logits(model, tokens)
+    settings = ExportSettings(weights="int8", quantize={"rule": "calibrated", "block": 16})
+    found = calibrate(tmp_path / "hf", tokens, settings, KeptLevels(tmp_path / "kept"), silent)
+    enough = {name for name in visits if ".experts." not in name or visits[name] >= 32}
+    assert set(found.layers) - {"lm_head", "model.layers.0.mlp.gate"} == enough
+    assert found.few >= 3 * 24 - len(enough)
