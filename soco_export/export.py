@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.record import planned_types
 from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
@@ -50,18 +51,20 @@ def export_onnx(
     notify: Notify = silent,
     calibration: Callable[[], torch.Tensor] | None = None,
     provenance: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportSummary:
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
     calibration: returns token blocks [b, t] of text like that which the model is for; asked where the rule of
-    rounding is `calibrated`; provenance: what else to write into the graph's metadata of where the model comes from.
+    rounding is `calibrated`; provenance: what else to write into the graph's metadata of where the model comes from;
+    trust_remote_code: whether code that lies in `folder` may run.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
     not what its config says; both before any weight is read.
     """
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
-    config = resolve_config(folder)
+    config = resolve_config(folder, trust_remote_code)
     settings = settings.planned(*planned_types(config.values))
     architecture = check_architecture(config, settings)
     check_runtimes(settings, architecture)
@@ -76,7 +79,8 @@ def export_onnx(
     rounding = None
     with replacing_folder(out) as partial:
         if architecture is None:
-            export_traced(folder, partial, settings, notify, metadata)
+            model = load_checkpoint(folder, getattr(torch, settings.dtype), trust_remote_code=trust_remote_code)
+            export_traced(model, partial, settings, notify, metadata)
         else:
             rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
             write_graph(architecture, source, settings, partial, notify, metadata)

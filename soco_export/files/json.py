@@ -59,7 +59,7 @@ def _not_a_model(folder: Path | str, error: Exception) -> DataError:
     if "trust_remote_code" in str(error):
         return DataError(
             f"{folder} holds a model that needs its own code, which is not run unasked",
-            fix="read the code, then set model.trust_remote_code: true in a recipe",
+            fix="read the code, then --set model.trust_remote_code=true (in Python: trust_remote_code=True)",
             where=str(folder),
         )
     return DataError(

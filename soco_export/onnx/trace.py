@@ -18,7 +18,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from soco_export.checkpoint.load import load_checkpoint
 from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.inspect import BATCH, CACHE, PAST, SEQUENCE, TOTAL
@@ -92,12 +91,9 @@ def check_fallback(config: Config, settings: ExportSettings) -> None:
         )
 
 
-def export_traced(
-    folder: Path, out: Path, settings: ExportSettings, notify: Notify, metadata: Mapping[str, str]
-) -> None:
+def export_traced(model: Any, out: Path, settings: ExportSettings, notify: Notify, metadata: Mapping[str, str]) -> None:
     """Write `out`/model.onnx by tracing, with `metadata` in it; RecipeError where torch cannot trace the model."""
     notify(Event("export", 0, 1))
-    model = load_checkpoint(folder, dtype=getattr(torch, settings.dtype)).eval()
     model.config._attn_implementation = "eager"
     model.config._experts_implementation = "batched_mm"  # the default, grouped_mm, cannot be traced
     for parameter in model.parameters():
@@ -108,7 +104,7 @@ def export_traced(
         raise RecipeError(
             f"torch cannot trace {model.config.model_type}: {_cause(error)}",
             fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
-            where=str(folder),
+            where=str(model.name_or_path),
         ) from error
     if program is None:
         raise AssertionError("torch.onnx.export(dynamo=True) returns a program")

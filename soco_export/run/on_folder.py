@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import render_percentile
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.paired import perplexity_ratio
-from soco_export.files.json import context_length, read_config
+from soco_export.files.json import context_length, resolve_config
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
 from soco_export.files.text import aligned, one_line
@@ -49,7 +50,9 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
         return Outcome({"folder": str(out)}, str(out))
     from soco_export.export import export_onnx
 
-    summary = export_onnx(folder, out, recipe.export, notify, lambda: _calibration(recipe, folder))
+    trusted = recipe.model.trust_remote_code
+    calibration = partial(_calibration, recipe, folder)
+    summary = export_onnx(folder, out, recipe.export, notify, calibration, trust_remote_code=trusted)
     proof = prove_folders(recipe, folder, out, notify)
     document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, **proof.document}
     if summary.rounding:
@@ -79,7 +82,8 @@ def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
     from soco_export.checkpoint.load import load_checkpoint
     from soco_export.checkpoint.writer import save_dense
 
-    save_dense(load_checkpoint(folder), _tokenizer(recipe, folder), out)
+    model = load_checkpoint(folder, trust_remote_code=recipe.model.trust_remote_code)
+    save_dense(model, _tokenizer(recipe, folder), out)
 
 
 def _tokenizer(recipe: Recipe, folder: Path) -> Any:
@@ -95,14 +99,17 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     from soco_train.data.corpus import load_blocks
 
     quiet_transformers()
+    for folder in (reference, candidate):
+        _check_opens(recipe, folder)
     step, forms = ("export", (LOW_RANK, SHIPPED)) if is_onnx(candidate) else ("compression", (DENSE, LOW_RANK))
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
-        longest = context_length(read_config(reference)) if recipe.validation.tasks else None
+        longest = context_length(resolve_config(reference)) if recipe.validation.tasks else None
         questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify, longest)
         folders = dict(zip(forms, (reference, candidate), strict=True))
-        openers = {form: lambda form=form: open_decoder(folders[form], recipe.validation, form) for form in forms}
+        trusted = recipe.model.trust_remote_code
+        openers = {form: partial(open_decoder, folders[form], recipe.validation, form, trusted) for form in forms}
         proof = prove(openers, questions)
     figures = [PerplexityFigures.from_json(proof["perplexity"][form]) for form in forms]
     ratio, interval = perplexity_ratio(*figures)
@@ -118,6 +125,16 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
     verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.", "forgetting.")))
     return _proof_outcome(measured, step, verdicts)
+
+
+def _check_opens(recipe: Recipe, folder: Path) -> None:
+    """Raise what opening `folder` would, as far as its small files tell: before the other one is measured."""
+    from soco_export.files.safetensors import open_shards, weight_files
+    from soco_export.onnx.describe.config import resolve_config as read_architecture
+
+    if not is_onnx(folder) and (folder / "config.json").is_file():
+        read_architecture(folder, recipe.model.trust_remote_code)
+        open_shards(weight_files(folder))
 
 
 def _measurable(gates: GateSettings, wanted: tuple[str, ...]) -> GateSettings:

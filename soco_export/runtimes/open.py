@@ -17,8 +17,11 @@ def is_onnx(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder:
-    """Open `folder` under `name`; raises RecipeError if it holds no model, and what its reader raises."""
+def open_decoder(folder: Path, settings: ValidateSettings, name: str, trust_remote_code: bool = False) -> Decoder:
+    """Open `folder` under `name`; raises RecipeError if it holds no model, and what its reader raises.
+
+    trust_remote_code: whether code that lies in a Hugging Face folder may run.
+    """
     if is_onnx(folder):
         check_opens(settings.runtime)
         decoder = find_runtime(settings.runtime, "validate.runtime").open(folder, settings, name)
@@ -35,7 +38,7 @@ def open_decoder(folder: Path, settings: ValidateSettings, name: str) -> Decoder
 
     from soco_export.checkpoint.load import load_checkpoint
 
-    return torch_decoder(load_checkpoint(folder, dtype=torch.float32), name)
+    return torch_decoder(load_checkpoint(folder, torch.float32, trust_remote_code=trust_remote_code), name)
 
 
 def torch_decoder(model: Any, name: str) -> TorchDecoder:

@@ -62,14 +62,14 @@ class Config:
             raise self.refuse(key, f"the graph builder knows only {', '.join(map(repr, allowed))}")
 
 
-def resolve_config(folder: Path) -> Config:
-    """Read `folder`/config.json; DataError if it is missing or no configuration."""
+def resolve_config(folder: Path, trust_remote_code: bool = False) -> Config:
+    """Read `folder`/config.json; DataError if it is missing, no configuration, or one of code that may not run."""
     from transformers import AutoConfig
 
     path = folder / "config.json"
     written = read_fields(folder)
     with making_a_model(folder):
-        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     return as_config(resolved, str(path), rope)

@@ -148,7 +148,9 @@ def write_dense(context: RunContext, out: Path) -> None:
     from soco_export.checkpoint.load import load_checkpoint
     from soco_export.checkpoint.writer import save_dense
 
-    save_dense(load_checkpoint(context.path("checkpoint", "hf")), context.tokenizer(), out / "dense")
+    trusted = context.recipe.model.trust_remote_code
+    model = load_checkpoint(context.path("checkpoint", "hf"), trust_remote_code=trusted)
+    save_dense(model, context.tokenizer(), out / "dense")
 
 
 def write_onnx(context: RunContext, out: Path) -> None:
@@ -162,6 +164,7 @@ def write_onnx(context: RunContext, out: Path) -> None:
         context.notify,
         context.calibration,
         provenance(context),
+        context.recipe.model.trust_remote_code,
     )
     write_evidence(out / EXPORT_FILE, json.dumps(asdict(summary) | {"folder": "onnx"}, indent=2, default=str) + "\n")
 
@@ -197,7 +200,8 @@ def write_dense_onnx(context: RunContext, out: Path) -> None:
     else:
         source = fetch_folder(context.recipe)
     base = {"base_model": context.recipe.model.id or context.recipe.name}
-    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify, context.calibration, base)
+    trusted = context.recipe.model.trust_remote_code
+    export_onnx(source, out / "onnx-dense", context.recipe.export, context.notify, context.calibration, base, trusted)
 
 
 def write_evidence(path: Path, text: str) -> None:

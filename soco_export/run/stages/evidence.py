@@ -38,14 +38,14 @@ def _openers(context: RunContext) -> dict[str, Callable[[], Any]]:
     from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
     from soco_export.runtimes.open import open_decoder, torch_decoder
 
-    settings = context.recipe.validation
+    settings, trusted = context.recipe.validation, context.recipe.model.trust_remote_code
     openers: dict[str, Callable[[], Any]] = {
         DENSE: lambda: torch_decoder(context.take_model(), DENSE),
-        LOW_RANK: lambda: open_decoder(context.path("checkpoint", "hf"), settings, LOW_RANK),
+        LOW_RANK: lambda: open_decoder(context.path("checkpoint", "hf"), settings, LOW_RANK, trusted),
     }
     if context.format != "hf":
         shipped = context.path(context.format, context.format)
-        openers[SHIPPED] = lambda: open_decoder(shipped, settings, context.format)
+        openers[SHIPPED] = lambda: open_decoder(shipped, settings, context.format, trusted)
     return openers
 
 
