@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
@@ -149,6 +151,14 @@ NO_TENSORS: dict[str, tuple[Made, str]] = {
     "shapes as text": (header(entry(shape="1"), bytes(4)), "no dtype, shape and place"),
     "metadata that is a number": (header(b'{"__metadata__": {"a": 1}}'), "metadata"),
     "half a pair": (header(b'{"\\ud800": 1}'), "surrogates"),
+    "a type that is none": (header(entry(dtype="Q4"), bytes(4)), "does not have"),
+    "another size than its type and shape": (header(entry(shape=[2]), bytes(4)), "has not the bytes of F32"),
+    "bytes of no tensor": (header(entry(), bytes(5)), "belong to no tensor"),
+    "a hole": (header(entry(data_offsets=[1, 5]), bytes(5)), "does not begin where"),
+    "two in one place": (
+        header(json.dumps(dict.fromkeys("ab", json.loads(entry())["a"])).encode(), bytes(4)),
+        "does not begin where",
+    ),
     "blanks": (header(b"{}" + b" " * (40 << 20)), "header"),
     "many": (header(json.dumps(dict.fromkeys(map(str, range(MOST_TENSORS + 1)))).encode()), "names"),
     "a pipe": (lambda path: os.mkfifo(path), "a pipe or a device"),
@@ -162,6 +172,19 @@ def test_what_is_no_safetensors_is_refused(tmp_path: Path, case: str) -> None:
     make(tmp_path / "model.safetensors")
     with refused(words):
         read_header(tmp_path / "model.safetensors", FIX)
+
+
+@given(st.integers(0, 300), st.binary(min_size=1, max_size=3))
+def test_what_the_library_refuses_is_refused_before(tmp_path_factory: Any, at: int, instead: bytes) -> None:
+    """A file with a few bytes changed is opened by both, or refused by our reader."""
+    file = tmp_path_factory.getbasetemp() / "changed.safetensors"
+    data = bytearray(save({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.float16)}, {"k": "v"}))
+    data[at : at + len(instead)] = instead
+    file.write_bytes(data)
+    with suppress(DataError):
+        names = read_header(file, FIX).tensors.keys()
+        with safe_open(str(file), framework="pt") as opened:
+            assert {name: opened.get_tensor(name) for name in opened.keys()}.keys() == names  # noqa: SIM118
 
 
 def test_a_header_is_what_was_saved(tmp_path: Path) -> None:
@@ -254,7 +277,8 @@ def test_a_plan_that_is_none_is_refused(text: str) -> None:
 
 def broken_scores(path: Path, **changes: Any) -> None:
     whole = {"importance": torch.ones(4), "scale": torch.ones(4), "deviation": None, "shape": (4, 6)}
-    Scores({"a": LayerScores(**{**whole, **changes})}).save(path)
+    with patch("soco_train.store.scores.checked", lambda name, tensor: tensor):  # a file that another program wrote
+        Scores({"a": LayerScores(**{**whole, **changes})}).save(path)
 
 
 @pytest.mark.parametrize(
