@@ -9,7 +9,7 @@ FUZZ := 500
 DOORS := tests/whole/test_doors.py tests/train/data tests/export/files tests/export/recipe tests/export/run tests/export/test_console.py
 
 .DEFAULT_GOAL := help
-.PHONY: help docs demo tour test check test-compat check-servers bench-onnx bench-bits mutate fuzz clean setup setup-optimum
+.PHONY: help docs demo tour test check audit test-compat check-servers bench-onnx bench-bits mutate fuzz clean setup setup-optimum
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ check: setup ## format, lint, types, import direction, dependencies
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 	@$(VENV)/bin/deptry .
+
+audit: setup ## known vulnerabilities of what is installed, where SOCO_ADVISORIES names a database on this disk
+	@$(VENV)/bin/python tools/audit.py
 
 test-compat: setup-optimum ## run the tests that meet transformers once more with 4.57 and optimum, in an environment of their own
 	@echo "== running the tests that meet transformers with transformers 4.57 and optimum"
