@@ -50,7 +50,7 @@ from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, Tra
 from soco_train.store.damage import Damage
 from soco_train.store.scores import Scores
 
-GRIDS = ("int8-32", "int8-128", "int4-32", "int4-64", "int4-128", "int2-32", "int2-64")
+GRIDS = ("int8-32", "int4-32", "int4-64", "int4-128", "int2-32")
 NEAR = 0.002  # sizes that differ by less are one
 
 

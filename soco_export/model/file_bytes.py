@@ -18,7 +18,7 @@ from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
-from soco_train.store.damage import DENSE, Damage, StorageKind, no_damage
+from soco_train.store.damage import DENSE, Damage, StorageKind, no_damage, types_of
 
 _TRIES = 12
 BLOCK_SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
@@ -134,8 +134,9 @@ class FileBytes:
         """Raise RecipeError if no plan can be that small."""
         table = (self.architecture.vocab, self.architecture.hidden)
         shapes = {**self.linears, self.tables.head: table, self.tables.table: table}
-        kinds = {name: _kinds((DENSE, *FORMS), TYPES) for name in self.linears}
-        kinds |= {self.tables.head: _kinds((DENSE,), TYPES), self.tables.table: _kinds((DENSE,), TABLE_TYPES)}
+        own = [kind for form in (DENSE, *FORMS) for kind in _kinds(form, types_of(form))]
+        kinds = {name: own for name in self.linears}
+        kinds |= {self.tables.head: _kinds(DENSE, TYPES), self.tables.table: _kinds(DENSE, TABLE_TYPES)}
         damage = no_damage(shapes, kinds)
         self._refuse_less(self._menus(damage), damage, keep_bytes)
 
@@ -171,8 +172,8 @@ def in_blocks(types: Iterable[WeightType]) -> list[tuple[WeightType, int]]:
     return [(weights, block) for weights in types for block in (BLOCK_SIZES if weights in BITS else (0,))]
 
 
-def _kinds(forms: Iterable[str], types: Sequence[WeightType]) -> list[StorageKind]:
-    return [(form, *kind) for form in forms for kind in in_blocks(types)]
+def _kinds(form: str, types: Sequence[WeightType]) -> list[StorageKind]:
+    return [(form, *kind) for kind in in_blocks(types)]
 
 
 def _name(weights: WeightType, block: int, table: WeightType) -> str:

@@ -8,7 +8,7 @@ What is in memory at one time: the model as it is stored, the covariances of a g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import nn
 
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
-from soco_train.events import Event, Notify
+from soco_train.events import Event, Notify, silent
 from soco_train.forms.base import FactoredLinear
 from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
@@ -67,7 +67,7 @@ class KeptLevels:
 
     def put(self, found: Mapping[str, Levels]) -> None:
         """Keep the levels of one layer's tensors."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, part in found.items():
             path = self.folder / f"{len(self.files)}.safetensors"
             tensors = {"levels": part.levels.to(torch.uint8), "scales": part.scales, "zeros": part.zeros}
@@ -119,12 +119,26 @@ def calibrate(
 
 
 def round_layers(
-    model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, notify: Notify
+    model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, kept: KeptLevels
 ) -> Iterator[tuple[str, Levels]]:
-    """Yield (name of a tensor, its levels) of every layer of `model` that `calibrate` would round."""
-    for _, _, found, _ in _rounded(model, _layers(model, settings), tokens, settings, notify):
-        for name, part in found.items():
-            yield name, replace(part, levels=part.levels.to(torch.uint8))
+    """Yield (name of a tensor, its levels) of every layer of `model` that `calibrate` would round.
+
+    Those of dense layers are kept by their grid: for the next model, which differs elsewhere, they are nearly the same.
+    """
+    layers = _layers(model, settings)
+    dense = {
+        name: f"{name} {grid_of(settings, name)}"
+        for name, layer in layers.items()
+        if not isinstance(layer, FactoredLinear)
+    }
+    for name, key in dense.items():
+        if (known := kept.get(key)) is not None:
+            del layers[name]
+            yield f"{name}.weight", known
+    for name, _, found, _ in _rounded(model, layers, tokens, settings, silent):
+        if name in dense:
+            kept.put({dense[name]: found[f"{name}.weight"]})
+        yield from found.items()
 
 
 def _rounded(

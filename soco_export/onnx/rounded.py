@@ -11,24 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from soco_export.onnx.calibrate import grid_of, linear_layers, round_layers, shared_table
+from soco_export.onnx.calibrate import KeptLevels, grid_of, linear_layers, round_layers, shared_table
 from soco_export.onnx.settings import ExportSettings
-from soco_train.events import Notify, silent
 from soco_train.modules.sites import open_sites
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.settings import BITS
 
 
 @torch.no_grad()
-def round_as_exported(
-    model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, notify: Notify = silent
-) -> None:
+def round_as_exported(model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, kept: KeptLevels) -> None:
     """Give every matrix of `model` the numbers that `settings` leave of it, in place.
 
-    tokens: [b, t] of calibration text, for a rule that asks for it.
+    tokens: [b, t] of calibration text, for a rule that asks for it; kept: levels of dense layers, from one model for
+    the next.
     """
     open_sites(model)
-    known = dict(round_layers(model, tokens, settings, notify)) if settings.calibrates else {}
+    known = dict(round_layers(model, tokens, settings, kept)) if settings.calibrates else {}
     shared = shared_table(model, settings)
     for name, module, layer in list(_matrices(model, settings)):
         if module.weight is not shared:

@@ -9,6 +9,7 @@ import torch
 
 from soco_export.checkpoint.layers import apply_factors
 from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.rounded import round_as_exported
 from soco_export.onnx.settings import ExportSettings
 from soco_export.runtimes.open import torch_decoder
@@ -45,6 +46,7 @@ class PlanLoss:
     ) -> None:
         self.subject, self.scores, self.export, self.work = subject, scores, export, work
         seen, self.held = texts
+        self.levels = KeptLevels(work / "levels")
         self.seen = seen[: max(1, export.quantize.calibration_tokens // seen.shape[1])]
 
     def __call__(self, plan: RankPlan) -> float:
@@ -52,5 +54,5 @@ class PlanLoss:
         model = copy.deepcopy(self.subject.model)
         factors = method.cut_factors(self.subject, self.scores, plan, RefineSettings(), Session(self.work))
         apply_factors(model, factors.made())
-        round_as_exported(model, self.seen, self.export.planned(plan.weights, plan.blocks))
+        round_as_exported(model, self.seen, self.export.planned(plan.weights, plan.blocks), self.levels)
         return measure_perplexity(torch_decoder(model.eval(), "candidate"), self.held).loss

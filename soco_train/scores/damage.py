@@ -32,7 +32,7 @@ from soco_train.numbers.rules import Inputs, find_rounding
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.spectra.bases import present
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
-from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
+from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, types_of
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 
@@ -82,7 +82,7 @@ class RoundedInBlocks:
 
 @dataclass(frozen=True)
 class LossNorm:
-    """½ tr(G E C Eᵀ) for E [m, n], in float64."""
+    """½ tr(G E C Eᵀ) for E [m, n] in its own dtype; what is cut in float64, where it is a small difference."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -94,8 +94,8 @@ class LossNorm:
 
     def error(self, difference: torch.Tensor) -> float:
         """Return the loss that an error `difference` [m, n] of the weight makes."""
-        double = difference.double()
-        return float(((self.left @ double) * (double @ self.right)).sum()) / 2
+        left, right = self.left.to(difference.dtype), self.right.to(difference.dtype)
+        return float(((left @ difference) * (difference @ right)).sum(dtype=torch.float64)) / 2
 
     def cut(self, exact: Sequence[torch.Tensor], stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the losses [k + 1] of keeping the first r components, as `stored`, of `exact`; each (up, down)."""
@@ -113,7 +113,7 @@ def damage_to(
     """Return the errors of one layer dense, stacked and in every other form, in every type and block."""
     norm, weight = LossNorm.of(statistics), linear.weight.detach().double()
     kinds = blocks.kinds(TYPES)
-    dense = {kind: norm.error(weight - blocks.rounding(*kind)(weight)) for kind in kinds}
+    dense = {kind: norm.error((weight - blocks.rounding(*kind)(weight)).float()) for kind in kinds}
     left = blocks.left(weight, statistics)
     exact, added = _pruned(_components(spectrum, scores, weight.device), norm, blocks)
     curves: dict[StorageKind, torch.Tensor] = {}
@@ -121,7 +121,8 @@ def damage_to(
         curves[DENSE, weights, block] = torch.tensor([left * error], dtype=torch.float64)
         measured = dense[weights, blocks.middle if block else 0]
         share = left * error / measured if measured else 1.0
-        curves |= {(form, weights, block): exact + share * more[weights] for form, more in added.items()}
+        some = {form: more[weights] for form, more in added.items() if weights in more}
+        curves |= {(form, weights, block): exact + share * more for form, more in some.items()}
     biased = scores.deviation is not None and linear.bias is None
     return LayerDamage(scores.shape, {key: curve.cpu() for key, curve in curves.items()}, biased)
 
@@ -138,7 +139,7 @@ def _pruned(
     added = {"stacked": {weights: curve - exact for weights, curve in stored.items()}}
     for kind, form in FORMS.items():
         if form is not StackedFactors:
-            added[kind] = _sampled(form, factors, norm, roundings)
+            added[kind] = _sampled(form, factors, norm, {weights: roundings[weights] for weights in types_of(kind)})
     return exact, added
 
 
@@ -164,7 +165,7 @@ def _sampled(
         for weights, rounding in roundings.items():
             parts = {name: _rounded(part, rounding) for name, part in vars(numbers).items()}
             stored = from_factors(type(numbers)(**parts)).dense_weight().to(exact.device)
-            found[weights].append(norm.error(exact - stored) if weights != "same" else 0.0)
+            found[weights].append(norm.error((exact - stored).float()) if weights != "same" else 0.0)
     return {weights: _between(ranks, values, k) for weights, values in found.items()}
 
 

@@ -9,11 +9,20 @@ from pathlib import Path
 import torch
 
 from soco_train.bounded import MADE_ANEW, answering
+from soco_train.forms.base import FORMS
 from soco_train.settings import TYPES, WeightType
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"
 StorageKind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
+
+
+def types_of(form: str) -> tuple[WeightType, ...]:
+    """Return the types that a layer of this form is measured in.
+
+    Where outputs are computed of others, rounding grows in them, and below int8 nothing pays.
+    """
+    return TYPES if form == DENSE or FORMS[form].rounded_as_trained else TYPES[:2]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def test_a_dense_layer_loses_what_its_rounding_does_to_every_token(layer: tuple)
     weight = linear.weight.detach()
     for weights, bits in BITS.items():
         error = (weight - nearest(weight, Grid(bits, 16, True)).values()).double()
-        assert float(found.curves[DENSE, weights, 16][0]) == pytest.approx(loss(error, statistics), rel=1e-9)
+        assert float(found.curves[DENSE, weights, 16][0]) == pytest.approx(
+            loss(error, statistics), rel=1e-5
+        )  # in float32
     assert float(found.curves[DENSE, "same", 0][0]) == 0
 
 
