@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-EXAMPLES = "3 + 4 = 7\n9 - 5 = 4\n6 * 7 = 42\n"
+_SHOTS = "3 + 4 = 7\n9 - 5 = 4\n6 * 7 = 42\n"
 MISSES = (-10, -2, -1, 1, 2, 10)
 
 
@@ -29,7 +29,7 @@ def arithmetic(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
         choices = [value, *draw.sample([value + miss for miss in MISSES if value + miss >= 0], 3)]
         draw.shuffle(choices)
         texts = [f" {choice}" for choice in choices]
-        yield {"context": f"{EXAMPLES}{one} {sign} {two} =", "choices": texts, "label": choices.index(value)}
+        yield {"context": f"{_SHOTS}{one} {sign} {two} =", "choices": texts, "label": choices.index(value)}
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class CostCard:
         ]
         rows += [_row(phase.name, phase.device, phase.host, phase.gpu_hours) for phase in self.phases]
         rows.append(_row("in all", self.peak_device, self.peak_host, self.gpu_hours))
-        alone = f"{human_bytes(self.peak_alone)} of host memory, {duration(self.core_hours)} of a CPU core"
+        alone = f"{human_bytes(self.peak_alone)} of host memory, {rough_time(self.core_hours)} of a CPU core"
         rows.append(f"without a GPU: {alone}")
         rows.append(f"assumed: {self.assumption}")
         rows.append(f"disk {human_bytes(self.disk_total)}: {_listed(self.disk)}")
@@ -114,14 +114,14 @@ def count(number: float) -> str:
 
 
 def _row(name: str, device: float, host: float, gpu_hours: float) -> str:
-    return f"{name:<14}{human_bytes(device):>12}{human_bytes(host):>13}{duration(gpu_hours):>11}"
+    return f"{name:<14}{human_bytes(device):>12}{human_bytes(host):>13}{rough_time(gpu_hours):>11}"
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
     return " · ".join(f"{name} {human_bytes(number)}" for name, number in sizes.items())
 
 
-def duration(hours: float) -> str:
+def rough_time(hours: float) -> str:
     """Return a time with two digits or more: 1.5 h, 12 min, 3 s."""
     if not hours:
         return "–"

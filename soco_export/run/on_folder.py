@@ -13,7 +13,7 @@ from soco_export.bench.figures import LatencyFigures
 from soco_export.bench.stats import render_percentile
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.paired import perplexity_ratio
-from soco_export.files.json import context_length, resolve_config
+from soco_export.files.json import context_length, read_config
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
 from soco_export.files.text import aligned, one_line
@@ -105,7 +105,7 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
-        longest = context_length(resolve_config(reference)) if recipe.validation.tasks else None
+        longest = context_length(read_config(reference)) if recipe.validation.tasks else None
         questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify, longest)
         folders = dict(zip(forms, (reference, candidate), strict=True))
         trusted = recipe.model.trust_remote_code
@@ -130,10 +130,10 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
 def _check_opens(recipe: Recipe, folder: Path) -> None:
     """Raise what opening `folder` would, as far as its small files tell: before the other one is measured."""
     from soco_export.files.safetensors import open_shards, weight_files
-    from soco_export.onnx.describe.config import resolve_config as read_architecture
+    from soco_export.onnx.describe.config import resolve_config
 
     if not is_onnx(folder) and (folder / "config.json").is_file():
-        read_architecture(folder, recipe.model.trust_remote_code)
+        resolve_config(folder, recipe.model.trust_remote_code)
         open_shards(weight_files(folder))
 
 

@@ -156,8 +156,8 @@ class Pipeline(Generic[Context]):
         for name in () if stage.cache else stage.writes:
             remove(own / name)
         own.mkdir(parents=True, exist_ok=True)
-        for left in own.rglob("*.partial"):  # of a process that was killed as it wrote
-            left.unlink()
+        for left in list(own.rglob("*.partial")):  # files and folders of a process that was killed as it wrote
+            remove(left)
         return own
 
 

@@ -16,7 +16,7 @@ MOST_TENSORS = 100_000
 LENGTH = 8
 Placed = tuple[int, int, str, tuple[int, ...]]  # begin, end, dtype, shape
 # of one number, by the names that safetensors has for types
-BITS = {
+_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -80,9 +80,9 @@ def _tensor(path: Path, name: str, entry: Any, room: int, fix: str) -> Placed:
         raise _broken(path, f"its entry for {name[:200]} has no dtype, shape and place", fix)
     if offsets[1] > room:
         raise _broken(path, f"it is truncated or corrupt: {offsets[1] - room:,} bytes of {name[:200]} are missing", fix)
-    if dtype not in BITS:
+    if dtype not in _BITS:
         raise _broken(path, f"{name[:200]} is of the type {dtype[:40]!r}, which safetensors does not have", fix)
-    if prod(shape) * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+    if prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise _broken(path, f"{name[:200]} has not the bytes of {dtype} {list(shape[:8])}", fix)
     return offsets[0], offsets[1], dtype, shape
 

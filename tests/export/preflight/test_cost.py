@@ -20,7 +20,7 @@ from soco_export.onnx.describe.config import as_config
 from soco_export.onnx.families import describe
 from soco_export.preflight import cost_training
 from soco_export.preflight.cost import ModelShape, estimate, measure
-from soco_export.preflight.cost_card import Phase, count, duration
+from soco_export.preflight.cost_card import Phase, count, rough_time
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import saved_by_the_rest, stacked
@@ -146,7 +146,7 @@ def test_time_without_a_gpu_is_that_of_a_run_that_was_measured() -> None:
     recipe = load_recipe("smollm2-135m").replace({"keep_params": 0.8})
     card = estimate(recipe, measure(recipe))
     assert measured / 1.5 < card.core_hours < measured * 1.5
-    assert f"{duration(card.core_hours)} of a CPU core" in "\n".join(card.lines())
+    assert f"{rough_time(card.core_hours)} of a CPU core" in "\n".join(card.lines())
     assert not any(line.split()[-1] == "0.00" for line in card.lines())
 
 
@@ -155,7 +155,7 @@ def test_time_without_a_gpu_is_that_of_a_run_that_was_measured() -> None:
     [(0.0, "–"), (1e-6, "< 0.1 s"), (0.001, "3.6 s"), (0.2, "12 min"), (1.46, "1.5 h"), (20.0, "20 h")],
 )
 def test_a_time_is_shown_in_its_unit(hours: float, shown: str) -> None:
-    assert duration(hours) == shown
+    assert rough_time(hours) == shown
 
 
 @by_property
