@@ -172,6 +172,8 @@ class TestPipeline:
             seen.extend(path.name for path in out.iterdir())
             (out / "checkpoint").write_text("half")
             (out / "scores").write_text("half")
+            (out / ".hf.ab12.partial").mkdir(exist_ok=True)  # a folder that was being written, with a file of it
+            (out / ".hf.ab12.partial" / ".config.json.77.partial").write_text("half")
             if len(seen) < 1:
                 raise KeyboardInterrupt
 
