@@ -113,7 +113,8 @@ def _place(name: str, modules: dict[str, nn.Module], prefix: str) -> str:
             return place
     raise DataError(
         f"the checkpoint has pruned {name}, but the model has no such layer there",
-        fix="load it with the class that config.json names under architectures",
+        fix="load it with the class that config.json names under architectures"
+        + ("; transformers 5 and 4.57 have other names for some mixtures' experts" if ".experts." in name else ""),
         where=f"config.json: quantization_config.layers.{name}",
     )
 

@@ -23,6 +23,8 @@ def config_in_both_forms(config: Mapping[str, Any], tied: bool) -> dict[str, Any
         both["dtype"] = both["torch_dtype"] = dtype
     both["tie_word_embeddings"] = tied
     both.update(_older_rope(both.get("rope_parameters") or {}))
+    if "num_local_experts" in both:  # as version 5 writes it of Qwen3 too, which is num_experts to 4.57
+        both.setdefault("num_experts", both["num_local_experts"])
     return both
 
 

@@ -13,6 +13,7 @@ from packaging import version
 
 from soco_export import apply_factors, load_checkpoint, save_checkpoint, save_dense
 from soco_export.checkpoint.layers import merge_dense
+from soco_export.checkpoint.versions import config_in_both_forms
 from soco_export.export import export_onnx
 from soco_export.onnx.calibrate import KeptLevels, calibrate
 from soco_export.onnx.settings import ExportSettings
@@ -122,3 +123,8 @@ def test_an_expert_that_hardly_a_token_chooses_is_rounded_to_nearest(tmp_path: P
     enough = {name for name in visits if ".experts." not in name or visits[name] >= 32}
     assert set(found.layers) - {"lm_head", "model.layers.0.mlp.gate"} == enough
     assert found.few >= 3 * 24 - len(enough)
+
+
+def test_either_version_finds_the_number_of_experts() -> None:
+    assert config_in_both_forms({"num_local_experts": 4}, tied=False)["num_experts"] == 4
+    assert config_in_both_forms({"num_local_experts": 4, "num_experts": 5}, tied=False)["num_experts"] == 5
