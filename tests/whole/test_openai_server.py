@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.servers.contenders import SERVER
 from benchmarks.servers.process import HOST, free_port, request, serving
+from benchmarks.servers.soak import soak
 
 pytestmark = pytest.mark.allow_hosts([HOST])
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant:"
@@ -326,38 +327,10 @@ def test_it_says_where_it_is_and_why_it_cannot_be(folder: Path, tmp_path: Path) 
 
 def test_64_clients_some_of_whom_leave(folder: Path) -> None:
     """A crowd for a few seconds: who stays gets the right answer, and in the end every place is free."""
-    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    with server(folder, "--parallel", "4", "--queue", "60") as port:
-        right = post(port, TEXT, body)[1]["choices"][0]["text"]
-        wrong: list[Any] = []
-        end = time.monotonic() + 6
-
-        def one(number: int) -> None:
-            luck = random.Random(number)
-            while time.monotonic() < end:
-                if luck.random() < 0.4:
-                    leave(port, {**body, "stream": luck.random() < 0.5, "max_tokens": 300}, luck.random() * 0.3)
-                    continue
-                status, found = post(port, TEXT, body)
-                if status != 429 and (status, found.get("choices", [{}])[0].get("text")) != (200, right):
-                    wrong.append((status, found))
-
-        with ThreadPoolExecutor(64) as pool:
-            for job in [pool.submit(one, number) for number in range(64)]:
-                job.result()
-        assert wrong == []
-        start = time.monotonic()
-        with ThreadPoolExecutor(64) as pool:
-            last = list(pool.map(lambda _: post(port, TEXT, {**body, "max_tokens": 1})[0], range(64)))
-        assert last == [200] * 64
-        assert time.monotonic() - start < 60
-
-
-def leave(port: int, body: dict[str, Any], after: float) -> None:
-    raw = json.dumps(body).encode()
-    with socket.create_connection((HOST, port)) as line:
-        head = (
-            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-        )
-        line.sendall(head.encode() + raw)
-        time.sleep(after)
+    for module in ("fastapi", "uvicorn", "onnxruntime_genai"):
+        pytest.importorskip(module, reason=f"no {module} here: pip install 'soco-export[serve]'")
+    found = soak(folder, clients=64, seconds=6)
+    assert not found.errors
+    assert found.free_again
+    assert found.answers > 0
+    assert found.left > 0
