@@ -6,8 +6,9 @@
 
 The dense rows are `--grids`, rounded by each of `--rules`. The sizes are theirs, or `--sizes` in MB; for each and by
 each rule the plan chooses form, rank, type and block of every layer and of the token table, among candidates by their
-loss on blocks held out of the calibration text. Nothing is trained. OUT/budget.json has every row as soon as it is
-measured, rows of the same inputs are kept; OUT/budget.md is the table. WORK keeps spectra and damage.
+KL on blocks held out of the calibration text. `trained` rows are distilled as they are rounded (models.py), dense
+ones in their grid, chosen ones each layer as its plan has it; nothing else is trained. OUT/budget.json has every row as
+soon as it is measured, rows of the same inputs are kept; OUT/budget.md is the table. WORK keeps spectra and damage.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.bits.models import tokenizer_of
-from benchmarks.bits.run import blocks_of, key_of, make_parser, setting_of, settings
+from benchmarks.bits.models import LEARNING, LEARNING_RATES, TRAINED, least_divergence, tokenizer_of
+from benchmarks.bits.models import Subject as Trainable
+from benchmarks.bits.run import blocks_of, key_of, make_parser, rounding, setting_of, settings
 from soco_export.checkpoint.layers import apply_factors, record_types
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
@@ -40,14 +42,16 @@ from soco_export.model.file_bytes import BLOCK_SIZES
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.byte_plan import plan_bytes_by_loss
+from soco_export.run.byte_plan import plan_bytes_measured
 from soco_export.run.measured_bytes import PlanLoss, hold_out
 from soco_train import method
+from soco_train.events import Event
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
 from soco_train.scores.damage import RoundedInBlocks, measure_damage
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
 from soco_train.store.damage import Damage
+from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 
 GRIDS = ("int8-32", "int4-32", "int4-64", "int4-128", "int2-32")
@@ -58,7 +62,7 @@ NEAR = 0.002  # sizes that differ by less are one
 class Row:
     """One model in one form; bytes: of model.onnx and its data; loss: mean cross entropy of a token.
 
-    asked: the budget of a chosen one, `chosen` its name among the candidates, `measured` the loss of each on held-out
+    asked: the budget of a chosen one, `chosen` its name among the candidates, `measured` the KL of each on held-out
     text; choices: how many layers are of each form and type. seconds: of processor time for all but the evaluation.
     """
 
@@ -93,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(options.out / "budget.md", markdown(rows, setting))
 
     for grid, rule in product(options.grids, options.rules):
-        how = settings(grid, rule, options.tokens)
-        keep(("dense", grid, rule), 0, partial(measure, ("dense", grid, rule), folder, options, how))
+        keep(("dense", grid, rule), 0, partial(dense_row, grid, rule, options))
     with tempfile.TemporaryDirectory() as temporary:
         planner = Planner(options, options.work or Path(temporary))
         for size, rule in product(options.sizes or sizes_of(rows), options.rules):
@@ -108,6 +111,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     more.add_argument("--sizes", nargs="*", type=lambda text: int(float(text) * 1e6), default=[], help="MB")
     more.add_argument("--work", type=Path, help="keep spectra, scores and damage here")
     return more.parse_args(argv)
+
+
+def dense_row(grid: str, rule: str, options: argparse.Namespace) -> Row:
+    """Train if asked, round, export and score a dense row."""
+    folder, started = options.models[0][1], time.process_time()
+    how = settings(grid, "nearest" if rule == TRAINED else rule, options.tokens)
+    with tempfile.TemporaryDirectory() as work:
+        if rule == TRAINED:
+            text = blocks_of(folder, options, "calibration")
+            folder = Trainable(folder, 1.0, text, options.tokens, Path(work)).trained(rounding(grid)).folder
+        spent = time.process_time() - started
+        row = measure(("dense", grid, rule), folder, options, how)
+    return replace(row, seconds=round(row.seconds + spent, 1))
 
 
 def measure(name: tuple[str, str, str], folder: Path, options: argparse.Namespace, how: ExportSettings) -> Row:
@@ -144,15 +160,17 @@ class Planner:
     def row(self, size: int, rule: str) -> Row:
         """Plan, cut, export and score one row."""
         started = time.process_time()
-        recipe = self._recipe(rule).model_copy(update={"keep_bytes": size})
+        # Training leaves as little of a rounding's error as calibration does, or less.
+        recipe = self._recipe("calibrated" if rule == TRAINED else rule).model_copy(update={"keep_bytes": size})
         subject, scores = self.subject()
         loss = PlanLoss(subject, scores, recipe.export, self.texts(), self.work / "candidates")
-        plan = plan_bytes_by_loss(recipe, self.damage(rule), loss, self.texts()[1].numel())
+        plan = plan_bytes_measured(recipe, self.damage(recipe.export.quantize.rule), loss, self.texts()[1].numel())
         assert plan.bytes is not None
         with tempfile.TemporaryDirectory() as work:
-            where = self._save(plan, Path(work))
+            where = self._save(plan, Path(work), rule == TRAINED)
             spent = time.process_time() - started
-            row = measure(("chosen", "", rule), where, self.options, recipe.export)
+            export = self._recipe("nearest" if rule == TRAINED else rule).export
+            row = measure(("chosen", "", rule), where, self.options, export)
         return replace(
             row,
             seconds=round(row.seconds + spent, 1),
@@ -182,14 +200,30 @@ class Planner:
             measure_damage(subject, scores, subject.tokens, RoundedInBlocks(BLOCK_SIZES, rule=rule)).save(path)
         return Damage.load(path)
 
-    def _save(self, plan: RankPlan, out: Path) -> Path:
-        """Return the checkpoint of a plan, nothing refined."""
-        model, (subject, scores) = load_checkpoint(self.folder), self.subject()
-        factors = method.cut_factors(subject, scores, plan, RefineSettings(), Session(out / "work"))
-        apply_factors(model, factors.made())
+    def _save(self, plan: RankPlan, out: Path, train: bool) -> Path:
+        """Return the checkpoint of a plan, trained as rounded or nothing refined."""
+        model = load_checkpoint(self.folder, dtype=torch.float32)
+        apply_factors(model, self._trained(plan, out) if train else self._cut(plan, RefineSettings(), out, []))
         record_types(model, plan.weights, plan.blocks)
         save_checkpoint(model, tokenizer_of(self.folder), out / "hf")
         return out / "hf"
+
+    def _cut(self, plan: RankPlan, refine: RefineSettings, out: Path, events: list[Event]) -> Factors:
+        subject, scores = self.subject()
+        if refine.distill.steps:  # from all of the text, as what is trained beside it
+            subject = replace(subject, tokens=blocks_of(self.folder, self.options, "calibration"))
+        return method.cut_factors(subject, scores, plan, refine, Session(out / "work", events.append)).made()
+
+    def _trained(self, plan: RankPlan, out: Path) -> Factors:
+        """Return what the learning rate gives whose divergence on held-out blocks is the least."""
+        found: list[tuple[float, Factors]] = []
+        for lr in LEARNING_RATES:
+            events: list[Event] = []
+            as_planned = plan.rounding(RoundingSettings(weights="planned"))
+            distill = LEARNING.model_copy(update={"lr": lr, "rounding": as_planned})
+            factors = self._cut(plan, RefineSettings(distill=distill), out / f"{lr:g}", events)
+            found.append((least_divergence(events), factors))
+        return min(found, key=lambda one: one[0])[1]
 
 
 def _counted(plan: RankPlan) -> dict[str, int]:
@@ -216,7 +250,9 @@ def markdown(rows: Sequence[Row], setting: Mapping[str, Any]) -> str:
         ours = f"{row.chosen} | {row.bytes / 1e6:.3f} | {row.perplexity:.5g} | {ratio}"
         lines.append(f"| {row.asked / 1e6:.3f} | {row.rule} | {beside} | {ours} |")
     said = f"{rows[0].tokens} tokens of {setting['evaluation']} in windows of {setting['block']}"
-    return "\n".join([*lines, "", f"Perplexity over {said}; nothing is trained. Every row is in budget.json.", ""])
+    return "\n".join(
+        [*lines, "", f"Perplexity over {said}; only `trained` rows are trained. Every row is in budget.json.", ""]
+    )
 
 
 if __name__ == "__main__":

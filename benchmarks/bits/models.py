@@ -6,7 +6,7 @@ which the one with the least divergence from the dense model on blocks that none
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from soco_train.events import Event
 from soco_train.settings import DistillSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
 from soco_train.store.scores import Scores
 
+TRAINED = "trained"  # the rule of a row that was
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 LEARNING = DistillSettings(steps=60, batch_tokens=1024, held_out_blocks=16, evaluate_every=20)
 
@@ -68,7 +69,7 @@ class Subject:
         settings = LEARNING.model_copy(update={"lr": lr, "rounding": rounding})
         name = f"{rounding.weights}-{rounding.block}-{lr:g}"
         folder = self._save(self.work / name, RefineSettings(distill=settings), events)
-        return folder, min(float(event.values["held-out loss"]) for event in events if "held-out loss" in event.values)
+        return folder, least_divergence(events)
 
     def _save(self, out: Path, refine: RefineSettings, events: list[Event]) -> Path:
         model = load_checkpoint(self.folder, dtype=torch.float32)
@@ -76,6 +77,11 @@ class Subject:
         apply_factors(model, cut_factors(model, self.text, self.scores, ranks, self.work, refine, events.append))
         save_checkpoint(model, tokenizer_of(self.folder), out)
         return out
+
+
+def least_divergence(events: Sequence[Event]) -> float:
+    """Return the least divergence from the dense model that a distillation saw on its held-out blocks."""
+    return min(float(event.values["held-out loss"]) for event in events if "held-out loss" in event.values)
 
 
 def tokenizer_of(folder: Path) -> Any:

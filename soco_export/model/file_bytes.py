@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from soco_export.model.load import dense_config, dense_skeleton
 from soco_export.onnx.build import count_bytes
@@ -18,9 +19,10 @@ from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
-from soco_train.store.damage import DENSE, Damage, StorageKind, no_damage, types_of
+from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, no_damage, types_of
 
 _TRIES = 12
+_NEARLY = 1.01  # times the budget: what is larger is no candidate
 BLOCK_SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -51,10 +53,17 @@ class FileBytes:
         }
         self.left_out = left_out(model, self.linears, recipe.layers)
         self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
+        self._counted: dict[tuple[tuple[str, Choice], ...], int] = {}
         self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], recipe.export.quantize.symmetric)
 
     def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
-        """Return the bytes of the two files with these choices."""
+        """Return the bytes of the two files with these choices; what has been counted is remembered."""
+        known = tuple(choices.items())
+        if known not in self._counted:
+            self._counted[known] = self._count(choices, damage)
+        return self._counted[known]
+
+    def _count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
         forms = {
             name: (StoredForm(choice.form, choice.rank), damage.layers[name].biased or f"{name}.bias" in self.shapes)
             for name, choice in choices.items()
@@ -84,7 +93,7 @@ class FileBytes:
                     candidate
                     for weights, block in in_blocks(TYPES)
                     for candidate in self._priced(
-                        self._uniform(layers, weights, block), _name(weights, block, table), keep_bytes
+                        self._uniform(layers, weights, block, keep_bytes), _name(weights, block, table), keep_bytes
                     )
                 ]
                 found += sorted(uniform, key=lambda candidate: candidate[0])[:1]
@@ -95,7 +104,7 @@ class FileBytes:
         menus = self._menus(damage)
         if self.count(_least(menus), damage) > keep_bytes:
             return []
-        choices = self.plan(damage, keep_bytes)[0]
+        choices = self._plan(menus, damage, keep_bytes)[0]
         return [(errors_of(menus, choices), name, choices)]
 
     def _with_table(self, damage: Damage, weights: WeightType) -> Damage | None:
@@ -103,11 +112,27 @@ class FileBytes:
         table = damage.layers[self.tables.table].only(weights)
         return Damage({**damage.layers, self.tables.table: table}) if table.curves else None
 
-    def _uniform(self, damage: Damage, weights: WeightType, block: int) -> Damage:
-        """Return the damage with all layers dense, of one type and block alone."""
+    def _uniform(self, damage: Damage, weights: WeightType, block: int, keep_bytes: int) -> Damage:
+        """Return the damage with all layers dense, of one type and block alone, or what is smaller if that nearly fits.
+
+        A budget that is another export's size to the byte would else leave that model out for a few bytes of metadata.
+        """
         names = [*self.linears] if self.tables.tied else [*self.linears, self.tables.head]
         alone = {name: damage.layers[name].alone(DENSE, weights, block) for name in names}
-        return Damage({**damage.layers, **alone})
+        found = Damage({**damage.layers, **alone})
+        if not keep_bytes < self.count(_least(self._menus(found)), damage) < keep_bytes * _NEARLY:
+            return found
+        smaller = {name: self._no_larger(damage.layers[name], *alone[name].curves) for name in names}
+        return Damage({**damage.layers, **smaller})
+
+    def _no_larger(self, layer: LayerDamage, kind: StorageKind) -> LayerDamage:
+        """Return the errors of a dense layer in this kind and in all that take no more bytes."""
+
+        def size(kind: StorageKind) -> int:
+            return self.packing.matrix(*layer.shape, kind[1], kind[2])
+
+        dense = {other: curve for other, curve in layer.curves.items() if other[0] == DENSE}
+        return replace(layer, curves={other: curve for other, curve in dense.items() if size(other) <= size(kind)})
 
     def plan(self, damage: Damage, keep_bytes: int) -> tuple[dict[str, Choice], int]:
         """Return (choices, bytes written): the least damage found in at most `keep_bytes`; RecipeError if none fits.
@@ -117,6 +142,9 @@ class FileBytes:
         """
         menus = self._menus(damage)
         self._refuse_less(menus, damage, keep_bytes)
+        return self._plan(menus, damage, keep_bytes)
+
+    def _plan(self, menus: Mapping[str, Menu], damage: Damage, keep_bytes: int) -> tuple[dict[str, Choice], int]:
         best, written = _least(menus), 0
         inner, tried = keep_bytes - self._beside(menus, best, damage), set()
         for _ in range(_TRIES):

@@ -1,11 +1,11 @@
 """The plan of a run whose budget is bytes: from the measured damage to ranks, forms and types of weights.
 
     damage ── by price ──────────────────────────────┐
-                                                     ├─ each rounded as the export will, and run ── the least loss
+                                                     ├─ each rounded as the export will, and run ── the least KL
     damage ── dense in one type and block, that fit ─┘
 
-The price adds errors of layers and knows them to second order; among a few candidates the loss itself decides, on text
-that the price has not seen.
+The price adds errors of layers and knows them to second order; among a few candidates the divergence of
+their predictions from the dense model decides, on text that the price has not seen.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def plan_bytes(recipe: Recipe, damage: Damage) -> RankPlan:
     return _plan(file, recipe.keep_bytes, damage, BY_PRICE, file.plan(damage, recipe.keep_bytes)[0])
 
 
-def plan_bytes_by_loss(recipe: Recipe, damage: Damage, loss: Callable[[RankPlan], float], tokens: int) -> RankPlan:
-    """Return, among the candidates for `keep_bytes`, the plan of least `loss`, measured on `tokens` tokens.
+def plan_bytes_measured(recipe: Recipe, damage: Damage, loss: Callable[[RankPlan], float], tokens: int) -> RankPlan:
+    """Return, among the candidates for `keep_bytes`, the plan of least `loss` on `tokens` tokens, as PlanLoss has it.
 
     RecipeError if no file of the model can be that small.
     """

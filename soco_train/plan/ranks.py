@@ -49,8 +49,9 @@ class BytePlan:
     """What a plan for `keep_bytes` chose beside ranks.
 
     written: bytes of the file that it counts on; forms: of the pruned layers, by name; weights: type of each layer's
-    matrices, token table and head included; blocks: inputs of a block of those that are rounded. measured: loss on
-    `tokens` held-out tokens of every candidate by name, `chosen` among them; empty where the plan is by price alone.
+    matrices, token table and head included; blocks: inputs of a block of those that are rounded. measured: KL from the
+    dense model on `tokens` held-out tokens, of each candidate by name, `chosen` too; empty where the price alone
+    decided.
     """
 
     keep_bytes: int
@@ -67,7 +68,7 @@ class BytePlan:
         text = f"{self.written:,} of {self.keep_bytes:,} bytes"
         if not self.measured:
             return f"{text}, {self.chosen}" if self.chosen else text
-        return f"{text}, {self.chosen}: the best of {len(self.measured)} by loss on {self.tokens:,} held-out tokens"
+        return f"{text}, {self.chosen}: the best of {len(self.measured)} by KL on {self.tokens:,} held-out tokens"
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ def cut_plan(context: RunContext, out: Path) -> None:
 
 
 def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
-    """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by loss."""
+    """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by KL."""
     from soco_export.model.file_bytes import BLOCK_SIZES
-    from soco_export.run.byte_plan import plan_bytes_by_loss
+    from soco_export.run.byte_plan import plan_bytes_measured
     from soco_export.run.measured_bytes import PlanLoss, hold_out
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
@@ -59,7 +59,7 @@ def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     damage = measure_damage(subject, scores, seen[: recipe.train.statistics_blocks], blocks, context.notify)
     damage.save(out / DAMAGE)
     loss = PlanLoss(subject, scores, export, (seen, held), out / "work")
-    plan = plan_bytes_by_loss(recipe, damage, loss, held.numel())
+    plan = plan_bytes_measured(recipe, damage, loss, held.numel())
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Among the candidates for a number of bytes the loss decides, and no dense model that fits is left out of it."""
+"""Among the candidates for a number of bytes a measurement decides, and no dense model that fits is left out of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from soco_export.model.file_bytes import FileBytes, in_blocks
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.byte_plan import plan_bytes, plan_bytes_by_loss
+from soco_export.run.byte_plan import plan_bytes, plan_bytes_measured
 from soco_export.run.measured_bytes import hold_out
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import TABLE_TYPES, TYPES
@@ -58,11 +58,11 @@ def test_the_candidate_of_least_loss_is_taken(recipe: Recipe, damage: Damage) ->
         losses[plan.bytes.chosen] = float(fresh.rng().uniform(3, 4))
         return losses[plan.bytes.chosen]
 
-    plan = plan_bytes_by_loss(recipe, damage, loss, tokens=640)
+    plan = plan_bytes_measured(recipe, damage, loss, tokens=640)
     assert plan.bytes is not None
     assert plan.bytes.measured == losses
     assert plan.bytes.chosen == min(losses, key=lambda name: losses[name])
-    assert f"the best of {len(losses)} by loss on 640 held-out tokens" in plan.describe(10**7)
+    assert f"the best of {len(losses)} by KL on 640 held-out tokens" in plan.describe(10**7)
     assert RankPlan.from_json(plan.to_json()) == plan
     for table in ("int8", "int4"):
         assert f"by price, token table in {table}" in losses
@@ -79,6 +79,16 @@ def test_a_dense_candidate_is_of_one_type_and_block(file: FileBytes, damage: Dam
             ((form, weights, block),) = kinds
             assert form == DENSE
             assert name.startswith(f"dense in {weights} in blocks of {block}")
+
+
+def test_a_dense_model_that_nearly_fits_is_there_with_a_few_layers_less(file: FileBytes, damage: Damage) -> None:
+    whole = file.plan(file._uniform(damage, "int4", 64, 10**9), 10**9)[0]
+    written = file.count(whole, damage)
+    nearly = file.plan(file._uniform(damage, "int4", 64, written - 1), written - 1)[0]
+    changed = [layer for layer in file.linears if nearly[layer] != whole[layer]]
+    assert file.count(nearly, damage) < written
+    assert len(changed) < 5
+    assert all(nearly[layer].form == DENSE for layer in changed)
 
 
 def test_by_price_alone_no_plan_is_better_than_the_first_candidate(
