@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     more = make_parser("python -m benchmarks.bits.budget", grids=GRIDS)
-    more.add_argument("--sizes", nargs="*", type=lambda text: int(float(text) * 1e6), default=[], help="MB")
+    more.add_argument("--sizes", nargs="*", type=lambda text: round(float(text) * 1e6), default=[], help="MB")
     more.add_argument("--work", type=Path, help="keep spectra, scores and damage here")
     return more.parse_args(argv)
 

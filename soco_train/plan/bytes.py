@@ -20,7 +20,7 @@ from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 
 PAGE = 4096  # where tensors of the data file start
 _TRIED = 8  # choices of the largest layer
-_RANKS = 64  # sizes of a layer that are looked at in each form and type
+_RANKS = 128  # sizes of a layer that are looked at in each form and type
 _SCALE = 2  # bytes
 _Reals = npt.NDArray[np.float64]
 
@@ -144,7 +144,7 @@ def _at_one_price(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
 
 
 def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) -> dict[str, Menu]:
-    """Return what each layer of `damage` can be; ranks are multiples of `multiple`, at most some 64 of them."""
+    """Return what each layer of `damage` can be; ranks are multiples of `multiple`, at most some 128 of them."""
     found = {
         name: Menu.of(_offers(layer, packing, multiple))
         for name, layer in damage.layers.items()
