@@ -78,9 +78,7 @@ def through(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 
 def compare(name: str, folder: Path) -> dict[str, Any]:
     """Return the largest differences, builder to us and each to transformers; or why the builder made nothing."""
-    kind, values = {**CONFIGS, **ZOO}[name]
-    CONFIGS[name] = (kind, {**values, **_CHANGED.get(name, {}), "vocab_size": VOCABULARY})
-    model = tiny_model(name)
+    model = tiny_model(name, configs={**CONFIGS, **ZOO}, vocab_size=VOCABULARY, **_CHANGED.get(name, {}))
     save_checkpoint(model, make_tokenizer(), folder / "hf")  # its config.json says rope in every form
     export_onnx(folder / "hf", folder / "ours", ExportSettings(flavour="contrib"))
     tokens = np.random.default_rng(0).integers(3, 90, (1, PROMPT + STEPS))

@@ -22,7 +22,7 @@ class Phase:
     @property
     def alone(self) -> int:
         """Host memory of the phase where there is no GPU."""
-        return max(self.device, self.host, self.on_cpu)
+        return self.on_cpu or max(self.device, self.host)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
 # interpreter, torch and ONNX Runtime before any weight
 BASE_HOST = 900 * 2**20
 BASE_DEVICE = 600 * 2**20
+# what trains on a CPU: interpreter, torch and transformers (benchmarks.gpu measures what is there beside it)
+BASE_CPU = 400 * 2**20
 _EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 # sustained FLOP/s of one H100 (SXM): 40 % of 989 TFLOP/s dense bf16, 60 % of 67 TFLOP/s fp32; eigh in float64 is slow
 SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}

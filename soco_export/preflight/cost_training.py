@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from soco_export.preflight.cost_card import Phase
-from soco_export.preflight.cost_shape import BASE_DEVICE, BASE_HOST, host, hours
+from soco_export.preflight.cost_shape import BASE_CPU, BASE_DEVICE, BASE_HOST, host, hours
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import (
     BYTES,
@@ -52,14 +52,15 @@ def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
     on_gpu, on_cpu = (step_costs(recipe, shape, bytes_each) for bytes_each in (width, DENSE_BYTES))
 
     def phase(name: str, memory: Callable[[Recipe, ModelShape, int], int], spent: float) -> Phase:
-        return Phase(name, memory(recipe, shape, width), passing, spent, memory(recipe, shape, DENSE_BYTES))
+        device, alone = (memory(recipe, shape, bytes_each) for bytes_each in (width, DENSE_BYTES))
+        return Phase(name, BASE_DEVICE + device, passing, spent, BASE_CPU + alone)
 
     def step(name: str) -> list[Phase]:
         here, alone = on_gpu[name], on_cpu[name]
         if here is None or alone is None:
             return []
         peaks = (BASE_DEVICE + here.memory, passing + here.beside)
-        return [Phase(here.phase or name, *peaks, _hours(here), BASE_DEVICE + alone.memory)]
+        return [Phase(here.phase or name, *peaks, _hours(here), BASE_CPU + max(alone.memory, alone.beside))]
 
     rungs = wanted_rungs(recipe.refine)
     after = {rung.name: rung.trains for rung in rungs if rung.on == "factors"}
@@ -84,9 +85,9 @@ def _factors(recipe: Recipe, shape: ModelShape, rungs: list[Cost | None]) -> Pha
     held = sum(cost.memory for cost in costs)
     cut = _cut_memory(recipe, shape) + held
     sizes = (BYTES[recipe.train.factor_dtype], DENSE_BYTES)
-    device, alone = (BASE_DEVICE + size * shape.parameters + held for size in sizes)
+    device, alone = (size * shape.parameters + held for size in sizes)
     on_host = max(host(recipe, shape), BASE_HOST + cut)
-    return Phase("factors", device, on_host, sum(map(_hours, costs)), on_cpu=alone + cut)
+    return Phase("factors", BASE_DEVICE + device, on_host, sum(map(_hours, costs)), on_cpu=BASE_CPU + alone + cut)
 
 
 def _cut_memory(recipe: Recipe, shape: ModelShape) -> int:
@@ -113,13 +114,13 @@ def _statistics_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     memory = tokens * DENSE_BYTES * 4 * widest + DOUBLE_BYTES * widest * widest
     if _backward(recipe):
         memory += tokens * saved_by_the_rest(shape, width) + logits(tokens, shape, tokens, width)
-    return BASE_DEVICE + width * shape.parameters + _sums(recipe, shape) + memory
+    return width * shape.parameters + _sums(recipe, shape) + memory
 
 
 def _spectrum_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
     # a layer's covariance with its factor and inverse, and the weight in three forms, all float64
     working = max(DOUBLE_BYTES * (4 * n * n + 4 * m * n) for m, n in shape.linears)
-    return BASE_DEVICE + width * shape.parameters + _sums(recipe, shape) + working
+    return width * shape.parameters + _sums(recipe, shape) + working
 
 
 def _sums(recipe: Recipe, shape: ModelShape) -> int:

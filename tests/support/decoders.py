@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -44,11 +45,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def tiny_model(name: str, seed: int = 0) -> torch.nn.Module:
+def tiny_model(name: str, seed: int = 0, configs: Any = CONFIGS, **changes: Any) -> torch.nn.Module:
     """A random model whose every parameter matters: norms, biases and positions are not left at one and zero."""
     torch.manual_seed(seed)
-    model_type, values = CONFIGS[name]
-    values = {**values, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model_type, values = configs[name]
+    values = {**values, **changes, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(model_type, attn_implementation="eager", **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -43,4 +43,16 @@ def packing() -> Rows:
     return found
 
 
-TABLES: dict[str, Callable[[], Rows]] = {"rounding": rounding, "packing": packing}
+def budget() -> Rows:
+    """Return what keep_bytes chose in the bytes of dense exports, beside the best dense model in as many."""
+    found: Rows = [("MB asked", "rule", "best dense", "perplexity", "chosen by keep_bytes", "perplexity")]
+    rows = read("bits/results/tiny-budget/budget.json")["rows"]
+    for row in sorted((row for row in rows if row["asked"]), key=lambda row: (-row["asked"], row["rule"])):
+        fits = [one for one in rows if not one["asked"] and one["rule"] == row["rule"] and one["bytes"] <= row["asked"]]
+        best = min(fits, key=lambda one: float(one["perplexity"]))
+        shown = (best["grid"], four(best["perplexity"]), row["chosen"], four(row["perplexity"]))
+        found.append((megabytes(row["asked"], 3), row["rule"], *shown))
+    return found
+
+
+TABLES: dict[str, Callable[[], Rows]] = {"rounding": rounding, "packing": packing, "budget": budget}

@@ -23,7 +23,10 @@ class Run:
 
     format = "onnx"
     recipe = SimpleNamespace(
-        bench=BenchSettings(memory=True), validation=SimpleNamespace(provider="CPU", threads=1), name="planted"
+        bench=BenchSettings(memory=True),
+        validation=SimpleNamespace(provider="CPU", threads=1),
+        model=SimpleNamespace(trust_remote_code=False),
+        name="planted",
     )
     notify = None
 
@@ -38,7 +41,7 @@ class Run:
 
 
 def test_each_form_is_opened_from_its_own_folder(monkeypatch):
-    monkeypatch.setattr(opening, "open_decoder", lambda folder, settings, name: folder.name)
+    monkeypatch.setattr(opening, "open_decoder", lambda folder, settings, name, trusted=False: folder.name)
     openers = evidence._openers(Run())
     assert [openers[form]() for form in ("low-rank", "shipped")] == ["hf", "onnx"]
 
