@@ -10,6 +10,7 @@ from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.byte_plan import plan_bytes, plan_bytes_measured
 from soco_export.run.measured_bytes import hold_out
+from soco_train.plan.bytes import Choice
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import TABLE_TYPES, TYPES
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
@@ -29,7 +30,7 @@ def file(recipe: Recipe) -> FileBytes:
     return FileBytes(recipe)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def damage(file: FileBytes) -> Damage:
     """Random errors that grow with the block and with fewer bits, and with components that are cut."""
     draw, table = fresh.rng(), (file.architecture.vocab, file.architecture.hidden)
@@ -47,6 +48,11 @@ def damage(file: FileBytes) -> Damage:
     layers = {name: layer(shape, (DENSE, "stacked", "pivoted"), TYPES) for name, shape in file.linears.items()}
     tables = {file.tables.table: layer(table, (DENSE,), TABLE_TYPES), file.tables.head: layer(table, (DENSE,), TYPES)}
     return Damage({**layers, **tables})
+
+
+@pytest.fixture(scope="module")
+def candidates(file: FileBytes, damage: Damage) -> dict[str, dict[str, Choice]]:
+    return file.candidates(damage, ASKED)
 
 
 def test_the_candidate_of_least_loss_is_taken(recipe: Recipe, damage: Damage) -> None:
@@ -69,9 +75,8 @@ def test_the_candidate_of_least_loss_is_taken(recipe: Recipe, damage: Damage) ->
         assert any(name.startswith("dense in") and name.endswith(f"token table in {table}") for name in losses)
 
 
-def test_a_dense_candidate_is_of_one_type_and_block(file: FileBytes, damage: Damage) -> None:
-    found = file.candidates(damage, ASKED)
-    for name, choices in found.items():
+def test_a_dense_candidate_is_of_one_type_and_block(file: FileBytes, candidates: dict[str, dict[str, Choice]]) -> None:
+    for name, choices in candidates.items():
         kinds = {
             (choice.form, choice.weights, choice.block) for layer, choice in choices.items() if layer in file.linears
         }
@@ -92,9 +97,9 @@ def test_a_dense_model_that_nearly_fits_is_there_with_a_few_layers_less(file: Fi
 
 
 def test_by_price_alone_no_plan_is_better_than_the_first_candidate(
-    recipe: Recipe, file: FileBytes, damage: Damage
+    recipe: Recipe, file: FileBytes, damage: Damage, candidates: dict[str, dict[str, Choice]]
 ) -> None:
-    first = next(iter(file.candidates(damage, ASKED)))
+    first = next(iter(candidates))
     assert first.startswith("by price")
     alone = plan_bytes(recipe, damage).bytes
     assert alone is not None
