@@ -62,7 +62,9 @@ def observe(
         decode.append(_keep(np.stack(steps), folder, f"{decoder.name}-decode-{index}"))
         notify(Event(f"parity: {decoder.name}", index + 1, min(len(tokens), settings.blocks)))
     decoder.release()
-    prompts = tokens[: settings.greedy_prompts, :prompt]
+    # a block is no longer than the model's context, and nor is a prompt with what is made of it
+    room = max(1, tokens.shape[1] - settings.greedy_tokens)
+    prompts = tokens[: settings.greedy_prompts, : min(prompt, room)]
     greedy = [decoder.generate(ids[None], settings.greedy_tokens)[0] for ids in prompts]
     return Observation(decoder.name, prefill, decode, greedy, list(prompts))
 

@@ -68,7 +68,7 @@ def training_phases(recipe: Recipe, shape: ModelShape) -> list[Phase]:
     return [
         phase("statistics", _statistics_memory, _statistics_hours(recipe, shape)),
         phase("spectrum", _spectrum_memory, hours(_spectrum_flops(shape), "float64")),
-        *(step("scores") or [Phase("scores", 0, BASE_HOST, 0.0)]),
+        *(step("scores") or [Phase("scores", 0, BASE_HOST, 0.0, BASE_CPU)]),
         *(found for rung in rungs if rung.on == "scores" for found in step(rung.name)),
         *(found for name in training for found in step(name)),
         *([] if training else [_factors(recipe, shape, [on_gpu[rung.name] for rung in rungs if rung.on == "factors"])]),
