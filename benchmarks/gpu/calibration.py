@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.box import TimeBox
 from benchmarks.gpu.choices import Effort, Text
-from soco_train.data.corpus import Blocks, fingerprint, spread
+from soco_train.data.corpus import Blocks, fingerprint, turns
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 KIND = "sampled text"
@@ -34,7 +34,7 @@ class Calibration:
         tokens: Mapping[str, torch.Tensor] = {
             "carried": self.carried,
             "sampled": self.sampled,
-            "mixed": spread([self.carried, self.sampled]),
+            "mixed": torch.cat([self.carried, self.sampled])[turns([len(self.carried), len(self.sampled)])],
         }
         return Blocks(tokens[text], text, fingerprint(tokens[text]))
 

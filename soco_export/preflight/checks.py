@@ -46,7 +46,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
 
     check_recipe(recipe, format)
     if format == "onnx":
-        provider_serves(recipe)
+        check_onnxruntime(recipe)
         check_opens(recipe.validation.runtime)
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
@@ -114,26 +114,22 @@ def check_quantisation(recipe: Recipe) -> None:
     What it rounds less than that is no worse for it.
     """
     trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
-    rounds = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
-    calibrates = rounds or (trained.weights == "planned" and how.rule != "nearest")
-    if trained.weights == "same" or (weights == "same" and trained.weights != "planned"):
+    calibrates = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
+    planned = trained.weights == "planned"  # each layer in its own type and block, those that it is exported in
+    if planned:
+        _check_planned(recipe)
+    elif "same" in (trained.weights, weights):
         return
-    if trained.weights == "planned" and recipe.keep_bytes is None:
-        raise RecipeError(
-            "refine.distill.rounding.weights is planned, and only a plan for bytes chooses types",
-            fix=f"give keep_bytes, or refine.distill.rounding.weights: {' or '.join(BITS)}",
-            where="recipe: refine.distill.rounding.weights",
-        )
-    if calibrates:
+    if calibrates or (planned and how.rule != "nearest"):
         raise RecipeError(
             f"the layers are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
             fix="export.quantize.rule: nearest, or refine.distill.rounding.weights: same",
             where="recipe: export.quantize.rule",
         )
     differences = {
-        "weights": trained.weights != "planned" and BITS[weights] < BITS[trained.weights],
+        "weights": not planned and BITS[weights] < BITS[trained.weights],
         "block": weights == trained.weights and how.block != trained.block,
-        "symmetric": trained.weights in (weights, "planned") and how.symmetric != trained.symmetric,
+        "symmetric": (planned or weights == trained.weights) and how.symmetric != trained.symmetric,
         "keep": not set(trained.keep) <= set(how.keep),
     }
     for key in (key for key, differs in differences.items() if differs):
@@ -142,6 +138,15 @@ def check_quantisation(recipe: Recipe) -> None:
             f"the layers are trained for another rounding than {exported}: refine.distill.rounding.{key} differs",
             fix="give both the same value and distil so, or round them as they are: soco-export export RUN/hf",
             where=f"recipe: {exported}",
+        )
+
+
+def _check_planned(recipe: Recipe) -> None:
+    if recipe.keep_bytes is None:
+        raise RecipeError(
+            "refine.distill.rounding.weights is planned, and only a plan for bytes chooses types",
+            fix=f"give keep_bytes, or refine.distill.rounding.weights: {' or '.join(BITS)}",
+            where="recipe: refine.distill.rounding.weights",
         )
 
 
@@ -191,7 +196,7 @@ def check_biases(recipe: Recipe) -> None:
     check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
 
 
-def provider_serves(recipe: Recipe) -> None:
+def check_onnxruntime(recipe: Recipe) -> None:
     """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
     try:
         from soco_export.evaluate.session import check_provider

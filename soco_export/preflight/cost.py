@@ -82,7 +82,7 @@ def _export_phases(
         # then ONNX Runtime holds what is timed, the dense model twice if it is its own control
         timed = recipe.bench.enabled * (both + recipe.bench.control * outputs["onnx dense"])
         on_device = answering if recipe.validation.provider == CPU else max(answering, timed)
-        proof = Phase("proof", BASE_DEVICE + on_device, beside, 0.0, on_cpu=BASE_HOST + answering + both)
+        proof = Phase("proof", BASE_DEVICE + on_device, beside, 0.0, on_cpu=max(beside, BASE_HOST + answering + both))
         phases += [Phase("export", 0, export, 0.0), proof]
     return phases
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
+from soco_train.spectra.statistics import EXPERT
 
 # interpreter, torch and ONNX Runtime before any weight
 BASE_HOST = 900 * 2**20
 BASE_DEVICE = 600 * 2**20
 # what trains on a CPU: interpreter, torch and transformers (benchmarks.gpu measures what is there beside it)
 BASE_CPU = 400 * 2**20
-_EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 # sustained FLOP/s of one H100 (SXM): 40 % of 989 TFLOP/s dense bf16, 60 % of 67 TFLOP/s fp32; eigh in float64 is slow
 SUSTAINED = {"bfloat16": 0.4 * 989e12, "float32": 0.6 * 67e12, "float64": 2e12}
 ASSUMPTION = "one H100: bf16 at 40 % of 989 TFLOP/s, fp32 at 60 % of 67 TFLOP/s, eigendecomposition at 2 TFLOP/s"
@@ -56,10 +55,10 @@ def measure(recipe: Recipe) -> ModelShape:
 
 def _sharing(config: Any, names: Iterable[str]) -> Callable[[str], float]:
     """Return which share of the tokens goes through a layer: of experts those that are chosen, of all others all."""
-    inside = [found for name in names if (found := _EXPERT.match(name))]
+    inside = [found for name in names if (found := EXPERT.search(name))]
     experts = max((int(found[1]) + 1 for found in inside), default=1)
     chosen = min(1.0, getattr(config, "num_experts_per_tok", experts) / experts)
-    return lambda name: chosen if _EXPERT.match(name) else 1.0
+    return lambda name: chosen if EXPERT.search(name) else 1.0
 
 
 def participation_notes(recipe: Recipe) -> list[str]:

@@ -101,13 +101,11 @@ def _beginning(tokenizer: Any, pieces: Iterator[str], tokens: int) -> str:
     return found
 
 
-def spread(texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the blocks [n, block] of all texts, each text spread evenly over the whole; order within a text stays."""
-    return torch.cat(list(texts))[turns([len(blocks) for blocks in texts])]
-
-
 def turns(counts: Sequence[int]) -> torch.Tensor:
-    """Return the order in which the blocks of several texts take turns: indices [n] into all of them."""
+    """Return the order in which the blocks of several texts take turns: indices [n] into all of them.
+
+    Each text is spread evenly over the whole; the order within a text stays.
+    """
     places = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
     return places.sort(stable=True).indices
 

@@ -15,7 +15,7 @@ leaves less of it, is that, times what the same change makes of the dense weight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -60,11 +60,11 @@ class RoundedInBlocks:
         """Return each (type, block) there is; floats have no blocks."""
         return [(kind, size) for kind in types for size in (self.sizes if kind in BITS else (0,))]
 
-    def rounding(self, weights: WeightType, block: int, symmetric: bool | None = None) -> Round:
+    def rounding(self, weights: WeightType, block: int) -> Round:
         """Return what is left of a matrix in the type `weights`, to nearest."""
         if weights == "same":
             return lambda matrix: matrix
-        grid = Grid(BITS[weights], block, self.symmetric if symmetric is None else symmetric)
+        grid = Grid(BITS[weights], block, self.symmetric)
         return lambda matrix: nearest(matrix.float(), grid).values().to(matrix.dtype)
 
     def left(self, weight: torch.Tensor, statistics: LayerStatistics) -> float:
@@ -220,7 +220,7 @@ def damage_to_tables(model: nn.Module, tokens: torch.Tensor, blocks: RoundedInBl
         return float((often * ((error @ curvature) * error).sum(1)).sum()) / 2
 
     found = {
-        names[id(table)]: _whole(weight, TABLE_TYPES, blocks, lost),
+        names[id(table)]: _whole(weight, TABLE_TYPES, replace(blocks, symmetric=True), lost),
     }
     if head is not None:
         name = next(name for name, module in model.named_modules() if module is head)
@@ -240,7 +240,7 @@ def _whole(
 ) -> LayerDamage:
     curves: dict[StorageKind, torch.Tensor] = {}
     for kind, block in blocks.kinds(types):
-        rounding = blocks.rounding(kind, block, True if types is TABLE_TYPES else None)
+        rounding = blocks.rounding(kind, block)
         curves[DENSE, kind, block] = torch.tensor([error(weight - rounding(weight))], dtype=torch.float64)
     return LayerDamage((weight.shape[0], weight.shape[1]), curves)
 

@@ -28,7 +28,7 @@ OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher"})  # 
 _TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
-_EXPERT = re.compile(r"\.experts\.\d+\.")  # by name, for a mixture may be open or a list of MLPs
+EXPERT = re.compile(r"\.experts\.(\d+)\.")  # by name, for a mixture may be open or a list of MLPs
 SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 
 
@@ -52,7 +52,7 @@ class LayerStatistics:
 
 def hardly_seen(name: str, linear: nn.Linear, statistics: LayerStatistics) -> bool:
     """Tell whether the layer is an expert's that fewer tokens reach than it has components to rank."""
-    return _EXPERT.search(name) is not None and statistics.tokens < min(linear.weight.shape)
+    return EXPERT.search(name) is not None and statistics.tokens < min(linear.weight.shape)
 
 
 def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
@@ -181,7 +181,7 @@ class _Listener:
     def finish(self, name: str, tokens: int) -> LayerStatistics:
         """Return the means of the layer `name` over a text of `tokens`."""
         inputs = self.inputs or _InputSums(self.linear, self.needs)
-        if not inputs.tokens and not _EXPERT.search(name):
+        if not inputs.tokens and not EXPERT.search(name):
             raise DataError("no calibration token reaches this layer", fix="add it to layers.exclude", where=name)
         inputs.average(tokens)
         if self.curvature is not None:

@@ -15,6 +15,16 @@ from typing import Any
 from soco_export.cli import run
 
 ROOT = Path(__file__).parents[2]
+# Words for a run of a small model of the test's own, whose context is 128 tokens.
+FEW_STEPS = tuple(
+    word
+    for setting in (
+        *("train.steps=2", "train.batch_tokens=128", "train.statistics_blocks=2", "data.blocks=4", "data.block=128"),
+        *("refine.distill.steps=0", "evaluation.blocks=1", "evaluation.block=128", "validate.parity.blocks=1"),
+        *("validate.parity.greedy_prompts=1", "bench.enabled=false", "gates.max_ppl_ratio=null"),
+    )
+    for word in ("--set", setting)
+)
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,8 @@ from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, decoder
 from soco_export.onnx.families.registry import FAMILIES, family
-from tests.support.cli import soco
+from tests.support.cli import FEW_STEPS, soco
 from tests.support.models import VOCABULARY, make_tokenizer
-
-SETTINGS = (
-    *("train.steps=2", "train.batch_tokens=128", "train.statistics_blocks=2", "data.blocks=4", "data.block=128"),
-    *("refine.distill.steps=0", "evaluation.blocks=1", "evaluation.block=128", "validate.parity.blocks=1"),
-    *("validate.parity.greedy_prompts=1", "bench.enabled=false", "gates.max_ppl_ratio=null"),
-)
-SET = tuple(word for setting in SETTINGS for word in ("--set", setting))
 
 
 class ShyConfig(LlamaConfig):
@@ -71,7 +64,7 @@ def describe_shy() -> None:
 def test_the_whole_road(flavour: str, shy: Path, tmp_path: Path) -> None:
     describe_shy()
     run = tmp_path / "run"
-    done = soco("train-and-export", "--model", shy, "--out", run, *SET, "--set", f"export.flavour={flavour}")
+    done = soco("train-and-export", "--model", shy, "--out", run, *FEW_STEPS, "--set", f"export.flavour={flavour}")
     assert done.code == 0, done.err  # the proof holds its logits against transformers', to the gates of float32
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert results["parity"]["export"]["prefill"]["max_logit_difference"] < 1e-4
@@ -84,7 +77,7 @@ def test_a_key_that_it_does_not_know_is_refused_before_training(shy: Path, tmp_p
     describe_shy()
     config = json.loads((shy / "config.json").read_text(encoding="utf-8"))
     (shy / "config.json").write_text(json.dumps({**config, "shy_layers": 3}), encoding="utf-8")
-    done = soco("train-and-export", "--model", shy, "--out", tmp_path / "run", *SET)
+    done = soco("train-and-export", "--model", shy, "--out", tmp_path / "run", *FEW_STEPS)
     assert done.code == 2
     assert "shy_layers" in done.err
     assert not (tmp_path / "run" / "scores.safetensors").exists()

@@ -13,7 +13,7 @@ import pytest
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.model.source import BUILTIN_MODEL
 from soco_train.errors import DataError
-from tests.support.cli import soco
+from tests.support.cli import FEW_STEPS, soco
 from tests.support.models import VOCABULARY, make_tokenizer, small_llama
 
 pytestmark = pytest.mark.transformers
@@ -37,12 +37,7 @@ class OwnForCausalLM(LlamaForCausalLM):
         found.logits = 0.5 * found.logits
         return found
 """
-SETTINGS = (
-    *("train.steps=2", "train.batch_tokens=128", "train.statistics_blocks=2", "data.blocks=4", "data.block=128"),
-    *("refine.distill.steps=0", "evaluation.blocks=1", "evaluation.block=128", "validate.parity.blocks=1"),
-    *("validate.parity.greedy_prompts=1", "bench.enabled=false", "gates.max_ppl_ratio=null", "export.flavour=standard"),
-)
-SET = tuple(word for setting in SETTINGS for word in ("--set", setting))
+SET = (*FEW_STEPS, "--set", "export.flavour=standard")
 TRUST = ("--set", "model.trust_remote_code=true")
 
 

@@ -14,10 +14,10 @@ from soco_export.preflight.checks import (
     Resources,
     bytes_in,
     check_everything,
+    check_onnxruntime,
     check_quantisation,
     check_room,
     look,
-    provider_serves,
 )
 from soco_export.preflight.cost_card import CostCard, Phase
 from soco_export.recipe.load import load_recipe
@@ -150,7 +150,7 @@ def test_a_bias_without_a_place_in_the_dense_form_is_refused_before_training(
 def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "version_of", lambda package: "1.32.0")
     with pytest.raises(MachineError, match="both installed") as caught:
-        provider_serves(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
+        check_onnxruntime(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
     assert "pip uninstall" in caught.value.fix
 
 
