@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def series(weights: str, work: Path, optimum_python: Path | None, threads: int) 
     folders = ours(folder, weights, dense, low)
     for name, make in foreign(folder, weights, dense, low, optimum_python).items():
         try:
-            folders[name] = with_cache_sizes(make())
+            folders[name] = with_cache_sizes(make(), MODELS[MODEL])
         except subprocess.CalledProcessError as error:
             print(f"{name} is left out: {(error.stderr or '').strip().splitlines()[-1:]}", file=sys.stderr)
     try:
@@ -123,7 +123,7 @@ def foreign(
 ) -> dict[str, Callable[[], Path]]:
     """Return what to call for each export by others."""
     found: dict[str, Callable[[], Path]] = {
-        "dense, onnxruntime-genai": lambda: _genai(dense, weights, folder / "genai")
+        "dense, onnxruntime-genai": lambda: write_genai(dense, weights, folder / "genai")
     }
     if optimum_python is not None and weights == "same":
         found["dense, optimum-onnx"] = lambda: _optimum(optimum_python, dense, folder / "optimum-dense")
@@ -131,11 +131,11 @@ def foreign(
     return found
 
 
-def with_cache_sizes(folder: Path) -> Path:
+def with_cache_sizes(folder: Path, config: Mapping[str, Any]) -> Path:
     """Write the cache's sizes, which some exporters leave to names, into the graph's inputs."""
     path = folder / "model.onnx"
     model = onnx.load(str(path), load_external_data=False)
-    sizes = {1: MODELS[MODEL]["num_key_value_heads"], 3: MODELS[MODEL]["head_dim"]}
+    sizes = {1: config["num_key_value_heads"], 3: config["head_dim"]}
     for entry in model.graph.input:
         if entry.name.startswith("past_key_values."):
             for axis, size in sizes.items():
@@ -144,7 +144,8 @@ def with_cache_sizes(folder: Path) -> Path:
     return folder
 
 
-def _genai(source: Path, weights: str, out: Path) -> Path:
+def write_genai(source: Path, weights: str, out: Path) -> Path:
+    """Let onnxruntime-genai's builder write a Hugging Face folder for the CPU; CalledProcessError if it fails."""
     precision = "fp32" if weights == "same" else weights
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "smollm2", "-i", str(source)]
     subprocess.run(

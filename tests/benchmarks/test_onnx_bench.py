@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.speed import frontier
+from benchmarks.speed import frontier, int4
 from benchmarks.speed.frontier import Point, beaten_by, draw
 from benchmarks.speed.frontier import markdown as frontier_table
 from benchmarks.speed.models import (
@@ -137,3 +139,22 @@ def test_the_measured_plan_leaves_slow_shapes_dense(tmp_path):
     assert all(layer.reason.startswith("measured 2.0 µs at rank 32 against 1.0 µs dense") for layer in narrow)
     assert plan.ratio <= 0.8
     assert np.isclose(plan.ratio, 0.8, atol=0.01)
+
+
+def test_the_int4_series_packs_as_genai_does_and_says_where_a_step_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        int4,
+        "_theirs",
+        lambda name, work: int4.write_own(
+            architecture_of(name, work / "stand-in"), {}, work / "stand-in", work / "theirs", int4.LIKE
+        ),
+    )
+    int4.main(["--models", "7b-small", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "7b-small.json").read_text())
+    entries = {entry["name"]: entry for entry in found["entries"]}
+    assert list(entries) == [int4.THEIRS, "dense", "0.8 stacked", "0.6 stacked", "dense, as shipped"]
+    assert entries["dense"]["disk"] == entries[int4.THEIRS]["disk"] < entries["dense, as shipped"]["disk"]
+    assert entries["0.6 stacked"]["disk"] < entries["0.8 stacked"]["disk"]
+    for profile in found["profiles"].values():
+        assert profile["MatMulNBits"] > 0
+        assert list(profile.values()) == sorted(profile.values(), reverse=True)
