@@ -187,9 +187,10 @@ def test_a_process_does_a_part_and_one_that_hangs_is_ended(tmp_path: Path, monke
     words = ["--small", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--sections", "c"]
     given = parse([*words, "--shapes", "small"])
     section = next(section for section in SECTIONS if section.letter == "c")
-    run.start([*words, "--shapes", "small"], section, given, "train small", 600)
-    figures = read(given, "c")["pieces"]["train small"]
-    assert 0 < figures["taken"] < 2 * figures["predicted"]
+    run.start([*words, "--shapes", "small"], section, given, "distil small", 600)
+    figures = read(given, "c")["pieces"]["distil small"]
+    # nothing but the base is large here: what the interpreter and the libraries take is right, or this fails
+    assert runtime.CUDA or 0.8 < figures["taken_over_predicted"] < 1.2
     assert figures["tokens_per_second"] > 0
     monkeypatch.setattr(run, "GRACE", 0.0)
     run.start([*words, "--shapes", "small"], section, given, "cut small", 0.2)
@@ -363,17 +364,6 @@ def test_all_of_a_models_shapes_are_measured(tmp_path: Path) -> None:
     assert not [figures for figures in pieces.values() if "error" in figures]
     rows = [SECTIONS[2].row(figures) for figures in pieces.values()]
     assert "predicted" in rows[-2]
-
-
-@pytest.mark.skipif(runtime.CUDA, reason="a GPU's memory is held against the dry run's by the section itself")
-@pytest.mark.parametrize("part", ["train small", "distil small"])
-def test_the_dry_run_knows_the_memory_of_a_training(part: str, tmp_path: Path) -> None:
-    """Nothing but the base is large here: what the interpreter and the libraries take is right, or this fails."""
-    words = ["--small", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--shapes", "small"]
-    given = parse(words)
-    # a process of its own: this one's high-water mark is that of every test before
-    run.start(words, SECTIONS[2], given, part, 300)
-    assert 0.8 < read(given, "c")["pieces"][part]["taken_over_predicted"] < 1.2
 
 
 # d
