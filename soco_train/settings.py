@@ -250,7 +250,7 @@ class RoundingSettings(Section):
     """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`.
 
     `weights: planned` is what the plan for `keep_bytes` chose for each layer; `each` and `blocks` are then its types
-    and blocks by name.
+    and blocks by name. `rule`: one of soco_train/numbers/rules.py that looks at the weights alone.
     """
 
     weights: Literal[WeightType, "planned"] = "same"
@@ -258,6 +258,7 @@ class RoundingSettings(Section):
     block: Literal[16, 32, 64, 128, 256] = 32
     blocks: dict[str, int] = Field(default_factory=dict)
     symmetric: bool = True
+    rule: str = "nearest"
     keep: tuple[str, ...] = ()
     dense: bool = Field(default=True, description="layers that stay dense are trained as rounded too")
 

@@ -25,7 +25,7 @@ from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
 from soco_train.numbers.pair import chain_error, kappa, product
-from soco_train.numbers.rules import Inputs, find_rounding
+from soco_train.numbers.rules import Inputs
 from soco_train.settings import BITS
 from soco_train.spectra.statistics import collect_statistics, groups, hardly_seen
 
@@ -145,7 +145,7 @@ def _rounded(
     model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, settings: ExportSettings, notify: Notify
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, Levels], Inputs]]:
     """Yield (layer, its matrices and their levels by the names of their tensors, what it reads)."""
-    rule = find_rounding(settings.quantize.rule)
+    rule = settings.rounding()
     for name, module, inputs in _with_inputs(model, layers, tokens, notify):
         chain = _chain(name, module)
         levels = rule.layer(list(chain.values()), grid_of(settings, name), inputs)

@@ -14,8 +14,11 @@ def check_architecture(config: Config, settings: ExportSettings) -> Architecture
     """Return the description that an export will build from, None if the model will be traced.
 
     Raises RecipeError for a config key that the description does not know, and for settings that a flavour or the
-    tracer cannot serve; MachineError if the tracer is not installed.
+    tracer cannot serve, or the rule of rounding; MachineError if the tracer is not installed.
     """
+    rule = settings.rounding()
+    for grid in settings.grids():
+        rule.check(grid)
     architecture = describe(config)
     if architecture is None:
         check_fallback(config, settings)

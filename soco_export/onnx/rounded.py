@@ -14,7 +14,7 @@ from torch import nn
 from soco_export.onnx.calibrate import KeptLevels, grid_of, linear_layers, round_layers, shared_table
 from soco_export.onnx.settings import ExportSettings
 from soco_train.modules.sites import open_sites
-from soco_train.numbers.blocks import Grid, nearest
+from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 
 
@@ -27,11 +27,11 @@ def round_as_exported(model: nn.Module, tokens: torch.Tensor, settings: ExportSe
     """
     open_sites(model)
     known = dict(round_layers(model, tokens, settings, kept)) if settings.calibrates else {}
-    shared = shared_table(model, settings)
+    shared, rule = shared_table(model, settings), settings.rounding()
     for name, module, layer in list(_matrices(model, settings)):
         if module.weight is not shared:
             levels = known.pop(f"{name}.weight", None)
-            found = nearest(module.weight.float(), grid_of(settings, layer)) if levels is None else levels
+            found = rule.rows(module.weight.float(), grid_of(settings, layer)) if levels is None else levels
             module.weight = nn.Parameter(found.values().to(module.weight.dtype), requires_grad=False)
     _round_table(model, settings)
 
@@ -43,7 +43,7 @@ def _round_table(model: nn.Module, settings: ExportSettings) -> None:
     kind = settings.table_of(name)
     if kind != "same":
         grid = Grid(BITS[kind], settings.quantize.block_of(name), symmetric=True)
-        table.weight.copy_(nearest(table.weight.float(), grid).values())
+        table.weight.copy_(settings.rounding().rows(table.weight.float(), grid).values())
 
 
 def _matrices(model: nn.Module, settings: ExportSettings) -> Iterator[tuple[str, Any, str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
 from soco_train.errors import RecipeError
-from soco_train.settings import TABLE_TYPES, Section, WeightType
+from soco_train.settings import BITS, TABLE_TYPES, Section, WeightType
+
+if TYPE_CHECKING:
+    from soco_train.numbers.blocks import Grid
+    from soco_train.numbers.rules import Rounding
 
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
@@ -26,8 +30,8 @@ def named(values: Mapping[str, Value], name: str) -> Value | None:
 class QuantizeSettings(Section):
     """How `export.weights: int8|int4|int2` are made: one scale per `block` weights along a row's input.
 
-    `rule` is how levels are chosen: `nearest`, or `calibrated` for what each layer reads in `calibration_tokens` tokens
-    of the calibration text (soco_train/numbers/rules.py).
+    `rule` is how levels are chosen (soco_train/numbers/rules.py): `nearest`, or `calibrated` for what each layer reads
+    in `calibration_tokens` tokens of the calibration text.
     `embedding` is the type of the token table, always symmetric; a tied head shares it (int8 beside int4 weights: fewer
     bytes and a better model than an int4 copy).
     `accuracy_level` is MatMulNBits' own: 4 lets the CPU round activations to int8 per block (fast), 1 keeps them fp32.
@@ -105,10 +109,23 @@ class ExportSettings(Section):
         quantize = how.model_copy(update={"blocks": {**how.blocks, **sizes}})
         return self.model_copy(update={"each": {**self.each, **each}, "quantize": quantize})
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether a text is needed to round the weights; RecipeError for a rule that nobody knows."""
+    def rounding(self) -> Rounding:
+        """Return the rule by which weights are rounded; RecipeError for one that nobody knows."""
         from soco_train.numbers.rules import find_rounding
 
-        rounds = any(kind != "same" for kind in (self.weights, *self.each.values()))
-        return find_rounding(self.quantize.rule).calibrates and rounds
+        return find_rounding(self.quantize.rule)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a text is needed to round the weights."""
+        return self.rounding().calibrates and bool(self.grids())
+
+    def grids(self) -> set[Grid]:
+        """Return the grids that weights may be rounded to, each type in each block; the token table's is symmetric."""
+        from soco_train.numbers.blocks import Grid
+
+        how = self.quantize
+        layers, tables = {self.weights, *self.each.values()}, {"same" if self.weights == "same" else how.embedding}
+        kinds = {(kind, how.symmetric) for kind in layers} | {(kind, True) for kind in tables}
+        blocks = {how.block, *how.blocks.values()}
+        return {Grid(BITS[kind], block, even) for kind, even in kinds if kind != "same" for block in blocks}

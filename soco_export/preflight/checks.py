@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from soco_export.files.text import human_bytes
@@ -92,7 +93,8 @@ def check_steps(recipe: Recipe) -> None:
 
 def check_bytes(recipe: Recipe) -> None:
     """Raise RecipeError where bytes cannot be the budget: of the model's graph, or beside another setting."""
-    from soco_export.model.file_bytes import FileBytes
+    from soco_export.model.file_bytes import BLOCK_SIZES, FileBytes
+    from soco_train.numbers.blocks import Grid
 
     assert recipe.keep_bytes is not None
     against = {
@@ -105,6 +107,9 @@ def check_bytes(recipe: Recipe) -> None:
             fix=f"give keep_params with it, or leave {other.partition(':')[0]} as it is by default",
             where="recipe: keep_bytes",
         )
+    rule, symmetric = recipe.export.rounding(), recipe.export.quantize.symmetric
+    for weights, block in product(BITS, BLOCK_SIZES):  # any layer may get any of them
+        rule.check(Grid(BITS[weights], block, symmetric))
     FileBytes(recipe).check(recipe.keep_bytes)
 
 
@@ -114,16 +119,15 @@ def check_quantisation(recipe: Recipe) -> None:
     What it rounds less than that is no worse for it.
     """
     trained, how, weights = recipe.refine.distill.rounding, recipe.export.quantize, recipe.export.weights
-    calibrates = recipe.export.calibrates  # for a rule that nobody knows it raises, whatever follows
     planned = trained.weights == "planned"  # each layer in its own type and block, those that it is exported in
     if planned:
         _check_planned(recipe)
     elif "same" in (trained.weights, weights):
         return
-    if calibrates or (planned and how.rule != "nearest"):
+    if how.rule != trained.rule:
         raise RecipeError(
-            f"the layers are trained to be rounded to nearest, and export.quantize.rule is {how.rule}",
-            fix="export.quantize.rule: nearest, or refine.distill.rounding.weights: same",
+            f"the layers are trained to be rounded by the rule {trained.rule}, and export.quantize.rule is {how.rule}",
+            fix=f"export.quantize.rule: {trained.rule}, or refine.distill.rounding.weights: same",
             where="recipe: export.quantize.rule",
         )
     differences = {

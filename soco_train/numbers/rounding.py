@@ -1,7 +1,7 @@
 """Weights as block quantisation will leave them, so that distillation can train the numbers that really run.
 
-The rounding is the export's own (soco_train.numbers). The gradient passes straight
-through (arXiv 1308.3432): what is trained, kept and stored are the numbers before rounding.
+The rounding is the export's own, by the same rule (rules.py). The gradient passes straight through (arXiv 1308.3432):
+what is trained, kept and stored are the numbers before rounding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import find_form
-from soco_train.numbers.blocks import Grid, nearest
+from soco_train.numbers.blocks import Grid
+from soco_train.numbers.rules import find_rounding
 from soco_train.settings import BITS, RoundingSettings, Storage
+
+_RULE_KEY = "refine.distill.rounding.rule"
 
 
 def of_layer(settings: RoundingSettings, name: str) -> RoundingSettings:
@@ -38,13 +41,29 @@ def trains_dense(settings: RoundingSettings, name: str) -> bool:
 
 
 def check_rounding(settings: RoundingSettings, storage: Storage) -> None:
-    """Raise RecipeError if the factors are stored in another form than is rounded while they are trained."""
-    if settings.weights != "same" and not find_form(storage).rounded_as_trained:
+    """Raise RecipeError for another form of storage than is rounded while it is trained, or a rule that cannot be."""
+    if settings.weights == "same":
+        return
+    if not find_form(storage).rounded_as_trained:
         raise RecipeError(
             f"refine.distill.rounding rounds stacked factors, but storage is {storage}, whose numbers are others",
             fix="storage: stacked, or refine.distill.rounding.weights: same",
             where="recipe: refine.distill.rounding.weights",
         )
+    _check_rule(settings)
+
+
+def _check_rule(settings: RoundingSettings) -> None:
+    rule = find_rounding(settings.rule, _RULE_KEY)
+    if rule.calibrates:
+        raise RecipeError(
+            f"rounding by {settings.rule} asks what each layer reads, which changes with every step of training",
+            fix=f"{_RULE_KEY}: nearest",
+            where=f"recipe: {_RULE_KEY}",
+        )
+    if settings.weights != "planned":
+        for block in {settings.block, *settings.blocks.values()}:
+            rule.check(Grid(BITS[settings.weights], block, settings.symmetric))
 
 
 def rounded(weight: torch.Tensor, settings: RoundingSettings) -> torch.Tensor:
@@ -56,7 +75,8 @@ def rounded(weight: torch.Tensor, settings: RoundingSettings) -> torch.Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, settings: RoundingSettings) -> torch.Tensor:
-        return nearest(weight.float(), Grid(BITS[settings.weights], settings.block, settings.symmetric)).values()
+        grid = Grid(BITS[settings.weights], settings.block, settings.symmetric)
+        return find_rounding(settings.rule).rows(weight.float(), grid).values()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -1,22 +1,21 @@
-"""The rules by which a layer is rounded: one decorated function each, for a dense weight and for a pair of factors.
+"""The rules by which weights are rounded, by name: one decorated class each, for training and for every export.
 
-A layer is the chain of matrices that its input goes through, [weight] or [down, up]. To add a rule, write a function
-that returns the levels of each and decorate it; `export.quantize.rule` then takes its name.
+To add one, write a class and decorate it; `export.quantize.rule` and `refine.distill.rounding.rule` then take its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, Levels, nearest, stack
-from soco_train.numbers.feedback import Curvature, calibrated, curvature
+from soco_train.numbers.feedback import Curvature, calibrated
 from soco_train.numbers.pair import calibrated_pair
 
-Chain = Sequence[torch.Tensor]
 _ROWS = 8192  # of a dense weight rounded at one time
 
 
@@ -29,58 +28,65 @@ class Inputs:
     tokens: int
 
 
-RoundLayer = Callable[[Chain, Grid, Inputs | None], list[Levels]]
-
-
-@dataclass(frozen=True)
 class Rounding:
-    """A registered rule; `calibrates`: it needs to know the layer's inputs."""
+    """A rule of rounding; a child overrides what differs from rounding to nearest.
 
-    layer: RoundLayer
-    calibrates: bool
+    `calibrates`: its `layer` is asked, for which calibration text goes through the model; else, and for what no layer
+    was seen to read (tables, pivoted factors, experts hardly chosen), `rows` is. `once_trained`: the rule that leaves
+    of a layer about what training for this one leaves, by which a plan for bytes is made. `note`: what the report says
+    of an export by this rule.
+    """
+
+    calibrates: ClassVar[bool] = False
+    once_trained: ClassVar[str] = "calibrated"
+    note: ClassVar[str] = ""
+
+    def check(self, grid: Grid) -> None:
+        """Raise RecipeError for a grid that it cannot round to; asked before anything starts."""
+
+    def rows(self, weight: torch.Tensor, grid: Grid) -> Levels:
+        """Round some rows [m, n] of a matrix by their numbers alone."""
+        return nearest(weight, grid)
+
+    def layer(self, chain: Sequence[torch.Tensor], grid: Grid, inputs: Inputs) -> list[Levels]:
+        """Round the matrices that a layer's input goes through, [weight] or [down, up], for what the layer reads."""
+        return [self.rows(matrix, grid) for matrix in chain]
 
 
 _RULES: dict[str, Rounding] = {}
+_Rule = TypeVar("_Rule", bound=type[Rounding])
 
 
-def rounding(name: str, calibrates: bool = False) -> Callable[[RoundLayer], RoundLayer]:
-    """Register the decorated function under `name` (recipe key export.quantize.rule)."""
+def rounding(name: str) -> Callable[[_Rule], _Rule]:
+    """Register a rule under a name for recipes."""
 
-    def register(layer: RoundLayer) -> RoundLayer:
-        _RULES[name] = Rounding(layer, calibrates)
-        return layer
+    def register(rule: _Rule) -> _Rule:
+        _RULES[name] = rule()
+        return rule
 
     return register
 
 
-def find_rounding(name: str) -> Rounding:
-    """Return a registered rule; RecipeError for an unknown name."""
+def find_rounding(name: str, where: str = "export.quantize.rule") -> Rounding:
+    """Return a registered rule; RecipeError for an unknown name. `where`: the recipe key that has it."""
     if name not in _RULES:
         raise RecipeError(
-            f"no rule of rounding is called {name!r}",
-            fix=f"one of {', '.join(_RULES)}",
-            where="recipe: export.quantize.rule",
+            f"no rule of rounding is called {name!r}", fix=f"one of {', '.join(_RULES)}", where=f"recipe: {where}"
         )
     return _RULES[name]
 
 
-@rounding("nearest")
-def _nearest(chain: Chain, grid: Grid, inputs: Inputs | None) -> list[Levels]:
-    return [nearest(matrix, grid) for matrix in chain]
+rounding("nearest")(Rounding)
 
 
-@rounding("calibrated", calibrates=True)
-def _calibrated(chain: Chain, grid: Grid, inputs: Inputs | None) -> list[Levels]:
-    if inputs is None:
-        raise ValueError("calibrated rounding needs the layer's inputs")
-    if len(chain) == 1:
-        # Rows do not meet: a head of a hundred thousand needs no more memory than some of them.
-        parts = [calibrated(rows, grid, inputs.known) for rows in chain[0].split(_ROWS)]
-        return [stack(parts)]
-    return list(calibrated_pair(chain[0], chain[1], grid, inputs.known, inputs.covariance))
+@rounding("calibrated")
+class _Calibrated(Rounding):
+    """For what each layer reads; a pair of factors each for what the other became."""
 
+    calibrates = True
 
-def levels(weight: torch.Tensor, bits: int, block: int, symmetric: bool, hessian: torch.Tensor | None = None) -> Levels:
-    """Round a matrix [m, n]: to nearest, or for inputs of second moment `hessian` [n, n]; see Levels for what comes."""
-    grid = Grid(bits, block, symmetric)
-    return nearest(weight, grid) if hessian is None else calibrated(weight, grid, curvature(hessian, weight.dtype))
+    def layer(self, chain: Sequence[torch.Tensor], grid: Grid, inputs: Inputs) -> list[Levels]:
+        if len(chain) == 1:
+            # Rows do not meet: a head of a hundred thousand needs no more memory than some of them.
+            return [stack([calibrated(rows, grid, inputs.known) for rows in chain[0].split(_ROWS)])]
+        return list(calibrated_pair(chain[0], chain[1], grid, inputs.known, inputs.covariance))

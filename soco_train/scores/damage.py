@@ -8,8 +8,9 @@ rows of the factors as they are stored, the error at *every* rank r is read off 
 
     tr(G E C Eᵀ) = ‖P B‖² - 2 Σ_{j<r} Σ_i (PᵀGÛ ∘ B C D̂ᵀ)_ij + Σ_{i,j<r} (ÛᵀGÛ ∘ D̂ C D̂ᵀ)_ij
 
-Û and D̂ are to nearest in blocks of one size. What rounding adds to a cut layer in other blocks, or by a rule that
-leaves less of it, is that, times what the same change makes of the dense weight's error.
+Û and D̂ are rounded as their rule rounds rows, in blocks of one size. What rounding adds to a cut layer in other blocks,
+or by a rule that leaves less of it where it knows the inputs, is that, times what the same change makes of the dense
+weight's error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from soco_train.forms.base import FORMS, LayerFactors
 from soco_train.forms.registry import from_factors
 from soco_train.forms.stacked import StackedFactors, balance
 from soco_train.modules.subject import Subject
-from soco_train.numbers.blocks import Grid, nearest
+from soco_train.numbers.blocks import Grid
 from soco_train.numbers.feedback import curvature, row_errors
 from soco_train.numbers.rules import Inputs, find_rounding
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
@@ -38,7 +39,7 @@ from soco_train.store.spectra import Spectrum
 
 NEEDS = frozenset({"input_covariance", "output_curvature"})
 _SAMPLED = 4  # ranks at which a form is built whose factors of one rank are no part of those of the next
-_ROWS = 64  # of a layer that tell what a rule of rounding leaves
+_ROWS = 64  # of a layer that tell what knowing its inputs leaves
 _AT_ONCE = 1024  # tokens in one backward pass
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -61,21 +62,21 @@ class RoundedInBlocks:
         return [(kind, size) for kind in types for size in (self.sizes if kind in BITS else (0,))]
 
     def rounding(self, weights: WeightType, block: int) -> Round:
-        """Return what is left of a matrix in the type `weights`, to nearest."""
+        """Return what is left of a matrix in the type `weights`, its rows rounded by their numbers alone."""
         if weights == "same":
             return lambda matrix: matrix
-        grid = Grid(BITS[weights], block, self.symmetric)
-        return lambda matrix: nearest(matrix.float(), grid).values().to(matrix.dtype)
+        grid, rule = Grid(BITS[weights], block, self.symmetric), find_rounding(self.rule)
+        return lambda matrix: rule.rows(matrix.float(), grid).values().to(matrix.dtype)
 
     def left(self, weight: torch.Tensor, statistics: LayerStatistics) -> float:
-        """Return the share of nearest's error that the rule leaves: of some rows of `weight` [m, n], in int4."""
+        """Return the share of that error which is left by knowing the inputs: of some rows of `weight`, in int4."""
         rule = find_rounding(self.rule)
         if not rule.calibrates:
             return 1.0
         covariance = present(statistics.input_covariance)
         inputs = Inputs(covariance, curvature(covariance), statistics.tokens)
         rows, grid = weight[:: -(-len(weight) // _ROWS)].float(), Grid(4, self.middle, self.symmetric)
-        found = rule.layer([rows], grid, inputs)[0], nearest(rows, grid)
+        found = rule.layer([rows], grid, inputs)[0], rule.rows(rows, grid)
         ours, plain = (float(row_errors(rows, part.values(), inputs.known.covariance).sum()) for part in found)
         return ours / plain if plain else 1.0
 
@@ -130,7 +131,7 @@ def damage_to(
 def _pruned(
     factors: tuple[torch.Tensor, torch.Tensor], norm: LossNorm, blocks: RoundedInBlocks
 ) -> tuple[torch.Tensor, dict[str, dict[WeightType, torch.Tensor]]]:
-    """Return (what cutting loses [k + 1], by form and type what rounding to nearest in blocks of `middle` adds)."""
+    """Return (what cutting loses [k + 1], by form and type what rounding in blocks of `middle` adds)."""
     roundings = {weights: blocks.rounding(weights, blocks.middle) for weights in TYPES}
     stored = {
         weights: norm.cut(factors, [rounding(part) for part in factors]) for weights, rounding in roundings.items()

@@ -20,6 +20,8 @@ from soco_export.recipe.load import load_recipe
 from soco_export.runtimes import registry as runtimes
 from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
+from soco_train.numbers import rules
+from soco_train.numbers.blocks import Grid, nearest
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine import refit
 from soco_train.refine.ladder import refine
@@ -33,7 +35,7 @@ from soco_train.spectra.statistics import LayerStatistics
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ONNX_PAGE = PAGE.with_name("onnx.md")
-REGISTRIES = (bases._BASES, SCORERS, RUNGS, RefineSettings.of_steps, runtimes.RUNTIMES, FAMILIES)
+REGISTRIES = (bases._BASES, SCORERS, RUNGS, RefineSettings.of_steps, rules._RULES, runtimes.RUNTIMES, FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,16 @@ def test_the_scorer_scores(tmp_path: Path) -> None:
     train = TrainSettings(scorer="energy-per-parameter")
     importance = train_scores(subject, train, PlanSettings(), Session(tmp_path)).layers["layer"].importance
     torch.testing.assert_close(importance, torch.linalg.svdvals(linear.weight.detach()) ** 2 / 12)
+
+
+def test_the_rule_rounds_and_refuses() -> None:
+    define("@rounding", rules, replace=replace)
+    weight, grid = torch.randn(3, 40), Grid(4, 16, symmetric=True)
+    rule = rules.find_rounding("down")
+    plain = nearest(weight, grid)
+    assert torch.equal(rule.rows(weight, grid).levels, (plain.levels - 1).clamp(0))
+    with pytest.raises(RecipeError, match="int2"):
+        rule.check(replace(grid, bits=2))
 
 
 def test_the_runtime_refuses_and_writes(tmp_path: Path) -> None:

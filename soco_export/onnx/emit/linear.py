@@ -160,13 +160,14 @@ class Linears:
         """Store a weight in blocks, its levels in `shape` (whose first axis are the rows), then scales and zeros."""
         (m, n), bits, symmetric = weight.shape, grid.bits, grid.symmetric
         blocks, size = -(-n // grid.block), int(np.prod(shape[1:]))
+        rule = self.settings.rounding()
         # Made before the pieces come, so that they do not lie between these in memory.
         scales = np.empty((m, blocks), np.float32)
         zeros = np.empty((0 if symmetric else m, -(-blocks * bits // 8)), np.uint8)
 
         def levels() -> Iterator[Array]:
             start = 0
-            for piece in quantize_rows(weight, grid):
+            for piece in quantize_rows(weight, grid, rule.rows):
                 stop = start + len(piece.packed)
                 scales[start:stop] = piece.scales
                 if piece.zeros is not None:

@@ -5,7 +5,7 @@ w ≈ (q - zero) · scale        q in 0 … 2^bits - 1, the first of a byte in i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 
 from soco_export.onnx.write.matrix import CHUNK, Array, Matrix, Part
 from soco_train.numbers.blocks import Grid, Levels, nearest
+
+RoundRows = Callable[[torch.Tensor, Grid], Levels]
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,22 @@ class QuantizedWeight:
 
 
 def quantize(weight: Array, bits: int, block: int, symmetric: bool) -> QuantizedWeight:
-    """Round `weight` [m, n] to `bits` (2, 4 or 8) per block of `block` inputs; the last block is padded with zeros."""
-    pieces = list(quantize_rows(Matrix([Part(weight)]), Grid(bits, block, symmetric)))
+    """Round `weight` [m, n] to nearest in `bits` (2, 4 or 8) per block of `block` inputs; the last is padded with 0."""
+    pieces = list(quantize_rows(Matrix([Part(weight)]), Grid(bits, block, symmetric), nearest))
     packed, scales = (np.concatenate(parts) for parts in zip(*((p.packed, p.scales) for p in pieces), strict=True))
     zeros = None if symmetric else np.concatenate([piece.zeros for piece in pieces if piece.zeros is not None])
     m, n = weight.shape
     return QuantizedWeight(packed, scales, zeros, bits, block, (m, n))
 
 
-def quantize_rows(matrix: Matrix, grid: Grid) -> Iterator[QuantizedWeight]:
-    """Yield `quantize` of some rows after the other, or known levels; it needs little memory beside the matrix."""
+def quantize_rows(matrix: Matrix, grid: Grid, rounded: RoundRows) -> Iterator[QuantizedWeight]:
+    """Yield some rows after the other, `rounded` or with known levels; it needs little memory beside the matrix."""
     for part in matrix.parts:
         if part.levels is not None:
             yield stored(part.levels if part.rows is None else part.levels.rows(part.rows), grid)
             continue
         for piece in Matrix([part], matrix.columns).pieces(CHUNK // 4):  # rounding needs a few copies of its rows
-            yield stored(nearest(torch.from_numpy(np.ascontiguousarray(piece, np.float32)), grid), grid)
+            yield stored(rounded(torch.from_numpy(np.ascontiguousarray(piece, np.float32)), grid), grid)
 
 
 def stored(found: Levels, grid: Grid) -> QuantizedWeight:

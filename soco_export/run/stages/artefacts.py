@@ -45,6 +45,7 @@ def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     from soco_export.model.file_bytes import BLOCK_SIZES
     from soco_export.run.byte_plan import plan_bytes_measured
     from soco_export.run.measured_bytes import PlanLoss, hold_out
+    from soco_train.numbers.rules import find_rounding
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
 
@@ -53,8 +54,9 @@ def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     seen, held = hold_out(subject.tokens)
     export = recipe.export
-    if recipe.refine.distill.rounding.weights == "planned":  # training leaves as little of an error, or less
-        export = export.model_copy(update={"quantize": export.quantize.model_copy(update={"rule": "calibrated"})})
+    if (trained := recipe.refine.distill.rounding).weights == "planned":
+        left = {"rule": find_rounding(trained.rule).once_trained}
+        export = export.model_copy(update={"quantize": export.quantize.model_copy(update=left)})
     blocks = RoundedInBlocks(BLOCK_SIZES, export.quantize.symmetric, export.quantize.rule)
     damage = measure_damage(subject, scores, seen[: recipe.train.statistics_blocks], blocks, context.notify)
     damage.save(out / DAMAGE)

@@ -203,6 +203,8 @@ def _export_notes(context: RunContext) -> Iterator[str]:
         yield f"the graph was made by {export['route']}: its architecture has no description of ours"
     if context.recipe.keep_bytes is None and (note := find_form(context.recipe.storage).notes.get(weights)):
         yield note
+    if note := context.recipe.export.rounding().note:
+        yield note
     if rounding := export.get("rounding"):
         yield rounding_note(rounding)
     if not context.recipe.bench.enabled:

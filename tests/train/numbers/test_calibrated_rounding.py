@@ -11,7 +11,7 @@ from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import calibrated, curvature, row_errors
 from soco_train.numbers.pair import balanced, calibrated_pair, chain_error, mixed
-from soco_train.numbers.rules import Inputs, find_rounding, levels
+from soco_train.numbers.rules import Inputs, find_rounding
 
 GRIDS = [Grid(4, 32, True), Grid(4, 16, False), Grid(2, 32, False), Grid(2, 16, True), Grid(8, 64, True)]
 
@@ -80,10 +80,9 @@ def test_inputs_that_never_fire_are_rounded_all_the_same() -> None:
 
 def test_equal_input_gives_equal_bits() -> None:
     weight, C = torch.randn(16, 70), covariance(70)
-    one, two = (levels(weight, 4, 32, True, C) for _ in range(2))
+    one, two = (calibrated(weight, Grid(4, 32, True), curvature(C)) for _ in range(2))
     assert torch.equal(one.levels, two.levels)
     assert torch.equal(one.scales, two.scales)
-    assert torch.equal(levels(weight, 4, 32, True).scales, nearest(weight, Grid(4, 32, True)).scales)
 
 
 def pair(m: int = 72, n: int = 96, r: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
