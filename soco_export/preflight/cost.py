@@ -28,6 +28,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
 from soco_train.scores.registry import find_scorer
 from soco_train.settings import BITS
+from soco_train.spectra.statistics import SUMS_AT_ONCE, sums_bytes
 
 __all__ = ["ModelShape", "estimate", "measure"]
 
@@ -75,7 +76,7 @@ def _export_phases(
         merged = BYTES[recipe.model.dtype] * shape.parameters
         phases.append(Phase("merge", 0, BASE_HOST + merged + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest, 0.0))
     if format == "onnx":
-        export = BASE_HOST + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest
+        export = BASE_HOST + max(WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest, _calibration(recipe, shape))
         # PyTorch answers in fp32, on a GPU if there is one; the pruned model passes through the host as a whole
         answering, both = DENSE_BYTES * max(shape.parameters, after), outputs["onnx"] + outputs["onnx dense"]
         beside = max(host(recipe, shape), BASE_HOST + DENSE_BYTES * after) + both
@@ -85,6 +86,16 @@ def _export_phases(
         proof = Phase("proof", BASE_DEVICE + on_device, beside, 0.0, on_cpu=max(beside, BASE_HOST + answering + both))
         phases += [Phase("export", 0, export, 0.0), proof]
     return phases
+
+
+def _calibration(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of rounding by a rule that calibrates: the dense model as stored, C of a group of layers, one layer's."""
+    rule = recipe.export.rounding()
+    if not (rule.calibrates and (recipe.export.grids() or recipe.keep_bytes)):
+        return 0
+    sums = [sums_bytes(layer, frozenset({"input_covariance"})) for layer in shape.linears]
+    working = max(rule.layer_bytes(m, n) for m, n in shape.linears)
+    return BYTES[recipe.model.dtype] * shape.parameters + min(sum(sums), max(SUMS_AT_ONCE, *sums)) + working
 
 
 def _outputs(recipe: Recipe, shape: ModelShape, after: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from soco_export.onnx.write.blocks import stored
 from soco_export.preflight.checks import check_everything, check_recipe
+from soco_export.preflight.cost import estimate, measure
 from soco_export.recipe.load import load_recipe
 from soco_export.run.verbs import Request, export
 from soco_train.errors import ExitCode, RecipeError
@@ -29,6 +30,7 @@ from soco_train.store.scores import LayerScores
 
 SETTINGS = ("export.weights=int4", "export.quantize.rule=down", "gates.max_export_kl=null", "gates.max_ppl_ratio=null")
 TRAINED = ("refine.distill.rounding.weights=int4", "refine.distill.rounding.rule=down")
+LARGE = 5_000_000_000
 FEW = ("bench.enabled=false", "evaluation.blocks=1", "validate.parity.blocks=1", "validate.parity.greedy_prompts=0")
 
 
@@ -107,6 +109,29 @@ def test_a_plan_for_bytes_pays_what_it_loses() -> None:
 def test_what_it_cannot_do_is_refused_before_anything_is_trained(settings: tuple[str, ...], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         check_recipe(load_recipe("tiny", settings), "onnx")
+
+
+def test_the_cost_card_asks_one_that_calibrates() -> None:
+    @rounding("known")
+    class Known(Down):
+        calibrates = True
+
+        def layer_bytes(self, m: int, n: int) -> int:
+            return LARGE + n
+
+    def export_memory(*settings: str) -> int:
+        recipe = load_recipe("tiny", settings)
+        shape = measure(recipe)
+        return next(phase.host for phase in estimate(recipe, shape).phases if phase.name == "export")
+
+    try:
+        plain, more = (
+            export_memory("export.weights=int4", f"export.quantize.rule={rule}") for rule in ("down", "known")
+        )
+        assert more > plain + LARGE
+        assert export_memory("export.quantize.rule=known") == plain  # nothing is rounded
+    finally:
+        _RULES.pop("known")
 
 
 def test_a_recipe_of_it_passes(tmp_path: Path) -> None:
