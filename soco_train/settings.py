@@ -238,6 +238,10 @@ class RefitSettings(Section):
         default=0.75, ge=0, le=1, description="weight of the dense layer on the pruned model's own input"
     )
     ridge: float = Field(default=1e-3, gt=0, description="pull to the present factors, as a share of the mean variance")
+    weights: Literal["inputs", "fisher"] = Field(
+        default="inputs", description="fisher: the dense weight, each number's error by its Fisher information (TFWSVD)"
+    )
+    sweeps: int = Field(default=10, ge=1, description="with weights: fisher, times that both factors are fitted")
 
 
 class FlattenSettings(Section):

@@ -173,6 +173,8 @@ def saliency_tokens(recipe: Recipe, blocks: int) -> int:
         found += min(blocks, train.statistics_blocks or blocks) * recipe.data.block
     if train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher"):
         found += min(blocks, train.fisher_blocks) * recipe.data.block
+    if recipe.refine.refit.weights == "fisher":
+        found += min(blocks, recipe.refine.refit.blocks) * recipe.data.block
     return found
 
 

@@ -45,6 +45,7 @@ METHODS = {
         *("soco-plain", "soco-activation", "soco-fisher-rows", "soco-two-sided", "soco-published"),
     ),
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
+    "tfwsvd": ("svd", "fwsvd", "fwsvd-outputs", "tfwsvd", "two-sided", "two-sided-refit", "two-sided-fisher-refit"),
     "relatives": ("fwsvd", "fwsvd-outputs", "acip", "acip-merged"),
     "parts": (
         *("svd-llm-distilled", "two-sided-uniform-distilled", "two-sided-distilled", "two-sided-flattened"),

@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from soco_train.cost import DENSE_BYTES, Cost, ModelShape, Task, stacked
+from soco_train.cost import DENSE_BYTES, DOUBLE_BYTES, Cost, ModelShape, Task, stacked
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify, silent
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.factored import FactorLinear, factored
 from soco_train.modules.layers import teaching
 from soco_train.modules.subject import Session, Subject
+from soco_train.refine.fisher_refit import fisher_refit
 from soco_train.refine.rungs import rung
 from soco_train.settings import RefitSettings
+from soco_train.spectra.statistics import SUMS_AT_ONCE
 
 _TOKENS_AT_ONCE = 2048
 
@@ -240,8 +242,10 @@ def _first_input(model: nn.Module, block: nn.Module, tokens: torch.Tensor) -> to
 
 
 def refit_cost(task: Task, shape: ModelShape, width: int) -> Cost:
-    """Return the cost of holding all factors, where it fits them and when they are fitted."""
-    return Cost(DENSE_BYTES * stacked(task.plan, shape))
+    """Return the cost of holding all factors, where it fits them and when they are fitted; and of Fisher sums."""
+    numbers = shape.selected if task.refine.refit.weights == "fisher" else 0
+    sums = min(DOUBLE_BYTES * numbers, max(SUMS_AT_ONCE, DOUBLE_BYTES * shape.largest))
+    return Cost(DENSE_BYTES * stacked(task.plan, shape) + sums)
 
 
 @rung("refit", on="factors", switch="blocks", cost=refit_cost)
@@ -250,4 +254,5 @@ def _refit(
 ) -> Mapping[str, StackedFactors]:
     if not factors:
         return factors
-    return refit(subject.model, subject.linears, factors, subject.tokens, settings, session.notify)
+    fit = fisher_refit if settings.weights == "fisher" else refit
+    return fit(subject.model, subject.linears, factors, subject.tokens, settings, session.notify)

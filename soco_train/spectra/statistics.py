@@ -24,7 +24,9 @@ from torch.nn.functional import cross_entropy
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
-OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher"})  # these take a backward pass
+OUTPUT_SIDE = frozenset(
+    {"output_curvature", "row_fisher", "column_fisher", "weight_fisher"}
+)  # these take a backward pass
 _TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
@@ -39,7 +41,8 @@ class LayerStatistics:
     input_covariance: E[x xᵀ] [n, n]; input_magnitude: E|x| [n]; output_curvature: E[δ δᵀ] [m, m] with δ the gradient of
     the summed cross entropy with respect to the layer's output at one token that reaches it; row_fisher:
     Σ_j E[(δ_i x_j)²] [m], the empirical Fisher information of each row of the weight, token by token; column_fisher:
-    Σ_i E[(δ_i x_j)²] [n], that of each column. All float64; zeros for an expert that no token reaches.
+    Σ_i E[(δ_i x_j)²] [n], that of each column; weight_fisher: E[(δ_i x_j)²] [m, n], that of each number. All float64;
+    zeros for an expert that no token reaches.
     """
 
     input_covariance: torch.Tensor | None = None
@@ -47,6 +50,7 @@ class LayerStatistics:
     output_curvature: torch.Tensor | None = None
     row_fisher: torch.Tensor | None = None
     column_fisher: torch.Tensor | None = None
+    weight_fisher: torch.Tensor | None = None
     tokens: int = 0
 
 
@@ -58,7 +62,8 @@ def hardly_seen(name: str, linear: nn.Linear, statistics: LayerStatistics) -> bo
 def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
     """Return the bytes of the sums behind `needs` of a layer with weight [m, n] that shares none of them."""
     m, n = shape
-    sizes = {"input_covariance": n * n, "output_curvature": m * m, "row_fisher": m, "column_fisher": n}
+    sizes = {"input_covariance": n * n, "output_curvature": m * m}
+    sizes |= {"row_fisher": m, "column_fisher": n, "weight_fisher": m * n}
     return _DOUBLE_BYTES * (n + sum(size for name, size in sizes.items() if name in needs))
 
 
@@ -150,6 +155,7 @@ class _Listener:
         self.curvature = _zeros(linear, m, m) if "output_curvature" in needs else None
         self.fisher = _zeros(linear, m) if "row_fisher" in needs else None
         self.columns = _zeros(linear, linear.in_features) if "column_fisher" in needs else None
+        self.numbers = _zeros(linear, m, linear.in_features) if "weight_fisher" in needs else None
 
     def __call__(self, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         x = _rows(args[0])
@@ -161,8 +167,9 @@ class _Listener:
             # The parameters are frozen: the first layers' outputs are where the graph starts.
             output = output if output.requires_grad else output.detach().requires_grad_()
             energy = x.square().sum(dim=1)
-            columns = None if self.columns is None else x  # else nothing holds the inputs until the backward pass
-            output.register_hook(lambda delta: self._add_gradient(_rows(delta), energy, columns))
+            alone = self.columns is None and self.numbers is None
+            held = None if alone else x  # else nothing holds the inputs until the backward pass
+            output.register_hook(lambda delta: self._add_gradient(_rows(delta), energy, held))
         return output
 
     def _add_gradient(self, delta: torch.Tensor, energy: torch.Tensor, x: torch.Tensor | None) -> None:
@@ -172,11 +179,14 @@ class _Listener:
             self.fisher += (delta.square() * energy[:, None]).sum(dim=0, dtype=torch.float64)
         if self.columns is not None and x is not None:
             self.columns += (x.square() * delta.square().sum(dim=1)[:, None]).sum(dim=0, dtype=torch.float64)
+        if self.numbers is not None and x is not None:
+            self.numbers += delta.square().T @ x.square()
 
     @property
     def gradients(self) -> torch.Tensor | None:
-        """Return the sums of Fisher information that there are, of rows or of columns."""
-        return self.columns if self.fisher is None else self.fisher
+        """Return sums of Fisher information that there are, of rows, of columns or of numbers, in one dimension."""
+        numbers = None if self.numbers is None else self.numbers.sum(dim=1)
+        return next((sums for sums in (self.fisher, self.columns, numbers) if sums is not None), None)
 
     def finish(self, name: str, tokens: int) -> LayerStatistics:
         """Return the means of the layer `name` over a text of `tokens`."""
@@ -192,6 +202,7 @@ class _Listener:
             output_curvature=self.curvature,
             row_fisher=None if self.fisher is None else self.fisher / tokens,
             column_fisher=None if self.columns is None else self.columns / tokens,
+            weight_fisher=None if self.numbers is None else self.numbers / tokens,
             tokens=inputs.tokens,
         )
 

@@ -36,6 +36,7 @@ from soco_train.scores.phases import QUIET_STEPS, Timetable
 from soco_train.settings import PhaseSettings, RefineSettings
 
 METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]
+REFITTED = ("tfwsvd", "two-sided-fisher-refit")  # with gradients, and without training
 EVALUATION = load_recipe("tiny", ["evaluation.blocks=2"]).evaluation
 SHORT = ("data.blocks=8", "evaluation.blocks=2", "train.statistics_blocks=2", "train.fisher_blocks=2")
 
@@ -103,7 +104,7 @@ def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
 def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     recipe = load_recipe("smollm2-135m", overlay=Path("methods") / method)
     whole = training_tokens(load_recipe("smollm2-135m", overlay=Path("methods/soco")))
-    certain = ("svd", "fwsvd", "fwsvd-outputs", "asvd", CONTROL, "two-sided", "two-sided-refit")
+    certain = ("svd", "fwsvd", "fwsvd-outputs", "asvd", CONTROL, "two-sided", "two-sided-refit", *REFITTED)
     untrained = (*certain, "fisher", "fisher-compensated")
     scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
     expected = 0 if method in untrained else whole / 2 if scores_alone else whole
@@ -114,7 +115,7 @@ def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     train = recipe.train
     closed_form = train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher")
     assert (saliency_tokens(recipe, 400) > 0) == (
-        closed_form or recipe.train.basis in ("two-sided", "fisher", "fisher-inputs")
+        closed_form or recipe.train.basis in ("two-sided", "fisher", "fisher-inputs") or method in REFITTED
     )
     assert saliency_tokens(recipe, 400) >= saliency_tokens(recipe, 1)
     assert is_random(recipe) == (method not in certain)

@@ -21,7 +21,9 @@ from tests.support.models import small_llama
 
 pytestmark = pytest.mark.transformers
 
-ALL = frozenset({"input_covariance", "input_magnitude", "output_curvature", "row_fisher", "column_fisher"})
+ALL = frozenset(
+    {"input_covariance", "input_magnitude", "output_curvature", "row_fisher", "column_fisher", "weight_fisher"}
+)
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -73,7 +75,7 @@ def reference(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: torch.
     for name in linears:
         x, d = torch.cat(inputs[name]), torch.cat(deltas[name])
         fisher = torch.einsum("ti,tj->tij", d, x).square().mean(0)
-        sides = fisher.sum(1), fisher.sum(0)
+        sides = fisher.sum(1), fisher.sum(0), fisher
         result[name] = LayerStatistics(x.T @ x / len(x), x.abs().mean(0), d.T @ d / len(d), *sides, len(x))
     return result
 
