@@ -276,6 +276,12 @@ class DistillSettings(Section):
     lr: float = Field(default=3e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ce_weight: float = Field(default=0.0, ge=0)
+    easy: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="taken from the loss's weight on tokens that a bigram table foretells; 0: off",
+    )
     clip: float = Field(default=1.0, gt=0)
     teacher_top: int = Field(
         default=0, ge=0, description="likeliest tokens remembered of the dense model's predictions; 0: made afresh"

@@ -28,6 +28,7 @@ from soco_train.events import Event
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
+from soco_train.learn.easy import EasyPairs
 from soco_train.learn.loop import Loop
 from soco_train.learn.optimiser import check_optimiser, optimisers, warmup_cosine
 from soco_train.learn.recompute import recomputing
@@ -143,6 +144,7 @@ class _Distillation(Loop):
         session = replace(session, seed=session.seed + 1)
         super().__init__(session, settings, subject.tokens[:learnt], parameters, stepping)
         self.held_out = subject.tokens[learnt:]
+        self.easy = EasyPairs.of(subject.tokens[:learnt]) if settings.easy else None
         self.best: dict[str, torch.Tensor] = {}
         self.best_loss, self.misses = math.inf, 0
         self.resume()
@@ -204,7 +206,8 @@ class _Distillation(Loop):
         self, tokens: torch.Tensor, teacher: torch.Tensor | TopPredictions
     ) -> tuple[torch.Tensor, torch.Tensor]:
         student = self.model(input_ids=tokens, use_cache=False).logits
-        return divergence(student, teacher, tokens, self.settings.ce_weight)
+        shares = self.easy.weights(tokens, self.settings.easy) if self.easy else None
+        return divergence(student, teacher, tokens, self.settings.ce_weight, shares=shares)
 
     @contextmanager
     def _only(self, ranks: Mapping[str, int]) -> Iterator[None]:

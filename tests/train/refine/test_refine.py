@@ -14,6 +14,7 @@ from soco_train.events import Event, silent
 from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
+from soco_train.learn.easy import EasyPairs
 from soco_train.modules.factored import factored
 from soco_train.modules.layers import parked, select_linears
 from soco_train.modules.subject import Session, Subject
@@ -352,6 +353,20 @@ def test_what_is_trained_is_the_model_as_all_of_it_will_be_rounded(subject, cut,
     assert min(losses) == pytest.approx(float(expected), rel=1e-4), "what was trained is what runs"
     learnt = [float(event.values["kl"]) for event in events if "kl" in event.values]
     assert sum(learnt[-5:]) < 0.9 * sum(learnt[:5]), "and it was trained"
+
+
+def test_a_foretold_token_counts_for_less(subject, cut, tmp_path: Path) -> None:
+    text = replace(subject, tokens=torch.randint(64, (24, 1)) + torch.arange(16) % 5)  # some words always follow others
+    task, events = distillation(text, tmp_path, steps=1, evaluate_every=1, easy=0.75)
+    distill(text, cut[2], *task)
+    last, shares = text.tokens[-4:], EasyPairs.of(text.tokens[:-4]).weights(text.tokens[-4:], 0.75)
+    with torch.no_grad():
+        dense = subject.model(input_ids=last).logits
+        with factored(subject.model, subject.linears, cut[2]):
+            student = subject.model(input_ids=last).logits
+    expected, whole = divergence(student, dense, last, shares=shares)
+    assert held_out(events)[0] == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) < 0.9 * float(whole)
 
 
 class Moved(torch.nn.Linear):
