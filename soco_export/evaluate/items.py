@@ -7,6 +7,7 @@ oddities too (two spaces before a COPA choice), so that the numbers are its numb
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from soco_train.data.reading import SHOWN, check_text, read_objects
 from soco_train.errors import DataError
 
 LETTERS = "ABCDEFGHIJ"
+# fields that are no text: lists of choices, and numbers of the right one (BoolQ's is true or false)
+_LISTS = frozenset({"choices", "endings"})
+_NUMBERS = frozenset({"label", "answer"})
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def item_format(*fields: str) -> Callable[[Reader], Reader]:
 
 @item_format("context", "choices", "label")
 def _generic(row: Mapping[str, Any]) -> Item:
-    return Item(row["context"], _listed(row["choices"]), int(row["label"]))
+    return Item(row["context"], _listed(row, "choices"), int(row["label"]))
 
 
 @item_format("context", "continuation")
@@ -72,27 +76,26 @@ def _lambada(row: Mapping[str, Any]) -> Item:
 
 @item_format("question", "choices", "answerKey")
 def _arc(row: Mapping[str, Any]) -> Item:
-    return Item(f"Question: {row['question']}\nAnswer:", _spaced(row["choices"]["text"]), _keyed(row))
+    return Item(f"Question: {row['question']}\nAnswer:", _spaced(_tabled(row)), _keyed(row))
 
 
 @item_format("question", "choices", "answerKey", "question_concept")
 def _commonsense_qa(row: Mapping[str, Any]) -> Item:
-    texts = _listed(row["choices"]["text"])
+    texts = _tabled(row)
     return Item(_lettered(f"Question: {row['question'].strip()}", texts), _spaced(LETTERS[: len(texts)]), _keyed(row))
 
 
 @item_format("question", "choices", "answer")
 def _mmlu(row: Mapping[str, Any]) -> Item:
-    texts = _listed(row["choices"])
-    subject = row.get("subject")
-    about = "" if subject is None else f" about {subject.replace('_', ' ')}"
+    texts, subject = _listed(row, "choices"), row.get("subject")
+    about = "" if subject is None else f" about {_text(row, 'subject').replace('_', ' ')}"
     title = "" if subject is None else f"The following are multiple choice questions (with answers){about}.\n\n"
     return Item(title + _lettered(row["question"].strip(), texts), _spaced(LETTERS[: len(texts)]), int(row["answer"]))
 
 
 @item_format("question_stem", "choices", "answerKey")
 def _openbookqa(row: Mapping[str, Any]) -> Item:
-    return Item(row["question_stem"], _spaced(row["choices"]["text"]), _keyed(row))
+    return Item(row["question_stem"], _spaced(_tabled(row)), _keyed(row))
 
 
 @item_format("support", "question", "correct_answer", "distractor1", "distractor2", "distractor3")
@@ -118,13 +121,13 @@ def _piqa(row: Mapping[str, Any]) -> Item:
 
 @item_format("query", "endings", "label")
 def _endings(row: Mapping[str, Any]) -> Item:
-    return Item(row["query"], _spaced(_listed(row["endings"])), int(row["label"]))
+    return Item(row["query"], _spaced(_listed(row, "endings")), int(row["label"]))
 
 
 @item_format("activity_label", "ctx_a", "ctx_b", "endings", "label")
 def _hellaswag(row: Mapping[str, Any]) -> Item:
     query = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return Item(query, _spaced(_clean(ending) for ending in _listed(row["endings"])), int(row["label"]))
+    return Item(query, _spaced(_clean(ending) for ending in _listed(row, "endings")), int(row["label"]))
 
 
 @item_format("sentence", "option1", "option2", "answer")
@@ -143,7 +146,9 @@ def _blimp(row: Mapping[str, Any]) -> Item:
 
 @item_format("premise", "choice1", "choice2", "question", "label")
 def _copa(row: Mapping[str, Any]) -> Item:
-    link = {"cause": "because", "effect": "therefore"}[row["question"]]
+    link = {"cause": "because", "effect": "therefore"}.get(row["question"])
+    if link is None:
+        raise ValueError("question is neither cause nor effect")
     choices = tuple(f"  {row[key][0].lower()}{row[key][1:]}" for key in ("choice1", "choice2"))
     return Item(f"{row['premise'].strip()[:-1]} {link}", choices, int(row["label"]))
 
@@ -160,6 +165,8 @@ def _clean(text: str) -> str:
 
 
 def _lettered(question: str, texts: tuple[str, ...]) -> str:
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"{len(texts)} choices, and there are letters for {len(LETTERS)}")
     options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, texts, strict=False))
     return f"{question}\n{options}Answer:"
 
@@ -169,7 +176,10 @@ def _spaced(texts: Any) -> tuple[str, ...]:
 
 
 def _keyed(row: Mapping[str, Any]) -> int:
-    return int(row["choices"]["label"].index(row["answerKey"].strip()))
+    labels, key = _listed(row["choices"], "label"), row["answerKey"].strip()
+    if len(set(labels)) != len(_tabled(row)) or key not in labels:
+        raise ValueError("choices do not have one label each, of which answerKey is one")
+    return labels.index(key)
 
 
 def load_items(settings: TaskSettings) -> list[Item]:
@@ -186,7 +196,9 @@ def _read_item(row: Mapping[str, Any], where: str) -> Item:
     try:
         if not fits:
             raise ValueError(f"its fields are {_names(row)}; {_nearest(row)}")
-        item = FORMATS[max(fits, key=len)](row)
+        fields = max(fits, key=len)
+        _check_fields(row, fields)
+        item = FORMATS[fields](row)
         _check_item(item)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         known = "; ".join(", ".join(sorted(fields)) for fields in FORMATS)
@@ -201,7 +213,7 @@ def _read_item(row: Mapping[str, Any], where: str) -> Item:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(repr, row))[:SHOWN]) or "none"
+    return ", ".join(repr(name)[:60] for name in sorted(row)[:SHOWN]) or "none"
 
 
 def _nearest(row: Mapping[str, Any]) -> str:
@@ -221,8 +233,34 @@ def _check_item(item: Item) -> None:
         raise ValueError(f"label {item.label} of {len(item.choices)} choices")
 
 
-def _listed(value: Any) -> tuple[str, ...]:
-    """Return a list as it is; TypeError for a text, which would be taken apart into letters."""
-    if not isinstance(value, list):
-        raise TypeError(f"choices are a {type(value).__name__}, not a list")
-    return tuple(value)
+def _check_fields(row: Mapping[str, Any], fields: frozenset[str]) -> None:
+    """Raise TypeError for a field of another kind than its name says: `null` would become the word None in a prompt."""
+    for field in sorted(fields - _LISTS):
+        if field not in _NUMBERS:
+            _text(row, field)
+        elif not (isinstance(row[field], bool) or str(row[field]).isdecimal()):
+            raise TypeError(f"{field} is {_shown(row[field])}, not the number of a choice")
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    if not isinstance(row[field], str):
+        raise TypeError(f"{field} is {_shown(row[field])}, not text")
+    return str(row[field])
+
+
+def _listed(row: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Return the texts in a list; TypeError for anything else: a text would be taken apart into letters."""
+    found = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise TypeError(f"{field} is {_shown(found)}, not a list of texts")
+    return tuple(found)
+
+
+def _tabled(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if not isinstance(row["choices"], dict):
+        raise TypeError(f"choices is {_shown(row['choices'])}, not a table of text and label")
+    return _listed(row["choices"], "text")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from soco_export.evaluate.arithmetic import arithmetic
-from soco_export.evaluate.items import Item, load_items
+from soco_export.evaluate.items import FORMATS, Item, load_items
 from soco_export.evaluate.settings import TaskSettings
 from soco_train.errors import DataError, RecipeError
 
@@ -112,6 +112,42 @@ def test_a_bad_line_is_named(tmp_path, text, where):
     with pytest.raises(DataError, match=r"no task item|is no JSON|not an object") as caught:
         load_items(TaskSettings(path=path))
     assert caught.value.where == f"{path}:{where}"
+
+
+@pytest.mark.parametrize("value", [None, 1.5, -0.5, [], ["a", None], [["a"]], {}, {"text": "ab", "label": "AB"}])
+def test_a_field_of_another_kind_is_refused(tmp_path, value):
+    """A null or a list would become a word of a prompt, and half a label a whole one."""
+    path = tmp_path / "task.jsonl"
+    fields = [max((fields for fields in FORMATS if fields <= row.keys()), key=len) for row, _ in ROWS]
+    for row, field in ((row, field) for (row, _), own in zip(ROWS, fields, strict=True) for field in own):
+        path.write_text(json.dumps({**row, field: value}), encoding="utf-8")
+        with pytest.raises(DataError, match="no task item"):
+            load_items(TaskSettings(path=path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "one label each"),
+        ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "one label each"),
+        ({"choices": ["a", "b"]}, "not a table"),
+        ({"answerKey": "C" * 9999}, "one label each"),
+    ],
+)
+def test_labels_that_are_not_one_for_each_choice_are_refused(tmp_path, changed, words):
+    row = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"} | changed
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(DataError, match=words) as caught:
+        load_items(TaskSettings(path=path))
+    assert len(caught.value.message) < 300
+
+
+def test_more_choices_than_letters_are_refused(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps({"question": "Q?", "choices": ["a"] * 11, "answer": 0}), encoding="utf-8")
+    with pytest.raises(DataError, match="letters"):
+        load_items(TaskSettings(path=path))
 
 
 def test_files_that_are_absent_empty_or_not_utf8_are_refused(tmp_path):
