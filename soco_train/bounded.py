@@ -46,22 +46,39 @@ def open_plain(path: Path, fix: str) -> BufferedReader:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, fix) from error
-    mode = os.fstat(number).st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
         os.close(number)
-        raise DataError(f"cannot read {path.name}: it is {kind}", fix=fix, where=str(path))
+        raise DataError(f"cannot read {_name(path)}: it is {kind}", fix=fix, where=str(path))
     file = os.fdopen(number, "rb")
-    if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+    try:
+        _check_start(file, path, found.st_size, fix)
+    except OSError as error:
         file.close()
-        raise DataError(f"{path.name} is a git-lfs pointer, not the file itself", fix="git lfs pull", where=str(path))
+        raise _unreadable(path, error, fix) from error
+    except DataError:
+        file.close()
+        raise
     return file
+
+
+def _check_start(file: BufferedReader, path: Path, size: int, fix: str) -> None:
+    start = file.peek(len(LFS_POINTER))
+    if start.startswith(LFS_POINTER):
+        raise DataError(f"{path.name} is a git-lfs pointer, not the file itself", fix="git lfs pull", where=str(path))
+    if start and not size:  # in /proc, where reading may wait, fail, or have no end
+        raise DataError(f"cannot read {path.name}: it is no file on a disk", fix=fix, where=str(path))
+
+
+def _name(path: Path) -> str:
+    return path.name or str(path)
 
 
 def _unreadable(path: Path, error: OSError | ValueError, fix: str) -> DataError:
     number = getattr(error, "errno", None) or 0
     reason = REASONS.get(number, getattr(error, "strerror", None) or str(error))
-    return DataError(f"cannot read {path.name}: {reason}", fix=FIXES.get(number, fix), where=str(path))
+    return DataError(f"cannot read {_name(path)}: {reason}", fix=FIXES.get(number, fix), where=str(path))
 
 
 def read_bytes(path: Path, fix: str, most: int = MOST_BYTES) -> bytes:

@@ -15,6 +15,13 @@ class ExitCode(IntEnum):
     MACHINE = 4
 
 
+_LONGEST = 5000  # characters: a path has 4096 at most
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 class SocoError(Exception):
     """A failure that is the input's or the machine's, never ours.
 
@@ -23,9 +30,8 @@ class SocoError(Exception):
 
     def __init__(self, message: str, *, fix: str, where: str = "", code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
-        self.message = message
-        self.fix = fix
-        self.where = where
+        # a value, key or name of any length may stand in them
+        self.message, self.fix, self.where = _short(message), _short(fix), _short(where)
         self.code = code
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ sections with its own. Defaults marked [ours] are choices the paper leaves open 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -28,6 +28,7 @@ STORAGE = {"stacked", "pivoted"}  # a form that is registered adds its name (soc
 Allocation = Literal["global", "lagrangian", "uniform"]
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
+MOST_NUMBER = 2**53  # floats are exact up to it, and JSON of any program
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
@@ -75,6 +76,17 @@ def as_bytes(value: Any) -> Any:
         raise ValueError(f"{value[:40]!r} is no size: give 90MB, 85MiB or a number of bytes") from None
 
 
+def _scalars(value: Any) -> Iterator[Any]:
+    """Yield what a nested value is made of."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _scalars(part)
+    else:
+        yield value
+
+
 class Section(BaseModel):
     """A recipe section: immutable, and a misspelt key or an infinite number is an error."""
 
@@ -82,11 +94,20 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where no truth is asked for: Python would take them for 1 and 0."""
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and "bool" not in str(field.annotation) and field.annotation is not Any:
-            raise ValueError(f"{str(value).lower()} is no value for it")
+    def _numbers_that_are_some(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where no truth is asked for, and whole numbers that no array counts to.
+
+        Python would take the former for 1 and 0, and knows no largest number.
+        """
+        annotation = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, Mapping) and "dict" not in annotation:
+            return value  # a section, which looks at its own
+        truth = "bool" in annotation or "Any" in annotation
+        for number in (number for number in _scalars(value) if isinstance(number, int)):
+            if isinstance(number, bool) and not truth:
+                raise ValueError(f"{str(number).lower()} is no value for it")
+            if abs(number) > MOST_NUMBER:
+                raise ValueError("a whole number goes up to 2^53")
         return value
 
 
@@ -134,9 +155,9 @@ class DataSettings(Section):
     the field `text` of each line, `.raw` is WikiText rows joined by an empty line, anything else is plain text.
     """
 
-    path: Path | tuple[Path, ...] | None = None
+    path: Path | Annotated[tuple[Path, ...], Field(min_length=1)] | None = None
     hub: str | None = None
-    builtin: BuiltinText | tuple[BuiltinText, ...] | None = None
+    builtin: BuiltinText | Annotated[tuple[BuiltinText, ...], Field(min_length=1)] | None = None
     format: Literal["auto", "text", "jsonl", "wikitext"] = "auto"
     block: int = Field(default=512, ge=SHORTEST_BLOCK)
     blocks: int | None = Field(default=None, ge=1)

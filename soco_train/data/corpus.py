@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from soco_train.data.reading import decoded, kind_of, read_objects, text_of
+from soco_train.data.reading import READ_AT_ONCE, decoded, kind_of, read_objects, text_of
 from soco_train.errors import DataError, RecipeError
 from soco_train.installed import install_command
 from soco_train.settings import SHORTEST_BLOCK, DataSettings
@@ -78,6 +78,10 @@ def _cut(tokenizer: Any, documents: Iterator[str], wanted: int | None, block: in
             break
     count = len(ids) // block
     return torch.tensor(ids[: count * block], dtype=torch.int64).view(count, block), len(ids)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + READ_AT_ONCE] for start in range(0, len(text), READ_AT_ONCE))
 
 
 def _take(tokenizer: Any, pieces: Iterator[str], tokens: int | None) -> str:
@@ -142,14 +146,13 @@ def describe_join(settings: DataSettings, purpose: Purpose) -> str:
 
 
 def check_source(settings: DataSettings, purpose: Purpose) -> None:
-    """Find missing or unreadable files and a missing `datasets` package before anything expensive starts."""
+    """Raise RecipeError for an address of no data set, or where `datasets` is missing; nothing is downloaded.
+
+    Files are checked as they are read, as far as they are used: by `load_blocks`.
+    """
     if settings.hub is not None:
         _hub_address(settings.hub, _section(purpose))
-        _import_datasets(settings.hub)
-        return
-    for path in _paths(settings, purpose):
-        for _ in _documents(path, settings, "".join):
-            pass
+        _import_datasets(settings.hub, _section(purpose))
 
 
 def _section(purpose: Purpose) -> str:
@@ -182,7 +185,7 @@ def _documents(path: Path, settings: DataSettings, take: Take) -> Iterator[str]:
     kind = settings.format if settings.format != "auto" else _kind(path)
     if kind == "jsonl":
         for where, row in read_objects(path, EXAMPLE):
-            yield f"{text_of(row, 'text', where)}{PARAGRAPH}"
+            yield f"{take(_pieces(text_of(row, 'text', where)))}{PARAGRAPH}"
         return
     text = take(decoded(path))
     if not text.strip():
@@ -219,14 +222,14 @@ def _hub_address(address: str, section: str) -> tuple[str, str | None, str]:
     return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
 
 
-def _import_datasets(address: str) -> Any:
+def _import_datasets(address: str, section: str) -> Any:
     try:
         import datasets
     except ImportError:
         raise RecipeError(
             f"the hub data set {address} needs the package datasets",
-            fix=f"{install_command('data')}, or give a local file: --set data.path=calibration.txt",
-            where="data.hub",
+            fix=f"{install_command('data')}, or give a local file: --set {section}.path=text.txt",
+            where=f"{section}.hub",
         ) from None
     return datasets
 
@@ -234,7 +237,7 @@ def _import_datasets(address: str) -> Any:
 def _hub_text(address: str, section: str) -> Iterator[str]:
     """Yield a data set's texts with an empty line between them, as published perplexities have it."""
     name, config, split = _hub_address(address, section)
-    datasets = _import_datasets(address)
+    datasets = _import_datasets(address, section)
     try:
         rows = datasets.load_dataset(name, config, split=split)["text"]
     except (OSError, ValueError, KeyError) as error:

@@ -22,6 +22,7 @@ from soco_train.errors import DataError, RecipeError
 READ_AT_ONCE = 1 << 16
 MOST = 1 << 30  # characters of one file; a calibration text of 10,000 blocks of 2048 tokens has a tenth of it
 LONGEST_LINE = 1 << 24  # characters of one JSON document
+MOST_BLANK = 100_000  # lines, one after the other
 SHOWN = 6  # fields that an error names
 # How other files begin: those of Parquet, zip (docx, npz), zstandard, bzip2, xz and UTF-16 or UTF-32 with their mark.
 FOREIGN = {
@@ -111,19 +112,31 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of the lines that hold something."""
-    number, held = 0, ""
+    """Yield (number, line) of the lines that hold something; DataError where blank ones have no end."""
+    last = 0
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield number, line
+            last = number
+        elif number - last > MOST_BLANK:
+            raise DataError(
+                f"more than {MOST_BLANK} blank lines", fix="write one JSON object a line", where=f"{path}:{number}"
+            )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    number, held, length = 1, [""], 0
     for piece in decoded(path):
-        *lines, held = (held + piece).split("\n")
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield number, line
-        if len(held) > LONGEST_LINE:
-            where = f"{path}:{number + 1}"
-            raise DataError(f"line {number + 1} has no end", fix="write one JSON object a line", where=where)
-    if held.strip():
-        yield number + 1, held
+        first, *rest = piece.split("\n")
+        held.append(first)
+        length += len(first)
+        if rest:
+            yield "".join(held)
+            yield from rest[:-1]
+            number, held, length = number + len(rest), rest[-1:], len(rest[-1])
+        if length > LONGEST_LINE:
+            raise DataError(f"line {number} has no end", fix="write one JSON object a line", where=f"{path}:{number}")
+    yield "".join(held)
 
 
 def read_objects(path: Path, example: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -145,7 +158,7 @@ def text_of(row: Mapping[str, Any], field: str, where: str) -> str:
     """Return a row's text; DataError with what is there instead."""
     fix = f'write one {{"{field}": "…"}} a line'
     if field not in row:
-        fields = ", ".join(map(repr, list(row)[:SHOWN])) or "no field at all"
+        fields = ", ".join(repr(name)[:60] for name in list(row)[:SHOWN]) or "no field at all"
         raise DataError(f"there is no field {field} (there is {fields})", fix=fix, where=where)
     text = row[field]
     if not isinstance(text, str):

@@ -392,6 +392,13 @@ def test_a_chain_of_thousands_is_refused(tmp_path: Path) -> None:
         'name="a\\nb"',
         "train.steps=!!int x",
         "train.lr=.inf",
+        "data.path=[]",
+        "train.schedule.shares=[true, 1, 1]",
+        "gates.max_export_kl={int8: true}",
+        "evaluation.builtin=[]",
+        "multiple=9999999999999999999999",
+        "bench.prefill=[9999999999999999999999]",
+        "export.quantize.blocks={x: 9999999999999999999999}",
     ],
 )
 def test_values_that_mean_nothing_are_refused(setting: str) -> None:

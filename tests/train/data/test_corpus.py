@@ -128,7 +128,7 @@ def test_text_that_is_not_utf8_names_the_offset(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_found_early(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file"):
-        corpus.check_source(DataSettings(path=tmp_path / "absent.txt"), "calibration")
+        load_blocks(characters, DataSettings(path=tmp_path / "absent.txt"), "calibration")
 
 
 @pytest.mark.parametrize("line", ["{broken", '{"body": "x"}', '"just text"'])

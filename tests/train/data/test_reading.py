@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile
 from soco_export.evaluate.items import FORMATS, load_items
 from soco_export.evaluate.settings import TaskSettings
-from soco_train.data.corpus import check_source, load_blocks
+from soco_train.data.corpus import load_blocks
 from soco_train.data.reading import READ_AT_ONCE, decoded, read_lines
 from soco_train.errors import DataError, SocoError
 from soco_train.settings import DataSettings
@@ -150,7 +150,7 @@ def test_what_is_no_text_is_named(value: Any, words: str, tmp_path: Path) -> Non
     path = tmp_path / "a.json"
     path.write_text('{"text": "fine"}\n\n' + json.dumps(value), encoding="utf-8")
     with pytest.raises(DataError, match=words) as found:
-        check_source(DataSettings(path=path), "calibration")
+        blocks(path)
     assert found.value.where == f"{path}:3"
 
 
@@ -169,7 +169,7 @@ def test_what_is_no_text_is_named(value: Any, words: str, tmp_path: Path) -> Non
 def test_what_is_another_format_is_named(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(DataError, match=words):
-        check_source(DataSettings(path=tmp_path / "a.txt"), "calibration")
+        blocks(tmp_path / "a.txt")
 
 
 def test_nothing_waits_for_a_pipe_or_a_device(tmp_path: Path) -> None:
@@ -177,11 +177,21 @@ def test_nothing_waits_for_a_pipe_or_a_device(tmp_path: Path) -> None:
     start = time.monotonic()
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300)):
         with pytest.raises(SocoError):
-            check_source(DataSettings(path=path), "calibration")
+            blocks(path)
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"nested too deeply|no JSON"):
-        check_source(DataSettings(path=tmp_path / "deep.jsonl"), "calibration")
+        blocks(tmp_path / "deep.jsonl")
+    for name in ("environ", "mem"):  # a kernel's file, which is plain, and has no end or no beginning
+        with pytest.raises(SocoError, match="cannot read"):
+            blocks(Path("/proc/self") / name)
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(("line", "words"), [("\n", "blank lines"), ("[", "has no end")])
+def test_packed_lines_without_end_are_refused_soon(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line.encode() * (1 << 25), 1))
+    with pytest.raises(DataError, match=words):
+        blocks(tmp_path / "a.jsonl.gz")
 
 
 def test_packed_lines_and_pieces_are_the_same_text(tmp_path: Path) -> None:
@@ -194,10 +204,11 @@ def test_packed_lines_and_pieces_are_the_same_text(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "a.txt")) == expected
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.jsonl", "one-document.jsonl"])
 def test_only_as_much_is_tokenised_as_the_blocks_need(name: str, tmp_path: Path) -> None:
     lines = [" ".join(random.choices(["a", "bb", "ccc", "dddd"], k=20)) for _ in range(40_000)]
-    shaped = [json.dumps({"text": line}) for line in lines] if name == "a.jsonl" else lines
+    documents = lines if name == "a.jsonl" else ["\n".join(lines)]
+    shaped = [json.dumps({"text": document}) for document in documents] if name.endswith("jsonl") else lines
     (tmp_path / name).write_text("\n".join(shaped))
     tokenizer = Words()
     few = load_blocks(tokenizer, DataSettings(path=tmp_path / name, block=64, blocks=8), "calibration").tokens
