@@ -6,7 +6,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
+from pydantic import ConfigDict, Field
+
+AS_WRITTEN = ConfigDict(strict=True, extra="forbid")  # of what plan.json holds: as it was written, and nothing else
 FEW = 0.5  # share of the blocks' weights below which keep_params says little about the model
 
 
@@ -14,7 +18,8 @@ FEW = 0.5  # share of the blocks' weights below which keep_params says little ab
 class LeftOut:
     """A weight that takes no part, and why."""
 
-    shape: tuple[int, ...]
+    __pydantic_config__: ClassVar = AS_WRITTEN
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=8)]
     reason: str
 
     @property

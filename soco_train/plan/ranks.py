@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from soco_train.bounded import MADE_ANEW, parse_object, read_text
 from soco_train.errors import DataError
@@ -24,7 +24,7 @@ from soco_train.plan.allocation import (
     refuse_impossible,
     uniform_ranks,
 )
-from soco_train.plan.left_out import LeftOut, taking_part
+from soco_train.plan.left_out import AS_WRITTEN, LeftOut, taking_part
 from soco_train.settings import Allocation, PlanSettings, RoundingSettings, Storage, WeightType
 
 if TYPE_CHECKING:
@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 
     from soco_train.store.scores import LayerScores, Scores
 
+_Count = Annotated[int, Field(ge=1)]
+
 
 @dataclass(frozen=True)
 class LayerPlan:
     """The size of one layer: rank (min(m, n) when dense), its parameters, and why it stays dense (else empty)."""
 
-    shape: tuple[int, int]
-    rank: int
+    __pydantic_config__: ClassVar = AS_WRITTEN
+    shape: tuple[_Count, _Count]
+    rank: _Count
     dense: bool
-    params: int
+    params: _Count
     reason: str
 
 
@@ -54,14 +57,15 @@ class BytePlan:
     decided.
     """
 
-    keep_bytes: int
-    written: int
+    __pydantic_config__: ClassVar = AS_WRITTEN
+    keep_bytes: _Count
+    written: _Count
     forms: Mapping[str, Storage]
     weights: Mapping[str, WeightType]
     blocks: Mapping[str, int] = field(default_factory=dict)
     chosen: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: Annotated[int, Field(ge=0)] = 0
 
     def describe(self) -> str:
         """Return how many bytes, and how it was chosen."""
@@ -79,8 +83,9 @@ class RankPlan:
     `left_out`: weights of the blocks that take no part, by tensor name.
     """
 
-    layers: Mapping[str, LayerPlan]
-    keep_params: float
+    __pydantic_config__: ClassVar = AS_WRITTEN
+    layers: Annotated[Mapping[str, LayerPlan], Field(min_length=1)]
+    keep_params: Annotated[float, Field(gt=0, le=1)]
     storage: Storage
     allocation: Allocation
     bytes: BytePlan | None = None
@@ -162,14 +167,14 @@ class RankPlan:
     def from_json(text: str) -> RankPlan:
         """Read what `to_json` wrote; DataError if it is something else."""
         found = parse_object(text, "the rank plan", "plan.json", MADE_ANEW)
+        known = {field.name: found[field.name] for field in fields(RankPlan) if field.name in found}
         try:
-            return _Plan.model_validate({key: found[key] for key in _Plan.model_fields if key in found}).plan()
+            plan: RankPlan = TypeAdapter(RankPlan).validate_json(json.dumps(known))
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise DataError(
-                f"this is no rank plan: {place}: {first['msg']}"[:400], fix=MADE_ANEW, where="plan.json"
-            ) from error
+            raise _no_plan(".".join(map(str, first["loc"])), first["msg"]) from error
+        _check_possible(plan)
+        return plan
 
     @staticmethod
     def load(path: Path) -> RankPlan:
@@ -177,74 +182,18 @@ class RankPlan:
         return RankPlan.from_json(read_text(path, MADE_ANEW))
 
 
-class _Layer(BaseModel):
-    """One layer of a plan.json: a rank is at least 1 and at most full, and a dense layer is of full rank."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    shape: list[int] = Field(min_length=2, max_length=2)
-    rank: int = Field(ge=1)
-    dense: bool
-    params: int = Field(ge=1)
-    reason: str
-
-    @model_validator(mode="after")
-    def _possible(self) -> _Layer:
-        if min(self.shape) < 1 or self.rank > min(self.shape) or self.dense > (self.rank == min(self.shape)):
-            raise ValueError(f"a layer of shape {self.shape} cannot have rank {self.rank}, dense: {self.dense}")
-        return self
+def _check_possible(plan: RankPlan) -> None:
+    """Raise DataError for a rank above full, a dense layer below it, or a form of a layer that is not there."""
+    for name, layer in plan.layers.items():
+        full = min(layer.shape)
+        if layer.rank > full or layer.dense > (layer.rank == full):
+            raise _no_plan(f"layers.{name}", f"rank {layer.rank} of {full}, dense: {layer.dense}")
+    if strangers := plan.forms.keys() - plan.layers.keys():
+        raise _no_plan("bytes.forms", f"{min(strangers)} is no layer of the plan")
 
 
-class _Bytes(BaseModel):
-    """The part of a plan.json that only a plan for bytes has."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    keep_bytes: int = Field(ge=1)
-    written: int = Field(ge=1)
-    forms: dict[str, Storage]
-    weights: dict[str, WeightType]
-    blocks: dict[str, int] = Field(default_factory=dict)
-    chosen: str = ""
-    measured: dict[str, float] = Field(default_factory=dict)
-    tokens: int = Field(default=0, ge=0)
-
-
-class _LeftOut(BaseModel):
-    """A weight of a plan.json that takes no part."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=2, max_length=8)
-    reason: str
-
-
-class _Plan(BaseModel):
-    """plan.json, checked; a plan of no layers is none."""
-
-    model_config = ConfigDict(strict=True)
-
-    layers: dict[str, _Layer] = Field(min_length=1)
-    keep_params: float = Field(gt=0, le=1)
-    storage: Storage
-    allocation: Allocation
-    bytes: _Bytes | None = None
-    left_out: dict[str, _LeftOut] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _known_layers(self) -> _Plan:
-        if self.bytes and (strangers := self.bytes.forms.keys() - self.layers.keys()):
-            raise ValueError(f"{min(strangers)} has a form and is no layer of the plan")
-        return self
-
-    def plan(self) -> RankPlan:
-        layers = {
-            name: LayerPlan((layer.shape[0], layer.shape[1]), layer.rank, layer.dense, layer.params, layer.reason)
-            for name, layer in self.layers.items()
-        }
-        chosen = BytePlan(**dict(self.bytes)) if self.bytes else None
-        rest = {name: LeftOut(tuple(weight.shape), weight.reason) for name, weight in self.left_out.items()}
-        return RankPlan(layers, self.keep_params, self.storage, self.allocation, chosen, rest)
+def _no_plan(place: str, why: str) -> DataError:
+    return DataError(f"this is no rank plan: {place}: {why}"[:400], fix=MADE_ANEW, where="plan.json")
 
 
 def _millions(count: int) -> str:
