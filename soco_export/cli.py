@@ -1,4 +1,4 @@
-"""The command line: parse, call, exit code. What a verb does is in run/verbs.py, what it looks like in console.py.
+"""The command line: its verbs with their options. How they are called is in calling.py, what they do in run/verbs.py.
 
     soco-export train-and-export --model tiny        everything, into runs/tiny
     soco-export --help
@@ -13,29 +13,26 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from soco_export import signals
-from soco_export.console import NORMAL, QUIET, VERBOSE, Console, say, tolerate_streams
-from soco_export.files.machine import machine_limits
-from soco_export.help import MODEL, Verb
+from soco_export.calling import verb
+from soco_export.console import Console, say, tolerate_streams
+from soco_export.help import MODEL
 from soco_export.options import (
     Aim,
     ByteSizes,
     DryRun,
     FormatOption,
     Fresh,
-    Json,
     KeepBytes,
     KeepParams,
     Model,
     Moved,
     Out,
-    Quiet,
     RecipeFile,
     RunArgument,
     Seed,
@@ -44,14 +41,9 @@ from soco_export.options import (
     Strict,
     Target,
     Tiny,
-    Verbose,
 )
-from soco_train import parallel
-from soco_train.errors import ExitCode, SocoError
+from soco_train.errors import ExitCode
 from soco_train.installed import version
-
-# what several processes under torchrun do together; any other verb is the leading one's alone
-SHARED_VERBS = ("train", "train_and_export", "export")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,7 +77,7 @@ def common(
     """
 
 
-@app.command("train-and-export", cls=Verb)
+@verb(app, "train-and-export")
 def train_and_export(
     model: Model = None,
     recipe: RecipeFile = None,
@@ -100,15 +92,11 @@ def train_and_export(
     fresh: Fresh = False,
     seed: Seed = None,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Do everything: train, prune, export, prove, judge."""
-    _call("train_and_export", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def train(
     model: Model = None,
     recipe: RecipeFile = None,
@@ -120,15 +108,11 @@ def train(
     tiny: Tiny = False,
     fresh: Fresh = False,
     seed: Seed = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Learn the scores and stop."""
-    _call("train", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def plan(
     run: RunArgument = None,
     model: Model = None,
@@ -138,15 +122,11 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="A folder for one plan.json per size.")] = None,
     set_: Set = None,
     tiny: Tiny = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show what a run's scores give at one or more sizes."""
-    _call("plan", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def export(
     folder: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder, dense or low rank.")],
     model: Moved = None,
@@ -158,18 +138,14 @@ def export(
     set_: Set = None,
     fresh: Fresh = False,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write a run or a Hugging Face folder in another form.
 
     A run can be written at another size too, from the same scores.
     """
-    _call("export", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def sweep(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     sizes: Sizes = None,
@@ -179,18 +155,14 @@ def sweep(
     ] = None,
     model: Moved = None,
     set_: Set = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Make and measure several sizes and types from one training.
 
     Each is an ordinary run in a folder of the run; what is done already is not done again.
     """
-    _call("sweep", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def choose(
     run: Annotated[Path, typer.Argument(help="A run that was swept.")],
     max_bytes: Annotated[str | None, typer.Option(help="Largest ONNX folder: 90MB.")] = None,
@@ -202,18 +174,14 @@ def choose(
     prefer: Annotated[
         Literal["quality", "bytes", "speed"], typer.Option(help="What the best of those that fit is best in.")
     ] = "quality",
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Pick one point of a sweep, with the reason for each that was left.
 
     Exit code 3 where none fits.
     """
-    _call("choose", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def validate(
     folder: Annotated[Path, typer.Argument(help="A run folder, or the Hugging Face or ONNX folder to prove.")],
     against: Annotated[
@@ -223,15 +191,11 @@ def validate(
     recipe: RecipeFile = None,
     set_: Set = None,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Measure parity and perplexity, and judge them by gates."""
-    _call("validate", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def bench(
     folder: Annotated[Path, typer.Argument(help="A run folder, or an ONNX folder.")],
     against: Annotated[Path | None, typer.Option(help="The ONNX folder to compare with, in turns.")] = None,
@@ -239,44 +203,32 @@ def bench(
     recipe: RecipeFile = None,
     set_: Set = None,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Measure latency and memory, both models in turns."""
-    _call("bench", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def compare(
     one: Annotated[Path, typer.Argument(help="A results.json, or its run folder.")],
     two: Annotated[Path, typer.Argument(help="Another one.")],
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show where two results differ."""
-    _call("compare", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def report(
     run: RunArgument = None,
     model: Model = None,
     set_: Set = None,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Judge a run again, and write its reports anew.
 
     Other gates may be given with --set; the next plain report judges by the run's own.
     """
-    _call("report", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def gate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a results.json.")],
     baseline: Annotated[Path | None, typer.Option(help="The results.json to be no worse than, or its run.")] = None,
@@ -284,18 +236,14 @@ def gate(
         list[str] | None, typer.Option("--tolerance", help="How much worse: perplexity.ratio=0.03. Repeatable.")
     ] = None,
     strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Judge a run by its gates, and against a baseline.
 
     Measures nothing and writes nothing.
     """
-    _call("gate", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def repair(
     run: Annotated[Path, typer.Argument(help="A run folder that lost its manifest.json or recipe.lock.yaml.")],
     model: Model = None,
@@ -305,123 +253,63 @@ def repair(
     set_: Set = None,
     tiny: Tiny = False,
     seed: Seed = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Make a run's lost manifest or lock again from its other files, where these agree.
 
     A lost lock is taken from results.json, else from the flags that the run was made with. With a lost manifest
     --model says where the dense model lies now, if it was moved.
     """
-    _call("repair", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def pack(
     folder: Annotated[Path, typer.Argument(help="An exported folder: onnx/ or hf/ of a run.")],
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default="RUN-onnx.socopack, beside the run")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write an export as one compressed file for download."""
-    _call("pack", locals())
 
 
-@app.command(cls=Verb)
+@verb(app)
 def unpack(
     archive: Annotated[Path, typer.Argument(help="A file that pack made.")],
     out: Annotated[
         Path | None, typer.Option(help="The folder to write.", show_default="the file's name without .socopack")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write the folder that was packed, bit for bit."""
-    _call("unpack", locals())
 
 
-@recipes.command("list", cls=Verb)
+@verb(recipes, "list")
 def recipes_list(
     methods: Annotated[
         bool, typer.Option("--methods", help="Those that are laid over a model's own with --recipe.")
     ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """List the recipes that come with the package."""
-    _call("recipes_list", locals())
 
 
-@recipes.command("show", cls=Verb)
+@verb(recipes, "show")
 def recipes_show(
     name: Annotated[str, typer.Argument(help="A recipe's name or file.")],
     set_: Set = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Print a recipe with everything resolved, or what an overlay sets."""
-    _call("recipes_show", locals())
 
 
-@recipes.command("check", cls=Verb)
+@verb(recipes, "check")
 def recipes_check(
     names: Annotated[
         list[str] | None, typer.Argument(help="Names or files; default: all that come with the package.")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
     """Read recipes and say what is wrong with them."""
-    _call("recipes_check", locals())
 
 
-@app.command(cls=Verb)
-def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+@verb(app)
+def doctor() -> None:
     """Say what this machine can run, and what is missing."""
-    _call("doctor", locals())
-
-
-def _call(verb: str, options: dict[str, Any]) -> None:
-    """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
-    quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
-    strict = options.pop("strict", False)
-    if not parallel.leading():  # this process is there to help another one, which speaks for all
-        if verb not in SHARED_VERBS or options.get("dry_run"):
-            raise typer.Exit(0)
-        quiet, verbose, as_json = True, False, False
-    common: dict[str, Any] = {}
-    console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
-    try:
-        with console.working(), machine_limits():
-            verbs = import_module("soco_export.run.verbs")
-            known = verbs.Request.__dataclass_fields__
-            common = {name: options.pop(name) for name in list(options) if name in known}
-            outcome = getattr(verbs, verb)(verbs.Request(**common, argv=sys.argv), notify=console.notify, **options)
-    except SocoError as error:
-        console.error(error)
-        raise typer.Exit(error.code) from None
-    except KeyboardInterrupt:
-        again = "the same command without --fresh" if common.get("fresh") else "the same command"
-        code = signals.code()
-        message = (
-            f"{'terminated' if code == signals.TERMINATED else 'interrupted'}: {again} goes on from the last checkpoint"
-        )
-        console.fault("Interrupted", message, code)
-        console.warn(message)
-        raise typer.Exit(code) from None
-    if parallel.leading():
-        console.result(outcome.document, outcome.text)
-        for line in outcome.undecided:
-            console.warn(f"{'failed' if strict else 'warning'}: {line}")
-    raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
 
 
 def run(arguments: Sequence[str]) -> int:

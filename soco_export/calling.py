@@ -1,0 +1,82 @@
+"""How a verb of the command line is called: its options as a Request, what it returns as output and exit code."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from soco_export import signals
+from soco_export.console import NORMAL, QUIET, VERBOSE, Console
+from soco_export.files.machine import machine_limits
+from soco_export.help import Verb
+from soco_export.options import Json, Quiet, Verbose
+from soco_train import parallel
+from soco_train.errors import ExitCode, SocoError
+
+# what several processes under torchrun do together; any other verb is the leading one's alone
+SHARED_VERBS = ("train", "train_and_export", "export")
+_Declared = Callable[..., None]
+
+
+def _shown(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Declare the options that end those of every verb."""
+
+
+def verb(app: typer.Typer, name: str | None = None) -> Callable[[_Declared], _Declared]:
+    """Register a verb and return it; it is declared by a function without a body: its options, its words in `--help`.
+
+    What it does is the function of that name in run/verbs.py.
+    """
+
+    def register(declared: _Declared) -> _Declared:
+        def command(**options: Any) -> None:
+            _call(declared.__name__, options)
+
+        own, shown = (inspect.signature(function, eval_str=True) for function in (declared, _shown))
+        together = own.replace(parameters=[*own.parameters.values(), *shown.parameters.values()])
+        command.__signature__ = together  # type: ignore[attr-defined]
+        command.__doc__ = declared.__doc__
+        app.command(name or declared.__name__, cls=Verb)(command)
+        return command
+
+    return register
+
+
+def _call(verb: str, options: dict[str, Any]) -> None:
+    """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
+    quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
+    strict = options.pop("strict", False)
+    if not parallel.leading():  # this process is there to help another one, which speaks for all
+        if verb not in SHARED_VERBS or options.get("dry_run"):
+            raise typer.Exit(0)
+        quiet, verbose, as_json = True, False, False
+    common: dict[str, Any] = {}
+    console = Console(as_json, VERBOSE if verbose else QUIET if quiet else NORMAL)
+    try:
+        with console.working(), machine_limits():
+            verbs = import_module("soco_export.run.verbs")
+            known = verbs.Request.__dataclass_fields__
+            common = {name: options.pop(name) for name in list(options) if name in known}
+            outcome = getattr(verbs, verb)(verbs.Request(**common, argv=sys.argv), notify=console.notify, **options)
+    except SocoError as error:
+        console.error(error)
+        raise typer.Exit(error.code) from None
+    except KeyboardInterrupt:
+        again = "the same command without --fresh" if common.get("fresh") else "the same command"
+        code = signals.code()
+        message = (
+            f"{'terminated' if code == signals.TERMINATED else 'interrupted'}: {again} goes on from the last checkpoint"
+        )
+        console.fault("Interrupted", message, code)
+        console.warn(message)
+        raise typer.Exit(code) from None
+    if parallel.leading():
+        console.result(outcome.document, outcome.text)
+        for line in outcome.undecided:
+            console.warn(f"{'failed' if strict else 'warning'}: {line}")
+    raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
