@@ -15,11 +15,12 @@ from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
-from soco_export.onnx.check import check_architecture
+from soco_export.onnx.check import check_architecture, check_tensors
+from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
 from soco_export.onnx.inspect import GraphSummary, summarise_graph
-from soco_export.onnx.read import CheckpointWeights, check_tensors, open_weights
+from soco_export.onnx.read import CheckpointWeights, open_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.trace import export_traced
 from soco_export.runtimes.registry import Layout, check_runtimes, write_layouts
@@ -56,7 +57,7 @@ def export_onnx(
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
     calibration: returns token blocks [b, t] of text like that which the model is for; asked where the rule of
-    rounding is `calibrated`; provenance: what else to write into the graph's metadata of where the model comes from;
+    rounding calibrates; provenance: what else to write into the graph's metadata of where the model comes from;
     trust_remote_code: whether code that lies in `folder` may run.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
@@ -70,11 +71,7 @@ def export_onnx(
     check_runtimes(settings, architecture)
     source = open_weights(folder, architecture)
     _check_calibration(settings, calibration)
-    if architecture is not None:
-        check_tensors(architecture, source)
-        for kind in {source.form(name).kind for name in architecture.linears()}:
-            find_finish(kind)
-    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
+    forms = _checked_forms(architecture, source)
     metadata = {**_described(config, settings, forms), **(provenance or {})}
     rounding = None
     with replacing_folder(out) as partial:
@@ -82,7 +79,8 @@ def export_onnx(
             model = load_checkpoint(folder, getattr(torch, settings.dtype), trust_remote_code=trust_remote_code)
             export_traced(model, partial, settings, notify, metadata)
         else:
-            rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
+            if calibration and settings.calibrates:
+                rounding = _calibrated(source, partial / "levels", settings, calibration(), notify)
             write_graph(architecture, source, settings, partial, notify, metadata)
             if source.kept:
                 source.kept.remove()
@@ -96,6 +94,17 @@ def export_onnx(
         graph=summarise_graph(out),
         rounding=rounding,
     )
+
+
+def _checked_forms(architecture: Architecture | None, source: CheckpointWeights) -> Counter[str]:
+    """Return how many Linears the folder stores in each form; raises for a tensor or a form that has no place."""
+    if architecture is None:
+        return Counter()
+    check_tensors(architecture, source)
+    forms = Counter(source.form(name).kind for name in architecture.linears())
+    for kind in forms:
+        find_finish(kind)
+    return forms
 
 
 def _described(config: Config, settings: ExportSettings, forms: Mapping[str, int]) -> dict[str, str]:
@@ -120,16 +129,9 @@ def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch
 
 
 def _calibrated(
-    source: CheckpointWeights,
-    work: Path,
-    settings: ExportSettings,
-    calibration: Callable[[], torch.Tensor] | None,
-    notify: Notify,
-) -> RoundingFigures | None:
-    """Let `source` know how its matrices are rounded, if that asks for a text; the levels lie in `work` meanwhile."""
-    if calibration is None or not settings.calibrates:
-        return None
-    blocks = calibration()
+    source: CheckpointWeights, work: Path, settings: ExportSettings, blocks: torch.Tensor, notify: Notify
+) -> RoundingFigures:
+    """Let `source` know how its matrices are rounded for the text `blocks` [b, t]; levels lie in `work` meanwhile."""
     source.kept = KeptLevels(work)
     few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
     return calibrate(source.folder, few, settings, source.kept, notify)

@@ -29,8 +29,8 @@ from benchmarks.speed.series import measure
 from soco_export.bench.roofline import measure_bandwidth
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
-from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import StoredForm
 from soco_train.errors import MachineError, SocoError
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import Storage

@@ -19,11 +19,12 @@ import torch
 
 from soco_export.bench.layer_times import Profile, limits
 from soco_export.onnx.build import write_graph
+from soco_export.onnx.check import expected_tensors
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families.registry import describe
-from soco_export.onnx.read import StoredForm, expected_tensors
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import silent
 from soco_train.plan.ranks import RankPlan, plan_ranks

@@ -26,8 +26,8 @@ from soco_export.evaluate.settings import CPU
 from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.build import ONNX_DTYPES
 from soco_export.onnx.emit.linear import Linears
-from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import Event, Notify

@@ -9,9 +9,10 @@ from soco_export.model.load import dense_config, dense_skeleton
 from soco_export.onnx.build import count_bytes
 from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import as_config
-from soco_export.onnx.read import BlankWeights, StoredForm
 from soco_export.onnx.settings import named
+from soco_export.onnx.source import BlankWeights, StoredForm
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import BYTES
 from soco_train.errors import RecipeError
 from soco_train.forms.base import FORMS
 from soco_train.modules.layers import select_linears
@@ -24,7 +25,6 @@ from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, no_
 _TRIES = 12
 _NEARLY = 1.01  # times the budget: what is larger is no candidate
 BLOCK_SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
-FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class FileBytes:
@@ -54,7 +54,7 @@ class FileBytes:
         self.left_out = left_out(model, self.linears, recipe.layers)
         self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
         self._counted: dict[tuple[tuple[str, Choice], ...], int] = {}
-        self.packing = Packing(FLOAT_BYTES[recipe.export.dtype], recipe.export.quantize.symmetric)
+        self.packing = Packing(BYTES[recipe.export.dtype], recipe.export.quantize.symmetric)
 
     def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
         """Return the bytes of the two files with these choices; what has been counted is remembered."""

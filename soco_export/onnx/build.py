@@ -10,8 +10,8 @@ import onnx_ir as ir
 from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.emit.decoder import DecoderBuilder
-from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import WeightSource
 from soco_export.onnx.write.graph import DataFile, Graph, NoFile, stamp
 from soco_train.events import Notify, silent
 

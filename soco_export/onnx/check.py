@@ -1,13 +1,16 @@
-"""What an export cannot do with an architecture, asked before anything is trained: no weights are needed."""
+"""What an export cannot do with an architecture, asked before anything is trained, or with the tensors of a folder."""
 
 from __future__ import annotations
 
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families import describe
+from soco_export.onnx.read import CheckpointWeights
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import Shapes, StoredForm, WeightSource
 from soco_export.onnx.trace import check_fallback
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
+from soco_train.forms.registry import state_of
 
 
 def check_architecture(config: Config, settings: ExportSettings) -> Architecture | None:
@@ -36,3 +39,57 @@ def check_contrib(architecture: Architecture, config: Config) -> None:
             fix="export.flavour: standard",
             where=f"{config.where}: head_dim",
         )
+
+
+def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None:
+    """Raise DataError unless the checkpoint holds exactly the tensors that the description uses, in their shapes.
+
+    A tensor too many is a part of the model that the graph would leave out.
+    """
+    needed, allowed = expected_tensors(architecture, source)
+    where = str(source.folder)
+    if missing := sorted(needed.keys() - source.shapes.keys()):
+        raise DataError(
+            f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)",
+            fix="give a complete checkpoint of the architecture that config.json names",
+            where=where,
+        )
+    expected = needed | allowed
+    if unknown := sorted(source.shapes.keys() - expected.keys()):
+        raise DataError(
+            f"the description of {architecture.family} has no place for {unknown[0]} ({len(unknown)} tensors in all)",
+            fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
+            where=where,
+        )
+    for name, shape in source.shapes.items():
+        if shape != expected[name]:
+            raise DataError(
+                f"{name} is {shape}, config.json makes it {expected[name]}",
+                fix="give the config.json that belongs to these weights",
+                where=where,
+            )
+
+
+def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[Shapes, Shapes]:
+    """Return (needed, allowed besides): biases are used wherever they are stored."""
+    names = architecture.tensors
+    table = (architecture.vocab, architecture.hidden)
+    needed: Shapes = {f"{names.embed}.weight": table, **architecture.norms(), **architecture.corrections()}
+    if names.positions:
+        needed[f"{names.positions}.weight"] = (architecture.context + names.position_offset, architecture.hidden)
+    allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}
+    for name, (m, n) in architecture.linears().items():
+        if architecture.tied and name == names.head:
+            continue
+        parts, biases = _parts(source.form(name), m, n)
+        needed |= {f"{name}.{part}": shape for part, shape in parts.items()}
+        allowed |= {f"{name}.{part}": (m,) for part in biases}
+    return needed, allowed
+
+
+def _parts(form: StoredForm, m: int, n: int) -> tuple[Shapes, tuple[str, ...]]:
+    """Return (tensors that a Linear of m × n always stores, names of those that it may store)."""
+    if form.rank:
+        needed, largest = (state_of(form.kind, m, n, form.rank, bias) for bias in (False, True))
+        return {part: tuple(blank.shape) for part, blank in needed.items()}, tuple(largest.keys() - needed.keys())
+    return {"weight": (m, n)}, ("bias",)

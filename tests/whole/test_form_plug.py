@@ -21,8 +21,8 @@ from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
 from soco_export.export import export_onnx
 from soco_export.onnx.emit.linear import FINISH, Linears, finish
-from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.matrix import Matrix, Order, Part
 from soco_export.preflight.cost_shape import measure
 from soco_export.recipe.load import load_recipe

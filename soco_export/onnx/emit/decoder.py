@@ -1,4 +1,4 @@
-"""Puts a decoder together from its description; knows neither families nor flavours.
+"""Puts a decoder together from its description; knows no families.
 
 tokens ── embed ── x ── [ (norm) ── attention ── (norm) ── + ── (norm) ── MLP ── (norm) ── + ] × layers ── norm ── head
 """
@@ -9,17 +9,21 @@ import onnx_ir as ir
 
 from soco_export.onnx.describe.architecture import Architecture, Layer
 from soco_export.onnx.describe.order import head_order, projection_orders
-from soco_export.onnx.emit.attention import FLAVOURS, FLOAT, INT64, GraphInputs, Heads, Update
+from soco_export.onnx.emit.attention import FLOAT, INT64, AttentionFlavour, GraphInputs, Heads, Update
+from soco_export.onnx.emit.contrib import Contrib
 from soco_export.onnx.emit.embedding import TokenTable
 from soco_export.onnx.emit.experts import emit_experts
 from soco_export.onnx.emit.linear import Linears
 from soco_export.onnx.emit.mlp import emit_mlp
 from soco_export.onnx.emit.norm import Norms
+from soco_export.onnx.emit.standard import Standard
 from soco_export.onnx.inspect import BATCH, PAST, SEQUENCE, TOTAL
-from soco_export.onnx.read import WeightSource
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import ExportSettings, Flavour
+from soco_export.onnx.source import WeightSource
 from soco_export.onnx.write.graph import Graph
 from soco_train.events import Event, Notify
+
+_FLAVOURS: dict[Flavour, type[AttentionFlavour]] = {"standard": Standard, "contrib": Contrib}
 
 
 class DecoderBuilder:
@@ -36,7 +40,7 @@ class DecoderBuilder:
         self.linears = Linears(graph, source, settings)
         self.norms = Norms(graph, architecture, source)
         self.table = TokenTable(graph, architecture, self.linears)
-        self.flavour = FLAVOURS[settings.flavour](graph, architecture, self.norms)
+        self.flavour = _FLAVOURS[settings.flavour](graph, architecture, self.norms)
 
     def build(self, notify: Notify) -> ir.Model:
         """Emit everything, reporting each layer."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from soco_export.onnx.read import WeightSource
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import WeightSource
 from soco_export.onnx.write.blocks import quantize_rows
 from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Array, Matrix, Order, Part, Stored

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Norm
-from soco_export.onnx.read import WeightSource
+from soco_export.onnx.source import WeightSource
 from soco_export.onnx.write.graph import Graph
 from soco_export.onnx.write.matrix import Array, Order
 

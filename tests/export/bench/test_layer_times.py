@@ -21,8 +21,8 @@ from soco_export.bench.layer_timing import (
     measure_profile,
     rank_grid,
 )
-from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import StoredForm
 from soco_export.recipe.load import load_recipe
 from soco_export.run.measured_plan import plan_for
 from soco_train.errors import DataError, RecipeError

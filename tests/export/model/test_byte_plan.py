@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soco_export.onnx.emit.linear import Linears
-from soco_export.onnx.read import StoredForm
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
+from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.graph import DataFile, Graph
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import state_of

@@ -15,9 +15,10 @@ from soco_export import save_checkpoint
 from soco_export.model.load import load_model, open_model
 from soco_export.model.source import disagreement, read_architecture
 from soco_export.model.which import recipe_for
+from soco_export.onnx.check import check_tensors
 from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families import describe
-from soco_export.onnx.read import check_tensors, open_weights
+from soco_export.onnx.read import open_weights
 from soco_export.preflight.cost_shape import participation_notes
 from soco_export.recipe.load import load_recipe
 from soco_train.errors import DataError

@@ -217,7 +217,8 @@ def test_a_further_family_is_one_function(tmp_path: Path) -> None:
     )
     assert found is not None
     from soco_export.onnx.build import write_graph
-    from soco_export.onnx.read import check_tensors, open_weights
+    from soco_export.onnx.check import check_tensors
+    from soco_export.onnx.read import open_weights
     from soco_train.events import silent
 
     source = open_weights(folder, found)
