@@ -16,9 +16,9 @@ from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
-from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.data.corpus import load_blocks
 from soco_train.forms.base import FactoredLinear
+from soco_train.numbers.blocks import Grid, nearest
 from soco_train.settings import BITS, DataSettings, WeightType
 
 TOLERANCE = 0.02
@@ -68,4 +68,4 @@ def round_weights(model: Any, bits: int, how: QuantizeSettings) -> None:
 
 
 def _round(weight: torch.Tensor, bits: int, block: int, symmetric: bool) -> None:
-    weight.copy_(torch.from_numpy(dequantize(quantize(weight.numpy(), bits, block, symmetric))))
+    weight.copy_(nearest(weight, Grid(bits, block, symmetric)).values())

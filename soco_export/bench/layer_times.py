@@ -24,6 +24,7 @@ from soco_train.settings import Storage
 
 Shape = tuple[int, int]
 DIGITS = 10  # a side of a matrix has fewer
+_NOISE = 0.03  # of a time, beyond which alignment is meant
 _Reals = npt.NDArray[np.float64]
 
 
@@ -165,15 +166,15 @@ def limits(profile: Profile, shapes: Mapping[str, Shape], form: Storage, multipl
     return {name: limit for name, shape in shapes.items() if (limit := found[shape]) is not None}
 
 
-def liked_multiple(times: Mapping[int, float], tolerance: float = 0.03) -> int:
+def liked_multiple(times: Mapping[int, float]) -> int:
     """Return the smallest step of ranks that the kernels do not punish, from the times just below an aligned `rank`.
 
     times[q] was measured at rank - q, a multiple of q and of nothing larger that was tried; times[0] at `rank`. A
-    smaller rank should cost no more: where it does, beyond `tolerance`, its alignment is what costs. The largest step
+    smaller rank should cost no more: where it does, beyond noise, its alignment is what costs. The largest step
     is never punished: what is slower there is the machine's doing, and a larger step would leave narrow layers no rank.
     """
     steps = sorted(step for step in times if step)
-    slow = [step for step in steps[:-1] if times[step] > times[0] * (1 + tolerance)]
+    slow = [step for step in steps[:-1] if times[step] > times[0] * (1 + _NOISE)]
     return min(step for step in steps if step > max(slow, default=0))
 
 

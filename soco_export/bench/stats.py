@@ -100,6 +100,6 @@ def paired_ratio(
     return Ratio(math.exp(value), math.exp(low), math.exp(high), len(ratios), block)
 
 
-def render_percentile(value: float | None, n: int, unit: str = "ms") -> str:
+def render_percentile(value: float | None, n: int) -> str:
     """Return "12.3 ms", or "n/a (n=30)" where the sample did not admit the percentile."""
-    return f"n/a (n={n})" if value is None else f"{value:.4g} {unit}"
+    return f"n/a (n={n})" if value is None else f"{value:.4g} ms"

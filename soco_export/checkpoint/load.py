@@ -13,14 +13,12 @@ from soco_export.files.safetensors import REPAIR
 from soco_train.errors import DataError
 
 
-def load_checkpoint(
-    folder: Path, dtype: torch.dtype | str = "auto", device_map: Any = None, trust_remote_code: bool = False
-) -> Any:
+def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """Return the causal LM of `folder`, pruned or dense, in evaluation mode.
 
-    dtype: "auto" as stored. device_map: as transformers takes it. trust_remote_code: whether code that lies in the
-    folder may run; never asked on stdin. Raises DataError, naming the file, if the folder is damaged, needs code that
-    may not run, or holds no value for one of the model's weights.
+    dtype: "auto" as stored. trust_remote_code: whether code that lies in the folder may run; never asked on stdin.
+    Raises DataError, naming the file, if the folder is damaged, needs code that may not run, or holds no value for one
+    of the model's weights.
     """
     check_checkpoint(folder)
     from transformers import AutoModelForCausalLM
@@ -29,7 +27,6 @@ def load_checkpoint(
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
-            device_map=device_map,
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,

@@ -50,9 +50,7 @@ def save_checkpoint(
         check_layer_tensors(open_shards(weight_files(folder)), pruned_layers(read_config(folder)))
 
 
-def save_dense(
-    model: Any, tokenizer: Any, out: Path, card: str | None = None, max_shard_size: int | str = SHARD
-) -> None:
+def save_dense(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the model with each pruned layer merged to one dense weight; the model itself is left as it is.
 
     Arguments and errors as `save_checkpoint`; RecipeError also if a trained bias has no place in the plain
@@ -63,8 +61,8 @@ def save_dense(
     state = dense_state(model)
     flags = fit_biases(model, state)
     with replacing_folder(out) as folder, _as_published(model):
-        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
-        finish_folder(folder, model, tokenizer, card, flags, dense=True)
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
+        finish_folder(folder, model, tokenizer, None, flags, dense=True)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def block_length(series: _Reals) -> int:
     return int(min(max(np.ceil(n ** (1 / 3)), np.ceil(2 * memory)), max(1, n // FEWEST_BLOCKS)))
 
 
-def picks(n: int, block: int, resamples: int, seed: int) -> npt.NDArray[np.int64]:
+def picks(n: int, block: int, resamples: int, seed: int = 0) -> npt.NDArray[np.int64]:
     """Return indices [resamples, n]: each row is made of random runs of `block` neighbours, first after last."""
     starts = np.random.default_rng(seed).integers(0, n, (resamples, -(-n // block)))
     runs = (starts[:, :, None] + np.arange(block)) % n
@@ -58,17 +58,17 @@ def median_interval(series: _Reals, seed: int = 0) -> tuple[float, float, float,
     return float(np.median(series)), *_ends(float(np.median(series)), medians, len(series) / block), block
 
 
-def mean_interval(series: _Reals, seed: int = 0) -> tuple[float, float]:
+def mean_interval(series: _Reals) -> tuple[float, float]:
     """Return the ends of the 95 % interval of a series' mean; series: [n] in its order, n ≥ 2."""
     block = block_length(series)
-    means = series[picks(len(series), block, RESAMPLES, seed)].mean(axis=1)
+    means = series[picks(len(series), block, RESAMPLES)].mean(axis=1)
     return _ends(float(series.mean()), means, len(series) / block)
 
 
-def pooled_intervals(sums: _Reals, counts: _Reals, seed: int = 0) -> list[tuple[float, float]]:
+def pooled_intervals(sums: _Reals, counts: _Reals) -> list[tuple[float, float]]:
     """Return the 95 % intervals of pooled means Σ sums / Σ counts; both [n, k], rows in their order, n ≥ 2."""
     block = block_length(sums.sum(1) / counts.sum(1))
-    times = np.stack([np.bincount(row, minlength=len(sums)) for row in picks(len(sums), block, RESAMPLES, seed)])
+    times = np.stack([np.bincount(row, minlength=len(sums)) for row in picks(len(sums), block, RESAMPLES)])
     with np.errstate(invalid="ignore"):  # a kind that is in few rows may be in none of those drawn
         means = (times @ sums) / (times @ counts)
     middles = sums.sum(0) / counts.sum(0)
@@ -83,14 +83,14 @@ def _ends(middle: float, resampled: _Reals, blocks: float) -> tuple[float, float
     return middle - stretch * (middle - float(low)), middle + stretch * (float(high) - middle)
 
 
-def quantile_interval(rounds: Sequence[Sequence[float]], share: float, seed: int = 0) -> tuple[float, float]:
+def quantile_interval(rounds: Sequence[Sequence[float]], share: float) -> tuple[float, float]:
     """Return the 95 % interval of the `share` quantile of all samples; rounds are resampled in blocks.
 
     The rounds may hold different numbers of samples.
     """
     arrays = [np.asarray(samples, dtype=np.float64) for samples in rounds]
     block = block_length(np.array([np.quantile(samples, share) for samples in arrays]))
-    chosen = picks(len(arrays), block, RESAMPLES // 10, seed)  # of thousands of samples: the tenth is exact enough
+    chosen = picks(len(arrays), block, RESAMPLES // 10)  # of thousands of samples: the tenth is exact enough
     found = [np.quantile(np.concatenate([arrays[i] for i in row]), share) for row in chosen]
     low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

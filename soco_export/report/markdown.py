@@ -37,11 +37,11 @@ def render_comment(results: Results) -> str:
     return "\n\n".join([*_first_screen(results), *(f"> {markdown(note)}" for note in results.notes)]) + "\n"
 
 
-def render_table(table: Table, level: int = 3) -> str:
+def render_table(table: Table) -> str:
     """Return one table with its title and note."""
     rule = tuple("---" for _ in table.columns)
     lines = [_row(table.columns), _row(rule), *(_row(row) for row in table.rows)]
-    body = f"{'#' * level} {table.title}\n\n" + "\n".join(lines)
+    body = f"### {table.title}\n\n" + "\n".join(lines)
     return f"{body}\n\n{markdown(table.note)}" if table.note else body
 
 

@@ -75,20 +75,3 @@ def origin(results: Results) -> str:
     model = results.model
     revision = f" at {model.revision}" if model.revision else ""
     return f"{model.architecture} from {model.source}{revision}, written as {results.format}."
-
-
-def headline(results: Results) -> dict[str, dict[str, float | int | None]]:
-    """Return the few figures that a model card or a terminal shows: row → column → unrounded number."""
-    sizes, perplexity = results.sizes, results.perplexity
-    found: dict[str, dict[str, float | int | None]] = {
-        "parameters": {"dense": sizes.params_before, "pruned": sizes.params_after}
-    }
-    if perplexity:
-        found["perplexity"] = {"dense": perplexity.dense.value, "pruned": perplexity.low_rank.value}
-        if perplexity.onnx:
-            found["perplexity"]["ONNX"] = perplexity.onnx.value
-    for name, task in results.tasks.items():
-        found[f"{name}, accuracy"] = {"dense": task.dense.acc, "pruned": task.compressed.acc}
-    for name, work in (results.latency.workloads if results.latency else {}).items():
-        found[f"{name}, tokens/s"] = {"dense": work.dense_tokens_per_s, "ONNX": work.compressed_tokens_per_s}
-    return found

@@ -89,14 +89,6 @@ def pivot_factors(factors: StackedFactors) -> PivotedFactors:
     return PivotedFactors(pivot.to(dtype), mix.to(dtype), torch.cat([rows, rest]), factors.bias)
 
 
-def unpivot(factors: PivotedFactors) -> torch.Tensor:
-    """Return the dense weight [m, n] that the factors stand for, in their dtype, computed in float64."""
-    pivot = factors.pivot.double()
-    weight = torch.empty(len(factors.order), pivot.shape[1], dtype=torch.float64, device=pivot.device)
-    weight[factors.order] = torch.cat([pivot, factors.mix.double() @ pivot])
-    return weight.to(factors.pivot.dtype)
-
-
 def _choose_rows(up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (rows [r], rest [m - r], mix [m - r, r]) with up[rest] = mix @ up[rows] and |mix| ≤ LARGEST.
 

@@ -45,9 +45,9 @@ def range_fault(low: float, high: float, matrix: bool, dtype: torch.dtype) -> st
     return "" if rounded else f"nothing that {dtype} does not round to 0 (up to {largest:.3g})"
 
 
-def check_numbers(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def check_numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor; DataError, naming it, for what `number_fault` finds."""
-    fault = number_fault(tensor, dtype)
+    fault = number_fault(tensor)
     if fault:
         raise DataError(f"{name} holds {fault}", fix=_FIX, where=name)
     return tensor

@@ -19,7 +19,7 @@ import torch
 from soco_train.numbers.blocks import Grid, Levels, nearest, to_half, to_levels, with_range
 
 DAMPING = 0.01  # of the mean of the diagonal, as GPTQ has it
-SWEEPS = 2  # of coordinate descent: the third takes less than 1 % of what nearest loses
+_SWEEPS = 2  # of coordinate descent: the third takes less than 1 % of what nearest loses
 _STRIP = 64  # columns whose feedback is added up before it goes to all others
 _SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78, 0.74, 0.7, 0.65)  # of the range, for the search of scales
 
@@ -58,11 +58,11 @@ def row_errors(weight: torch.Tensor, rounded: torch.Tensor, covariance: torch.Te
     return ((off @ covariance) * off).sum(1)
 
 
-def calibrated(weight: torch.Tensor, grid: Grid, known: Curvature, sweeps: int = SWEEPS) -> Levels:
+def calibrated(weight: torch.Tensor, grid: Grid, known: Curvature) -> Levels:
     """Round a matrix [m, n] of the dtype of `known`; each row by feedback or to nearest, whichever is better."""
     plain, energy = nearest(weight, grid), known.damped.diagonal()
     found = _with_feedback(weight, *_best_scales(weight, grid, energy), grid, known)
-    for _ in range(sweeps):
+    for _ in range(_SWEEPS):
         found = _descended(weight, _rescaled(weight, found, grid, known.damped), grid, known.damped)
     errors = (row_errors(weight, option.values(), known.covariance) for option in (plain, found))
     return _rows_of(plain, found, torch.le(*errors))

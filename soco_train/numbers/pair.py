@@ -39,14 +39,14 @@ def chain_error(chain: Sequence[torch.Tensor], covariance: torch.Tensor, target:
 
 
 def calibrated_pair(
-    down: torch.Tensor, up: torch.Tensor, grid: Grid, known: Curvature, covariance: torch.Tensor, rounds: int = _ROUNDS
+    down: torch.Tensor, up: torch.Tensor, grid: Grid, known: Curvature, covariance: torch.Tensor
 ) -> tuple[Levels, Levels]:
     """Round down [r, n] and up [m, r] of the dtype of `known`; `covariance`: C in float64. Never worse than nearest."""
     target = product([down, up])
     best = nearest(down, grid), nearest(up, grid)
     least = chain_error([part.values() for part in best], covariance, target)
     wanted = mixed(*balanced(down, up, known.damped))[0]
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         first = calibrated(wanted.to(down.dtype), grid, known)
         below = first.values().double()
         seen = below @ covariance @ below.T

@@ -73,9 +73,9 @@ class Linears:
         self.source = source
         self.settings = settings
 
-    def __call__(self, x: ir.Value, name: str, columns: Order = None) -> ir.Value:
+    def __call__(self, x: ir.Value, name: str) -> ir.Value:
         """Return the output of the Linear `name` for the input `x`."""
-        first = self._product(x, [name], [None], columns)
+        first = self._product(x, [name], [None], None)
         return self._biased(self._finished(first, name, None), name, None)
 
     def apart(self, x: ir.Value, name: str, columns: Order = None) -> tuple[ir.Value, ir.Value | None]:

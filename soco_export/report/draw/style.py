@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 INK = "#010203"  # stands for the page's text colour, and is put in its place
-MAIN, SECOND, THIRD = "#3f8fd9", "#e08a2e", "#8a63d2"
+MAIN, SECOND = "#3f8fd9", "#e08a2e"
 NOISE = "#888888"
 STYLE: dict[str, Any] = {
     "font.size": 11.0,

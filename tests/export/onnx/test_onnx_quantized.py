@@ -11,16 +11,18 @@ from safetensors.torch import load_file
 
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
-from soco_export.onnx.write.blocks import dequantize, quantize
+from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 from tests.support import fresh
+from tests.support.blocks import dequantize, quantize
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model, torch_logits
 
 FORMS = {"q_proj": ("stacked", 21), "k_proj": ("pivoted", 9)}
 
 
 def rounded(weight: torch.Tensor, bits: int, how: QuantizeSettings) -> torch.Tensor:
-    return torch.from_numpy(dequantize(quantize(weight.detach().numpy(), bits, how.block, how.symmetric)))
+    stored = quantize(weight.detach().numpy(), Grid(bits, how.block, how.symmetric))
+    return torch.from_numpy(dequantize(stored, bits, weight.shape[1]))
 
 
 def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSettings) -> None:
@@ -100,23 +102,24 @@ def test_a_tied_head_shares_a_quantised_table(tmp_path: Path) -> None:
 def test_rounding_error_is_at_most_half_a_step(bits, symmetric, n) -> None:
     weight = fresh.rng().standard_normal((5, n)).astype(np.float32)
     weight[2] = 0
-    stored = quantize(weight, bits, 32, symmetric)
+    stored = quantize(weight, Grid(bits, 32, symmetric))
     steps = np.repeat(np.abs(stored.scales), 32, axis=1)[:, :n]
     # A symmetric range lacks the last level on one side: there the error may reach a whole step.
     # Scales are float16: where one was rounded down, the largest number is out of reach by as much of itself.
     limit = steps * (1.0 if symmetric else 0.5) + 2**-10 * np.abs(weight) + 1e-6
-    error = np.abs(dequantize(stored) - weight)
+    found = dequantize(stored, bits, n)
+    error = np.abs(found - weight)
     assert (error <= limit).all()
-    assert (dequantize(stored)[2] == 0).all()
+    assert (found[2] == 0).all()
     assert np.median(error / np.maximum(steps, 1e-9)) < 0.5
     assert stored.packed.shape == (5, -(-n // 32), 32 * bits // 8)
 
 
 def test_rounding_in_pieces_is_rounding_at_once(monkeypatch) -> None:
     weight = fresh.rng().standard_normal((37, 70)).astype(np.float32)
-    once = quantize(weight, 4, 16, symmetric=False)
+    once = quantize(weight, Grid(4, 16, symmetric=False))
     monkeypatch.setattr("soco_export.onnx.write.blocks.CHUNK", 4 * 70 * 5)
-    pieces = quantize(weight, 4, 16, symmetric=False)
+    pieces = quantize(weight, Grid(4, 16, symmetric=False))
     assert (once.packed == pieces.packed).all()
     assert (once.scales == pieces.scales).all()
     assert (once.zeros == pieces.zeros).all()

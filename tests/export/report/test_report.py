@@ -31,7 +31,7 @@ from soco_export.report.schema import (
     Results,
     SizeFigures,
 )
-from soco_export.report.sentences import headline, verdict_line, verdict_sentence
+from soco_export.report.sentences import verdict_line, verdict_sentence
 from soco_export.report.tables import all_tables
 from soco_export.report.words import PLAIN, SIGNS, verdict_words
 from soco_export.run.stages.report import _largest_coefficient, slower
@@ -502,14 +502,6 @@ def test_numbers_for_people():
     ]  # fmt: skip
     assert [human_bytes(x) for x in (12, 1500, 453_200_000)] == ["12 B", "1.5 kB", "453.2 MB"]
     assert [percent(x) for x in (1.0, 0.99999, 0.5)] == ["100 %", "99.99 %", "50.00 %"]
-
-
-def test_headline_is_unrounded(results):
-    found = headline(results)
-    assert found["perplexity"]["ONNX"] == results.perplexity.onnx.value
-    assert found["parameters"] == {"dense": 134_515_008, "pruned": 113_300_000}
-    assert found["copa, accuracy"] == {"dense": 0.5, "pruned": 0.48}
-    assert found["decode_128, tokens/s"] == {"dense": 100.0, "ONNX": 150.0}
 
 
 def test_reading_results_needs_neither_torch_nor_onnxruntime():

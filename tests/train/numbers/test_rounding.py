@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.onnx.write.blocks import dequantize, pack_levels, quantize, unpack_levels
+from soco_export.onnx.write.blocks import pack_levels
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.rounding import check_rounding, of_layer, rounded, rounds
 from soco_train.plan.ranks import BytePlan, LayerPlan, RankPlan
 from soco_train.settings import BITS, RoundingSettings, WeightType
 from tests.support import fresh
+from tests.support.blocks import dequantize, quantize, unpack_levels
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -25,8 +26,8 @@ def test_what_is_trained_is_what_the_export_stores(
     weight[0] = 0
     weight[1] = weight[1].abs()
     settings = RoundingSettings(weights=weights, block=block, symmetric=symmetric)
-    stored = dequantize(quantize(weight.numpy(), BITS[weights], block, symmetric))
-    assert np.array_equal(rounded(weight, settings).numpy(), stored)
+    stored = quantize(weight.numpy(), Grid(BITS[weights], block, symmetric))
+    assert np.array_equal(rounded(weight, settings).numpy(), dequantize(stored, BITS[weights], shape[1]))
 
 
 def halves(scales: np.ndarray) -> np.ndarray:
