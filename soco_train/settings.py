@@ -308,6 +308,9 @@ class DistillSettings(Section):
         default=0, ge=0, description="likeliest tokens remembered of the dense model's predictions; 0: made afresh"
     )
     rounding: RoundingSettings = RoundingSettings()
+    rate: float = Field(
+        default=0, ge=0, description="nats of loss for each bit that a rounded number takes in an entropy coder; 0: off"
+    )
     checkpoint_activations: bool = False
     shard: bool = Field(
         default=False, description="several processes divide the factors and their optimiser state (FSDP2)"
@@ -320,6 +323,14 @@ class DistillSettings(Section):
         default=None,
         description="smallest and largest keep_params that the factors can be cut to afterwards; none: one",
     )
+
+    @model_validator(mode="after")
+    def _rate_of_rounded(self) -> DistillSettings:
+        if self.rate and (self.rounding.weights == "same" or self.shard):
+            raise ValueError(
+                "rate prices the numbers that rounding.weights rounds, in one process or copies, not shards"
+            )
+        return self
 
     @model_validator(mode="after")
     def _any_size(self) -> DistillSettings:

@@ -43,6 +43,10 @@ class FactorPair(nn.Module):
         if self.bias is not None and factors.bias is not None:
             self.bias.copy_(factors.bias)
 
+    def rounded_parts(self) -> tuple[torch.Tensor, ...]:
+        """Return the matrices that `rounding` is for, as they are before it."""
+        return () if self.rounding is None else (self.up, self.down)
+
     def numbers(self) -> StackedFactors:
         """Return the factors as they are now, whole."""
         return StackedFactors(_taken(self.up), _taken(self.down), None if self.bias is None else _taken(self.bias))
@@ -60,6 +64,10 @@ class WholeWeight(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input [..., n], output [..., m], in the dtype of x."""
         return functional.linear(x, _seen(self.weight, self.rounding, x), _bias(self.bias, x))
+
+    def rounded_parts(self) -> tuple[torch.Tensor, ...]:
+        """Return the matrices that `rounding` is for, as they are before it."""
+        return (self.weight,)
 
     def numbers(self) -> DenseWeight:
         """Return weight and bias as they are now, whole."""

@@ -5,6 +5,7 @@
 model is the same model with its dense Linears switched back on, so there is no second copy. With
 `held_out_blocks` the last calibration blocks are never trained on: the loss on them is measured every `evaluate_every`
 steps, the best factors are the ones returned, and `patience` measurements without a better one end the training.
+With `rate` the loss has a price on the bits that the rounded numbers would take in an entropy coder (numbers/rate.py).
 With `teacher_top` the dense model's predictions are remembered (teacher.py): it answers for every block before the
 first step, and its pruned layers leave the GPU, which then holds the factors and what they need.
 Several processes share each batch (parallel.py); each holds all factors, or its part of them with `shard`.
@@ -36,6 +37,7 @@ from soco_train.learn.teacher import Teacher, TopPredictions
 from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
+from soco_train.numbers.rate import bits_per_weight
 from soco_train.numbers.rounding import check_rounding, trains_dense
 from soco_train.refine.distill_cost import distillation_cost
 from soco_train.refine.rungs import rung
@@ -188,15 +190,23 @@ class _Distillation(Loop):
         if self.step % self.settings.evaluate_every == 0 or self.step == self.steps:
             self._evaluate()
 
+    def _bits(self) -> torch.Tensor:
+        """Return the bits of a rounded number, the mean over all that are trained."""
+        parts = [(part, layer.rounding) for layer in self.learnt for part in layer.rounded_parts()]
+        bits = [bits_per_weight(part, how) * part.numel() for part, how in parts if how]
+        return torch.stack(bits).sum() / sum(part.numel() for part, _ in parts)
+
     def _held_out_parts(self) -> Sequence[torch.Tensor]:
         if not len(self.held_out):
             return ()
         return self.held_out.split(max(1, self.settings.batch_tokens // self.held_out.shape[1]))
 
     def _loss(self, tokens: torch.Tensor, size: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (loss, KL) of all components; with `size` the loss of the model of that size is added."""
+        """Return (loss, KL) of all components, bits priced in; with `size` that of the model of that size is added."""
         teacher = self.teacher(tokens)
         loss, kl = self._divergence(tokens, teacher)
+        if self.settings.rate:
+            loss = loss + self.settings.rate * self._bits()
         if self.smaller and size is not None:
             with self._only(self.smaller.ranks(size)):
                 loss = loss + self._divergence(tokens, teacher)[0]

@@ -1,6 +1,7 @@
 """The rungs after the cut, each against a plain reference: compensation, refit, distillation with early stop."""
 
 import copy
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from soco_train.learn.easy import EasyPairs
 from soco_train.modules.factored import factored
 from soco_train.modules.layers import parked, select_linears
 from soco_train.modules.subject import Session, Subject
+from soco_train.numbers.rate import bits_per_weight
 from soco_train.numbers.rounding import rounded
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.compensate import SKIPPED, compensate, compensated, score_fisher
@@ -353,6 +355,19 @@ def test_what_is_trained_is_the_model_as_all_of_it_will_be_rounded(subject, cut,
     assert min(losses) == pytest.approx(float(expected), rel=1e-4), "what was trained is what runs"
     learnt = [float(event.values["kl"]) for event in events if "kl" in event.values]
     assert sum(learnt[-5:]) < 0.9 * sum(learnt[:5]), "and it was trained"
+
+
+def test_a_price_on_bits_leaves_fewer_of_them(subject, cut, tmp_path: Path) -> None:
+    rounding = RoundingSettings(weights="int4", block=16)
+    taken = {}
+    for rate in (0.0, 5.0):
+        task, _ = distillation(subject, tmp_path / f"{rate:g}", rounding=rounding, rate=rate, lr=3e-3, steps=20)
+        found = distill(subject, cut[2], *task).values()
+        parts = [part for layer in found for part in vars(layer).values() if part is not None and part.dim() == 2]
+        taken[rate] = [float(bits_per_weight(part, rounding)) for part in parts]
+    assert statistics.mean(taken[5.0]) < statistics.mean(taken[0.0]) - 0.1
+    with pytest.raises(ValueError, match="rate prices the numbers"):
+        DistillSettings(rate=1)
 
 
 def test_a_foretold_token_counts_for_less(subject, cut, tmp_path: Path) -> None:
