@@ -288,6 +288,16 @@ class RoundingSettings(Section):
     dense: bool = Field(default=True, description="layers that stay dense are trained as rounded too")
 
 
+class AdapterSettings(Section):
+    """Few numbers beside frozen factors that are trained in their place, then added; `rank` 0: the factors are trained.
+
+    `experts` 1 is LoRA; k: a sum of k Kronecker products, of as many numbers and up to k² times the rank (ALoRE).
+    """
+
+    rank: int = Field(default=0, ge=0)
+    experts: int = Field(default=1, ge=1, le=16)
+
+
 class DistillSettings(Section):
     """End-to-end distillation of the surviving factors: KL to the dense model plus `ce_weight` × cross entropy."""
 
@@ -311,6 +321,7 @@ class DistillSettings(Section):
     rate: float = Field(
         default=0, ge=0, description="nats of loss for each bit that a rounded number takes in an entropy coder; 0: off"
     )
+    adapter: AdapterSettings = AdapterSettings()
     checkpoint_activations: bool = False
     shard: bool = Field(
         default=False, description="several processes divide the factors and their optimiser state (FSDP2)"
@@ -340,6 +351,13 @@ class DistillSettings(Section):
             raise ValueError("sizes are the smallest keep_params and then the largest: [0.4, 0.8]")
         if not self.steps or self.checkpoint_activations or self.rounding.weights != "same":
             raise ValueError("sizes needs steps, and neither checkpoint_activations nor rounding.weights")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_alone(self) -> DistillSettings:
+        other = self.sizes or self.shard or self.rounding.weights != "same" or self.optimiser != "adamw"
+        if self.adapter.rank and other:
+            raise ValueError("adapter.rank needs optimiser: adamw, and no sizes, rounding.weights or shard")
         return self
 
 

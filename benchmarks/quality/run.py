@@ -47,6 +47,7 @@ METHODS = {
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
     "tfwsvd": ("svd", "fwsvd", "fwsvd-outputs", "tfwsvd", "two-sided", "two-sided-refit", "two-sided-fisher-refit"),
     "easy": ("two-sided-distilled", "two-sided-distilled-easy", "two-sided-distilled-hard"),
+    "adapters": ("two-sided", "two-sided-lora", "two-sided-alore", "two-sided-distilled"),
     "relatives": ("fwsvd", "fwsvd-outputs", "acip", "acip-merged"),
     "parts": (
         *("svd-llm-distilled", "two-sided-uniform-distilled", "two-sided-distilled", "two-sided-flattened"),

@@ -34,6 +34,7 @@ from soco_train.learn.loop import Loop
 from soco_train.learn.optimiser import check_optimiser, optimisers, warmup_cosine
 from soco_train.learn.recompute import recomputing
 from soco_train.learn.teacher import Teacher, TopPredictions
+from soco_train.modules.adapters import adapt
 from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
@@ -94,6 +95,8 @@ def distill(
         recomputing(subject.model, settings.checkpoint_activations),
     ):
         layers = {name: layer for name, layer in everything.items() if isinstance(layer, TrainedLinear)}
+        if settings.adapter.rank:
+            adapt(layers, settings.adapter, session.seed)
         parallel.agree(parameter for layer in layers.values() for parameter in layer.learnt.parameters())
         if settings.shard:
             parallel.shard(layer.learnt for layer in layers.values())
@@ -139,6 +142,7 @@ class _Distillation(Loop):
             f"{name}:{part}": parameter
             for name, layer in layers.items()
             for part, parameter in layer.learnt.named_parameters()
+            if parameter.requires_grad
         }
         stepping = optimisers(settings.optimiser, parameters.values(), settings.lr)
         learnt = len(subject.tokens) - settings.held_out_blocks

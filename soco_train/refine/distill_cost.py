@@ -14,6 +14,7 @@ from soco_train.cost import (
     saved_by_the_rest,
     stacked,
 )
+from soco_train.modules.adapters import adapter_numbers
 
 KEPT_BY = {"adamw": 2, "muon": 1}  # numbers that the optimiser keeps for each parameter
 # bytes for each number of the matrix whose step Muon takes: the update in fp32; in bf16 three as large, two at most
@@ -25,8 +26,8 @@ def distillation_cost(task: Task, shape: ModelShape, width: int) -> Cost:
     """Return the cost of learning the factors from the dense model, whose pruned layers may be parked on the host."""
     settings = task.refine.distill
     beside = DENSE_BYTES * stacked(task.plan, shape)
-    # what it goes on from: the factors, their moments and the best ones so far
-    checkpoint = (1 + KEPT_BY[settings.optimiser] + bool(settings.held_out_blocks)) * beside
+    # what it goes on from: what is trained, its moments and the best so far
+    checkpoint = (1 + KEPT_BY[settings.optimiser] + bool(settings.held_out_blocks)) * DENSE_BYTES * _learnt(task, shape)
     disk = {"distillation checkpoint": checkpoint}
     if settings.teacher_top:
         beside += width * shape.selected  # parked
@@ -52,7 +53,10 @@ def _factors(task: Task, shape: ModelShape, width: int) -> int:
     """Return the bytes of fp32 factors: value, gradient and moments; and of copies in the model's dtype, or rounded."""
     settings, kept = task.refine.distill, stacked(task.plan, shape)
     largest = _largest_trained(task, shape)
-    factors = (2 + KEPT_BY[settings.optimiser]) * DENSE_BYTES * kept
+    trained = _learnt(task, shape)
+    factors = (2 + KEPT_BY[settings.optimiser]) * DENSE_BYTES * trained
+    if settings.adapter.rank:
+        factors += DENSE_BYTES * kept  # frozen beside it
     if settings.optimiser == "muon":
         factors += MUON_AT_ONCE * largest
     if settings.rounding.weights != "same":
@@ -60,8 +64,17 @@ def _factors(task: Task, shape: ModelShape, width: int) -> int:
     if width < DENSE_BYTES or settings.rounding.weights != "same":
         factors += width * kept // (shape.blocks if settings.checkpoint_activations else 1)
     if settings.held_out_blocks:
-        factors += DENSE_BYTES * kept  # the best so far
+        factors += DENSE_BYTES * trained  # the best so far
     return factors
+
+
+def _learnt(task: Task, shape: ModelShape) -> int:
+    """Return how many numbers are trained: the factors, or what is beside them."""
+    adapter = task.refine.distill.adapter
+    if not adapter.rank:
+        return stacked(task.plan, shape)
+    pairs = zip(ranks(task.plan, shape), shape.linears, strict=True)
+    return int(sum(adapter_numbers(m, n, r, adapter) for r, (m, n) in pairs))
 
 
 def _flops(task: Task, shape: ModelShape) -> dict[str, float]:

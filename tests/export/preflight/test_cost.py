@@ -255,6 +255,17 @@ def test_dense_weights_that_are_trained_are_counted() -> None:
     assert 1.2 < muon_hours(whole, shape) / muon_hours(factors, shape) < 2.5
 
 
+def test_adapters_need_optimiser_state_for_few_numbers() -> None:
+    recipe = learnt("mistral-7b").replace({"refine.distill.steps": 100, "keep_params": 0.6})
+    shape = measure(recipe)
+    beside = {"refine.distill.adapter.rank": 8, "refine.distill.adapter.experts": 4}
+    full, adapted = (estimate(one, shape) for one in (recipe, recipe.replace(beside)))
+    numbers = sum(2 * 4**3 + 8 * (m + n + 2 * 0.6 * m * n / (m + n)) for m, n in shape.linears)
+    assert adapted.disk["distillation checkpoint"] == pytest.approx(3 * 4 * numbers, rel=1e-6)
+    saved = [{phase.name: phase for phase in cost.phases}["distillation"].device for cost in (full, adapted)]
+    assert saved[0] - saved[1] == pytest.approx(4 * 3 * 0.6 * shape.selected, rel=0.05)
+
+
 def muon_hours(recipe: Recipe, shape: ModelShape) -> float:
     hours = [
         {phase.name: phase.gpu_hours for phase in estimate(one, shape).phases}["distillation"]
