@@ -26,6 +26,9 @@ from soco_train.errors import RecipeError
 
 STORAGE = {"stacked", "pivoted"}  # a form that is registered adds its name (soco_train/forms/base.py)
 Allocation = Literal["global", "lagrangian", "uniform"]
+_NO_RUNTIME = {
+    "sparse": "storage sparse has no runtime: ONNX Runtime makes sparse weights dense as it loads (issues 5540, 5578)"
+}
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
 MOST_NUMBER = 2**53  # floats are exact up to it, and JSON of any program
@@ -46,7 +49,8 @@ def check_storage(name: str) -> str:
     """Return the name of a storage form; RecipeError if there is none of it."""
     if name not in STORAGE:
         known = " or ".join(sorted(STORAGE))
-        raise RecipeError(f"unknown storage {name!r}", fix=f"storage: {known}", where="recipe: storage")
+        what = _NO_RUNTIME.get(name, f"unknown storage {name!r}")
+        raise RecipeError(what, fix=f"storage: {known}", where="recipe: storage")
     return name
 
 
