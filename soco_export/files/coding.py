@@ -46,20 +46,19 @@ def encode(block: bytes) -> tuple[int, list[bytes]]:
 def decode(frames: list[bytes], width: int, size: int) -> bytes:
     """Return the `size` bytes of a block; DataError if `frames` are not of exactly that many.
 
-    No more than `size` bytes are ever made, whatever a frame says of itself.
+    No more than `size` bytes are ever made: what a frame says of itself is looked at first, and it is made so large
+    whatever limit is given.
     """
     import zstandard
 
-    reader = zstandard.ZstdDecompressor()
     lengths = plane_lengths(size, width)
     try:
-        found = zip(frames, lengths, strict=True)
-        planes = [reader.decompress(frame, max_output_size=length, allow_extra_data=False) for frame, length in found]
-        sizes = [zstandard.get_frame_parameters(frame).content_size for frame in frames]
+        if [zstandard.get_frame_parameters(frame).content_size for frame in frames] != lengths:
+            raise DataError("the archive has a block of another size than it says", fix=DAMAGED)
+        reader = zstandard.ZstdDecompressor()
+        planes = [reader.decompress(frame, allow_extra_data=False) for frame in frames]
     except zstandard.ZstdError as error:
         raise DataError(f"the archive has a block that is damaged: {error}", fix=DAMAGED) from error
-    if sizes != lengths:
-        raise DataError("the archive has a block of another size than it says", fix=DAMAGED)
     return _join(planes, width)
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -34,7 +36,7 @@ MOST_FILES = 10_000
 _LONGEST_NAME = 500
 GIVE_PACK = "give a file that soco-export pack made"
 # names that Windows would not take as a file's: an archive is to be unpacked anywhere
-_FORBIDDEN = frozenset('\\:*?"<>|') | {chr(code) for code in range(32)}
+_FORBIDDEN = re.compile('[\\\\:*?"<>|\x00-\x1f\ud800-\udfff]')
 
 Contents = Mapping[str, tuple[int, str]]  # file, relative → (bytes, SHA-256)
 
@@ -107,8 +109,8 @@ def _files_of(folder: Path) -> dict[str, Path]:
     for name, path in found.items():
         if path.is_symlink():
             raise RecipeError(f"{name} is a link", fix="copy the file in its place", where=str(path))
-        if fault := _fault_of_name(name):
-            raise RecipeError(f"{name!r} {fault}", fix="rename the file", where=str(folder))
+    for name, fault in _faults_of_names(found):
+        raise RecipeError(f"{name!r} {fault}", fix="rename the file", where=str(folder))
     if len(found) > MOST_FILES:
         raise RecipeError(f"{folder} holds {len(found):,} files", fix="give an export's folder", where=str(folder))
     return dict(sorted(found.items()))
@@ -169,30 +171,33 @@ def _read_contents(file: BinaryIO, archive: Path) -> Contents:
     found = parse_object(file.read(length), f"the contents of {archive.name}", str(archive), DAMAGED).get("files")
     if not isinstance(found, dict) or not 0 < len(found) <= MOST_FILES:
         raise DataError(f"{archive.name} names no files, or too many", fix=DAMAGED, where=str(archive))
-    for name, fault in _faults(found):
+    unknown = ((name, "has no size and SHA-256") for name, entry in found.items() if not _is_entry(entry))
+    for name, fault in (*_faults_of_names(found), *unknown):
         raise DataError(f"{archive.name} names {name[:100]!r}, which {fault}", fix=DAMAGED, where=str(archive))
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
 
 
-def _faults(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each name of the contents that must not be written, and why."""
-    # two names that differ in case alone are one file on some systems, and no file is another one's folder
-    folded = Counter(name.casefold() for name in found)
+def _faults_of_names(found: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name that no system must be asked to write, and why."""
+    # two names that differ in case or composition alone are one file on some systems; no file is another one's folder
+    folded = Counter(map(_folded, found))
     folders = {str(parent) for name in folded for parent in PurePosixPath(name).parents}
-    for name, entry in found.items():
+    for name in found:
         if fault := _fault_of_name(name):
             yield name, fault
-        elif folded[name.casefold()] > 1 or name.casefold() in folders:
+        elif folded[_folded(name)] > 1 or _folded(name) in folders:
             yield name, "is there twice"
-        elif not _is_entry(entry):
-            yield name, "has no size and SHA-256"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _fault_of_name(name: str) -> str:
     parts = name.split("/")
     if any(part in ("", ".", "..") or part[-1] in ". " for part in parts):
         return "leads out of the folder, or is no plain path"
-    if len(name) > _LONGEST_NAME or _FORBIDDEN & set(name):
+    if len(name) > _LONGEST_NAME or _FORBIDDEN.search(name):
         return "is too long, or has characters that not every system takes"
     return "is this program's own listing" if name.casefold() == LISTING else ""
 

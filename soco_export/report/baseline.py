@@ -7,6 +7,7 @@ with both runs' intervals, since milliseconds of two occasions say nothing about
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +16,8 @@ from typing import Any
 from soco_export.report.gates import State, Verdict
 from soco_export.report.schema import Results
 from soco_train.errors import RecipeError
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def apart(name: str, before: Mapping[str, float | None], now: Mapping[str, float
         return None
     low0, value0, high0, low, value, high = (math.log(number) for number in found if number is not None)
     down, up = math.hypot(value - low, high0 - value0), math.hypot(high - value, value0 - low0)
-    return math.exp(value - down), math.exp(value + up)
+    return math.exp(value - down), math.exp(min(value + up, _LARGEST))
 
 
 def _incomparable(run: Results, baseline: Results) -> Iterator[Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -131,10 +132,12 @@ def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: 
         unpack_file(bad, tmp_path / "out")
 
 
-def test_a_frame_that_unpacks_to_more_than_it_may_is_refused(tmp_path: Path) -> None:
+def test_a_frame_that_unpacks_to_more_than_it_may_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import zstandard
 
     frame = zstandard.compress(bytes(1 << 24))
+    # a frame that says its size is unpacked to it whatever limit is given: a few bytes would fill the memory
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("it was unpacked"))
     rest = bytes([1]) + len(frame).to_bytes(4, "little") + frame
     bad = archive(tmp_path / "bad", {"a": {"bytes": 1000, "sha256": DIGEST}}, rest)
     with pytest.raises(DataError, match="block"):
@@ -162,6 +165,17 @@ def test_no_archive_that_was_changed_is_unpacked(folder: Path, tmp_path: Path) -
         packed.write_bytes(broken)
         with pytest.raises(DataError):
             unpack_file(packed, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "names", [[b"\xff"], [b"a:b"], [b"a\nb"], [b"A", b"a"], ["\u00e9".encode(), "e\u0301".encode()]]
+)
+def test_what_could_not_be_unpacked_anywhere_is_not_packed(names: list[bytes], folder: Path, tmp_path: Path) -> None:
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).touch()
+    with pytest.raises(RecipeError, match=r"there twice|not every system"):
+        pack_folder(folder, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, folder: Path) -> None:

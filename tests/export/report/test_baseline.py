@@ -66,6 +66,7 @@ def test_speed_is_judged_by_both_intervals(results, ends, state):  # noqa: F811
     assert states(timed(results, *ends), before)[DECODE] == state
     unsure = timed(results, 1.3, 0.5, 2.5)  # of such a baseline nobody can be said to be slower
     assert states(timed(results, *ends), unsure)[DECODE] == "inconclusive"
+    assert DECODE in states(timed(results, *ends), timed(results, 1e308, 1e-308, 1e308))  # no time, and a float
 
 
 def test_what_was_not_measured_or_on_another_text_fails(results):  # noqa: F811
