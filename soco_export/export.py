@@ -20,6 +20,7 @@ from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
 from soco_export.onnx.inspect import GraphSummary, summarise_graph
+from soco_export.onnx.narrow import check_values, narrowed
 from soco_export.onnx.read import CheckpointWeights, open_weights
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.trace import export_traced
@@ -68,10 +69,12 @@ def export_onnx(
     config = resolve_config(folder, trust_remote_code)
     settings = settings.planned(*planned_types(config.values))
     architecture = check_architecture(config, settings)
-    check_runtimes(settings, architecture)
     source = open_weights(folder, architecture)
+    if architecture is not None:
+        architecture = _checked(architecture, source, settings)
+    check_runtimes(settings, architecture)
     _check_calibration(settings, calibration)
-    forms = _checked_forms(architecture, source)
+    forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     metadata = {**_described(config, settings, forms), **(provenance or {})}
     rounding = None
     with replacing_folder(out) as partial:
@@ -96,15 +99,14 @@ def export_onnx(
     )
 
 
-def _checked_forms(architecture: Architecture | None, source: CheckpointWeights) -> Counter[str]:
-    """Return how many Linears the folder stores in each form; raises for a tensor or a form that has no place."""
-    if architecture is None:
-        return Counter()
+def _checked(architecture: Architecture, source: CheckpointWeights, settings: ExportSettings) -> Architecture:
+    """Return the description of what the folder stores; raises for a tensor, a form or values that have no place."""
     check_tensors(architecture, source)
-    forms = Counter(source.form(name).kind for name in architecture.linears())
-    for kind in forms:
+    for kind in {source.form(name).kind for name in architecture.linears()}:
         find_finish(kind)
-    return forms
+    found = narrowed(architecture, source)
+    check_values(found, settings)
+    return found
 
 
 def _described(config: Config, settings: ExportSettings, forms: Mapping[str, int]) -> dict[str, str]:

@@ -18,11 +18,37 @@ DOUBLE_BYTES = 8
 
 
 @dataclass(frozen=True)
+class ValueShape:
+    """One attention whose values get fewer numbers: `numbers` of `size` of each of `groups` heads, read by `heads`.
+
+    inputs: of the projection of values; outputs: of the one that reads their mixtures.
+    """
+
+    groups: int
+    heads: int
+    size: int
+    numbers: int
+    inputs: int
+    outputs: int
+
+    @property
+    def dropped(self) -> int:
+        """Numbers that both projections lose."""
+        return (self.size - self.numbers) * (self.groups * self.inputs + self.heads * self.outputs)
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Numbers of keys and values of a token: as the model is, and as it becomes."""
+        return 2 * self.groups * self.size, self.groups * (self.size + self.numbers)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of a dense model that cost anything. linears: (m, n) of every participating layer.
 
     context: positions of the model, None if it says none. shares: of the tokens, how many go through each of the
-    `linears` (an expert's: those that choose it); empty: all. idle: parameters that a token does not meet.
+    `linears` (an expert's: those that choose it); empty: all. idle: parameters that a token does not meet. values: of
+    each attention that `refine.values` narrows.
     """
 
     parameters: int
@@ -35,10 +61,16 @@ class ModelShape:
     context: int | None = None
     shares: tuple[float, ...] = ()
     idle: int = 0
+    values: tuple[ValueShape, ...] = ()
 
     def met(self, sizes: Iterable[float]) -> int:
         """Return the sum of a size of each layer over those that a token goes through."""
         return int(sum(share * size for share, size in zip(self.shares or repeat(1.0), sizes, strict=False)))
+
+    @property
+    def dropped(self) -> int:
+        """Parameters that go with the numbers of value heads."""
+        return sum(value.dropped for value in self.values)
 
     @property
     def active(self) -> int:

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from soco_train.events import Notify, silent
-from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
+from soco_train.modules.values import check_mixing, narrowed_sites, ranked_linears
 from soco_train.plan.left_out import LeftOut
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
 from soco_train.scores.registry import train_scores
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings, ValueSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
@@ -38,15 +38,23 @@ from soco_train.store.spectra import SpectrumStore
 _HARDLY_VISITED = "the calibration text hardly visits this expert (fewer tokens than components)"
 
 
-def open_subject(model: nn.Module, layers: LayerSettings, tokens: torch.Tensor, spectra: Path) -> Subject:
+def open_subject(
+    model: nn.Module,
+    layers: LayerSettings,
+    tokens: torch.Tensor,
+    spectra: Path,
+    values: ValueSettings | None = None,
+) -> Subject:
     """Return the layers of `model` that take part, with calibration tokens [n, t] and the folder of their spectra.
 
-    The spectra need not be there yet. The model's sites stay open (modules/sites.py). Raises RecipeError if no layer
-    matches.
+    values: `refine.values`, whose projections take no part. The spectra need not be there yet. The model's sites stay
+    open (modules/sites.py). Raises RecipeError if no layer matches, or for values that cannot be projected.
     """
+    values = values or ValueSettings()
     open_sites(model)
-    linears = select_linears(model, layers)
-    return Subject(model, linears, SpectrumStore(spectra), tokens, left_out(model, linears, layers))
+    check_mixing(model, narrowed_sites(model, values), tokens)
+    linears = ranked_linears(model, layers, values)
+    return Subject(model, linears, SpectrumStore(spectra), tokens, left_out(model, linears, layers, values))
 
 
 def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> Subject:
@@ -78,7 +86,7 @@ def learn_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, ses
     What takes no part, and why, joins the provenance, if there is anything.
     """
     scores = train_scores(subject, train, plan, session)
-    rest = {name: [weight.shape, weight.reason] for name, weight in subject.left_out.items()}
+    rest = {name: weight.record() for name, weight in subject.left_out.items()}
     return Scores(scores.layers, {**scores.provenance, "left_out": rest}) if rest else scores
 
 

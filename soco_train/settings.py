@@ -32,6 +32,7 @@ _NO_RUNTIME = {
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
 MOST_NUMBER = 2**53  # floats are exact up to it, and JSON of any program
+_HEAD_STEP = 8  # numbers of a value head that stay or go together: what a vector unit multiplies at once in fp32
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
@@ -275,6 +276,25 @@ class FlattenSettings(Section):
     by: float = Field(default=0, ge=0, le=1)
 
 
+class ValueSettings(Section):
+    """Numbers of each value head that attention caches, in closed form; `keep` 1: all of them, off.
+
+    The projections of values then have no rank: they take no part in the plan, and keep_params does not count them.
+    """
+
+    keep: float = Field(default=1, gt=0, le=1, description="share of a value head's numbers, in steps of 8; 1: off")
+    blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind it; none: all")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether values get fewer numbers."""
+        return self.keep < 1
+
+    def numbers(self, size: int) -> int:
+        """Return the numbers that stay of a value head of `size`."""
+        return min(size, max(_HEAD_STEP, round(self.keep * size / _HEAD_STEP) * _HEAD_STEP))
+
+
 class RoundingSettings(Section):
     """Block quantisation that the factors are in for, in the words of `export.weights` and `export.quantize`.
 
@@ -372,12 +392,15 @@ class RefineSettings(OpenSection):
     compensate: CompensateSettings = CompensateSettings()
     refit: RefitSettings = RefitSettings()
     flatten: FlattenSettings = FlattenSettings()
+    values: ValueSettings = ValueSettings()
     distill: DistillSettings = DistillSettings()
 
     @model_validator(mode="after")
     def _any_size(self) -> RefineSettings:
-        if self.distill.sizes and (self.compensate.blocks or self.refit.blocks):
-            raise ValueError("compensate and refit fit the factors to one size: leave them off with distill.sizes")
+        if self.distill.sizes and (self.compensate.blocks or self.refit.blocks or self.values.narrows):
+            raise ValueError(
+                "compensate, refit and values fit the factors to one size: leave them off with distill.sizes"
+            )
         return self
 
 

@@ -25,9 +25,9 @@ from benchmarks.scale.run import alike_in, sizes_of
 from soco_export.bench.roofline import measure_bandwidth
 from soco_export.model.load import dense_config
 from soco_export.preflight.cost import estimate, measure
-from soco_export.preflight.cost_training import STATISTICS_TOKENS_AT_ONCE
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
+from soco_train.spectra.statistics import TOKENS_AT_ONCE
 
 SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16 FLOP/s, as sold
 SMALL = {  # Mistral's, two layers of it
@@ -100,7 +100,7 @@ def _do(part: str, recipe: Recipe, size: Size, box: TimeBox) -> Figures:
     what = part.partition(":")[0]
     found["parts"] = found.pop("seconds", None)  # the runner's own figure goes under that name
     # on fewer tokens statistics take less than the dry run counts on
-    known = what in PHASES and (what != "decompose" or size.sequences * size.block >= STATISTICS_TOKENS_AT_ONCE)
+    known = what in PHASES and (what != "decompose" or size.sequences * size.block >= TOKENS_AT_ONCE)
     figures = {**found, **(memory(what, recipe, size, found) if known else {})}
     if "step_seconds" in found:
         short = {"short": True} if len(found["step_seconds"]) < size.steps else {}

@@ -71,7 +71,7 @@ def replacement(
     A product is formed before anything is rounded.
     """
     sizes = from_factors(layer, device="meta")
-    if sizes.rank < sizes.out_features:
+    if sizes.rank < sizes.full_rank(sizes.out_features, sizes.in_features):
         factored = from_factors(layer, dtype, device)
         factored.stands_for = stands_for
         return factored

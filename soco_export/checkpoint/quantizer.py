@@ -122,13 +122,14 @@ def _place(name: str, modules: dict[str, nn.Module], prefix: str) -> str:
 def _empty_like(replaced: nn.Module, name: str, layer: dict[str, Any]) -> nn.Module:
     linear = as_linear(replaced)
     assert linear is not None
-    if layer["rank"] >= linear.out_features:
+    sizes = linear.out_features, linear.in_features
+    if layer["rank"] >= FORMS[layer["kind"]].module.full_rank(*sizes):
         raise DataError(
-            f"the record of {name} says rank {layer['rank']} for a layer of {linear.out_features} outputs",
+            f"the record of {name} says rank {layer['rank']} for a layer of {sizes[0]} outputs, {sizes[1]} inputs",
             fix="write the checkpoint again",
             where=f"config.json: quantization_config.layers.{name}",
         )
-    numbers = FORMS[layer["kind"]].blank(linear.out_features, linear.in_features, layer["rank"], layer["bias"])
+    numbers = FORMS[layer["kind"]].blank(*sizes, layer["rank"], layer["bias"])
     factored = from_factors(numbers, linear.weight.dtype, "meta")
     factored.stands_for = type(replaced)
     return factored.train(replaced.training)

@@ -68,9 +68,10 @@ def check_layer_tensors(tensors: Mapping[str, StoredTensor], layers: Mapping[str
     """Raise DataError unless each pruned layer has its tensors, of shapes that agree with its rank."""
     for name, layer in layers.items():
         kind, rank = layer["kind"], layer["rank"]
-        n = (0, *_shape(tensors, f"{name}.weight"))[-1]
-        m = (*_shape(tensors, f"{name}.{FORMS[kind].module.height_part}"), 0)[0]
-        needed = state_of(kind, m, n, rank, layer["bias"]) if rank < m else {}
+        module = FORMS[kind].module
+        n = (0, *_shape(tensors, f"{name}.{module.width_part}"))[-1]
+        m = (*_shape(tensors, f"{name}.{module.height_part}"), 0)[0]
+        needed = state_of(kind, m, n, rank, layer["bias"]) if rank < module.full_rank(m, n) else {}
         shapes = {part: _shape(tensors, f"{name}.{part}") for part in needed}
         if not needed or any(shapes[part] != tuple(blank.shape) for part, blank in needed.items()):
             raise DataError(

@@ -14,7 +14,7 @@ from soco_export.onnx.source import BlankWeights, StoredForm
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import BYTES
 from soco_train.errors import RecipeError
-from soco_train.forms.base import FORMS
+from soco_train.forms.registry import planned_forms
 from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
@@ -162,7 +162,7 @@ class FileBytes:
         """Raise RecipeError if no plan can be that small."""
         table = (self.architecture.vocab, self.architecture.hidden)
         shapes = {**self.linears, self.tables.head: table, self.tables.table: table}
-        own = [kind for form in (DENSE, *FORMS) for kind in _kinds(form, types_of(form))]
+        own = [kind for form in (DENSE, *planned_forms()) for kind in _kinds(form, types_of(form))]
         kinds = {name: own for name in self.linears}
         kinds |= {self.tables.head: _kinds(DENSE, TYPES), self.tables.table: _kinds(DENSE, TABLE_TYPES)}
         damage = no_damage(shapes, kinds)

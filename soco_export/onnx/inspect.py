@@ -65,6 +65,14 @@ def _port(value: ir.Value) -> Port:
     return Port(dtype, tuple(size if isinstance(size, int) else str(size) for size in sizes))
 
 
+def cache_bytes(folder: Path) -> int:
+    """Return the bytes of keys and values that `folder`/model.onnx keeps of a token, in all layers."""
+    import onnx_ir as ir
+
+    entries = [port for name, port in read_ports(folder).inputs.items() if name.startswith(CACHE)]
+    return int(sum(ir.DataType[port.dtype].itemsize * int(port.shape[1]) * int(port.shape[3]) for port in entries))
+
+
 @dataclass(frozen=True)
 class GraphSummary:
     """`ops`: nodes by kind; `initializer_bytes`: all weights; `flops_per_token`: 2 · m · n over all weight products.

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soco_export.files.text import human_bytes
 from soco_export.preflight.cost import estimate, measure
@@ -26,6 +27,9 @@ from soco_export.recipe.recipe import Recipe
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import install_command, version_of
 from soco_train.settings import BITS
+
+if TYPE_CHECKING:
+    from soco_export.onnx.describe.architecture import Architecture
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -99,6 +103,7 @@ def check_bytes(recipe: Recipe) -> None:
     assert recipe.keep_bytes is not None
     against = {
         "optimise_for: latency": recipe.optimise_for == "latency",
+        "refine.values": recipe.refine.values.narrows,
         "refine.distill.rounding.weights": recipe.refine.distill.rounding.weights not in ("same", "planned"),
     }
     for other in (other for other, there in against.items() if there):
@@ -182,22 +187,42 @@ def check_graph(recipe: Recipe) -> None:
 
     find_finish(recipe.storage)
     config = as_config(dense_config(recipe), where=f"model {recipe.name}")
-    check_runtimes(recipe.export, check_architecture(config, recipe.export))
+    architecture = check_architecture(config, recipe.export)
+    if recipe.refine.values.narrows:
+        architecture = _narrowed(recipe, architecture)
+    check_runtimes(recipe.export, architecture)
+
+
+def _narrowed(recipe: Recipe, architecture: Architecture | None) -> Architecture:
+    """Return the description as `refine.values` makes it; RecipeError where graph or runtime cannot cache so."""
+    from soco_export.onnx.narrow import all_narrowed, check_values
+    from soco_export.runtimes.registry import check_cache_sizes
+
+    if architecture is None:
+        raise RecipeError(
+            "the graph of this model is traced, and caches values as transformers does: refine.values saves nothing",
+            fix="leave out refine.values, or describe the model in soco_export/onnx/families",
+            where="recipe: refine.values.keep",
+        )
+    narrowed = all_narrowed(architecture, recipe.refine.values.numbers(architecture.attention.head_dim))
+    check_values(narrowed, recipe.export)
+    check_cache_sizes(recipe.validation.runtime, "validate.runtime")
+    return narrowed
 
 
 def check_biases(recipe: Recipe) -> None:
     """Raise RecipeError if training would give layers a bias that the merged dense form has no place for."""
     from soco_export.checkpoint.biases import check_bias_places
     from soco_export.model.load import dense_skeleton
-    from soco_train.modules.layers import select_linears
     from soco_train.modules.sites import open_sites
+    from soco_train.modules.values import ranked_linears
     from soco_train.scores.registry import find_scorer
 
     if not find_scorer(recipe.train.scorer).deviates(recipe.train):
         return
     model = dense_skeleton(recipe)
     open_sites(model)
-    check_bias_places(model, [f"{name}.bias" for name in select_linears(model, recipe.layers)])
+    check_bias_places(model, [f"{name}.bias" for name in ranked_linears(model, recipe.layers, recipe.refine.values)])
 
 
 def check_onnxruntime(recipe: Recipe) -> None:

@@ -36,14 +36,17 @@ __all__ = ["ModelShape", "estimate", "measure"]
 def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCard:
     """Return the cost card of a recipe on a model of this shape. Pure."""
     kept = int(recipe.keep_params * shape.selected)
-    after = shape.parameters - shape.selected + kept
+    after = shape.parameters - shape.selected + kept - shape.dropped
     outputs = _outputs(recipe, shape, after)
+    cached, width = [value.cached for value in shape.values], BYTES[recipe.export.dtype]
     phases = (*training_phases(recipe, shape), *_export_phases(recipe, shape, after, format, outputs))
     return CostCard(
         model=recipe.name,
         parameters=shape.parameters,
         selected=shape.selected,
         kept=kept,
+        dropped=shape.dropped,
+        cached=(width * sum(whole for whole, _ in cached), width * sum(small for _, small in cached)),
         layers=len(shape.linears),
         components=shape.components,
         phases=phases,

@@ -29,7 +29,8 @@ class Phase:
 class CostCard:
     """All estimates for one recipe; bytes, parameters, tokens and GPU-hours.
 
-    `core_hours`: of one CPU core, for all of it, where there is no GPU.
+    `core_hours`: of one CPU core, for all of it, where there is no GPU. `dropped`: parameters that go with numbers of
+    value heads; `cached`: bytes of keys and values a token, before and after, where `refine.values` narrows them.
     """
 
     model: str
@@ -44,11 +45,13 @@ class CostCard:
     training_tokens: int
     assumption: str
     core_hours: float = 0.0
+    dropped: int = 0
+    cached: tuple[int, int] = (0, 0)
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the compressed model."""
-        return self.parameters - self.selected + self.kept
+        return self.parameters - self.selected + self.kept - self.dropped
 
     @property
     def peak_device(self) -> int:
@@ -103,6 +106,8 @@ class CostCard:
         rows.append(f"assumed: {self.assumption}")
         rows.append(f"disk {human_bytes(self.disk_total)}: {_listed(self.disk)}")
         rows.append(f"outputs: {_listed(self.outputs)}")
+        if self.dropped:
+            rows.append(f"cache: {self.cached[0]:,} → {self.cached[1]:,} bytes a token")
         return rows
 
 

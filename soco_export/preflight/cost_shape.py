@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from soco_export.recipe.recipe import Recipe
-from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
+from soco_train.cost import BYTES, DENSE_BYTES, ModelShape, ValueShape
+from soco_train.settings import ValueSettings
 from soco_train.spectra.statistics import EXPERT
 
 # interpreter, torch and ONNX Runtime before any weight
@@ -30,13 +31,13 @@ def measure(recipe: Recipe) -> ModelShape:
     Raises RecipeError if transformers does not know the architecture or no layer takes part.
     """
     from soco_export.model.load import dense_skeleton
-    from soco_train.modules.layers import select_linears
     from soco_train.modules.sites import open_sites
+    from soco_train.modules.values import ranked_linears
 
-    model = dense_skeleton(recipe)
+    model, values = dense_skeleton(recipe), recipe.refine.values
     config = model.config
     open_sites(model)
-    linears = select_linears(model, recipe.layers)
+    linears = ranked_linears(model, recipe.layers, values)
     sharing = _sharing(config, [name for name, _ in model.named_parameters()])
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return ModelShape(
@@ -50,7 +51,19 @@ def measure(recipe: Recipe) -> ModelShape:
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         shares=tuple(sharing(name) for name in linears),
         idle=int(sum(weight.numel() * (1 - sharing(name)) for name, weight in model.named_parameters())),
+        values=_value_shapes(model, values),
     )
+
+
+def _value_shapes(model: Any, values: ValueSettings) -> tuple[ValueShape, ...]:
+    """Return the sizes of each attention whose values get fewer numbers."""
+    from soco_train.modules.values import narrowed_sites
+
+    def shape(site: Any) -> ValueShape:
+        inputs, outputs = model.get_submodule(site.value).in_features, model.get_submodule(site.output).out_features
+        return ValueShape(site.groups, site.heads, site.size, values.numbers(site.size), inputs, outputs)
+
+    return tuple(map(shape, narrowed_sites(model, values)))
 
 
 def _sharing(config: Any, names: Iterable[str]) -> Callable[[str], float]:
@@ -64,17 +77,17 @@ def _sharing(config: Any, names: Iterable[str]) -> Callable[[str], float]:
 def participation_notes(recipe: Recipe) -> list[str]:
     """Return which weights of the blocks the recipe leaves out, and the share that takes part; errors as `measure`."""
     from soco_export.model.load import dense_skeleton
-    from soco_train.modules.layers import select_linears
     from soco_train.modules.participation import left_out
     from soco_train.modules.sites import open_sites
+    from soco_train.modules.values import ranked_linears
     from soco_train.plan.left_out import notes
 
-    model = dense_skeleton(recipe)
+    model, values = dense_skeleton(recipe), recipe.refine.values
     open_sites(model)
-    linears = select_linears(model, recipe.layers)
+    linears = ranked_linears(model, recipe.layers, values)
     selected = sum(linear.weight.numel() for linear in linears.values())
     keep = None if recipe.keep_bytes else recipe.keep_params
-    return [*_others(recipe), *notes(selected, left_out(model, linears, recipe.layers), keep)]
+    return [*_others(recipe), *notes(selected, left_out(model, linears, recipe.layers, values), keep)]
 
 
 def _others(recipe: Recipe) -> list[str]:

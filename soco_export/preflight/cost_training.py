@@ -23,9 +23,7 @@ from soco_train.forms.registry import find_form
 from soco_train.refine.rungs import wanted_rungs
 from soco_train.scores.registry import find_scorer
 from soco_train.spectra.bases import find_basis
-from soco_train.spectra.statistics import SUMS_AT_ONCE, sums_bytes
-
-STATISTICS_TOKENS_AT_ONCE = 2048
+from soco_train.spectra.statistics import SUMS_AT_ONCE, TOKENS_AT_ONCE, sums_bytes
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -108,7 +106,7 @@ def _cut_memory(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def _statistics_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
-    tokens = STATISTICS_TOKENS_AT_ONCE
+    tokens = TOKENS_AT_ONCE
     widest = max(max(pair) for pair in shape.linears)
     # inputs in fp32, and half of a sum while it is mirrored
     memory = tokens * DENSE_BYTES * 4 * widest + DOUBLE_BYTES * widest * widest

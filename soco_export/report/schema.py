@@ -51,7 +51,7 @@ class SizeFigures(_Part):
     model in the same form, None if that form was not written; `largest_coefficient`: of the rows that pivoted storage
     writes as combinations of its pivots, by which rounding of the pivots can grow; None for stacked storage.
     `keep_bytes`: what was asked of model.onnx and its data, None where parameters were the budget; `file_bytes`: what
-    they have, None where there is no such file.
+    they have, None where there is no such file; `cache_bytes`: ONNX folder → bytes of keys and values a token.
     """
 
     params_before: int
@@ -67,6 +67,7 @@ class SizeFigures(_Part):
     bytes_ratio: float | None = None
     keep_bytes: int | None = None
     file_bytes: int | None = None
+    cache_bytes: Mapping[str, int] = {}
 
 
 class ParityResults(_Part):

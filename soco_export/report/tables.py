@@ -85,6 +85,7 @@ def _sizes(sizes: SizeFigures) -> Table:
         _before_after("parameters, all", sizes.params_before, sizes.params_after),
         _before_after("parameters, selected layers", sizes.selected_before, sizes.selected_after),
         *_bytes_rows(sizes.bytes),
+        *_cache_rows(sizes),
     ]
     left = f"{sizes.layers_dense} of {sizes.layers} selected layers left dense"
     largest = sizes.largest_coefficient
@@ -108,6 +109,11 @@ def _bytes_rows(folders: Mapping[str, int]) -> Iterator[Row]:
             yield _bytes_row(f"on disk: {name}", folders[f"{name}-dense"], count)
         elif not name.endswith("-dense"):
             yield f"on disk: {name}", "", human_bytes(count), ""
+
+
+def _cache_rows(sizes: SizeFigures) -> Iterator[Row]:
+    if sizes.cache_bytes:
+        yield _bytes_row("cache, a token", sizes.cache_bytes["onnx-dense"], sizes.cache_bytes["onnx"])
 
 
 def _bytes_row(name: str, before: int, after: int) -> Row:

@@ -100,7 +100,8 @@ class RunContext:
         from soco_train import method
 
         tokens = self.blocks("calibration").tokens
-        return method.seen(method.open_subject(self.model(), self.recipe.layers, tokens, spectra))
+        recipe = self.recipe
+        return method.seen(method.open_subject(self.model(), recipe.layers, tokens, spectra, recipe.refine.values))
 
     def blocks(self, purpose: Literal["calibration", "evaluation"]) -> Blocks:
         """Return the token blocks for one purpose."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soco_export.runtimes.registry import Runtime, runtime
+from soco_export.runtimes.optimum import write_hugging_face_files
+from soco_export.runtimes.registry import Layout, Runtime, runtime
 from soco_train.installed import install_command, version_of
 
 if TYPE_CHECKING:
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
 class Ort(Runtime):
     """ONNX Runtime under validate.provider, with proof of where each node ran."""
 
+    reads_cache_sizes = True
     target = ("export.flavour=standard", "export.layouts=[optimum]")
     install = install_command("cpu")
+
+    def write(self, to: Layout) -> None:
+        """Write config, generation config and tokenizer for whoever runs the graph by hand."""
+        write_hugging_face_files(to.source, to.folder)
 
     def open(self, folder: Path, settings: ValidateSettings, name: str) -> Decoder:
         """Return the graph in a session of ONNX Runtime; raises what OnnxDecoder raises."""

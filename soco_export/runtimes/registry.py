@@ -40,10 +40,13 @@ class Runtime:
 
     `target`: settings in the form of `--set`, gates that it needs off included (`gates.max_export_kl=null`).
     `packages`: distributions that must be installed to run it on this machine; `install`: what to do if they are not.
+    `reads_cache_sizes`: whether it makes each part of the cache as large as the graph's own input says; others take one
+    size for keys and values, from a config.
     """
 
     target: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
+    reads_cache_sizes: ClassVar[bool] = False
     install: ClassVar[str] = ""
 
     def check(self, settings: ExportSettings, architecture: Architecture | None) -> None:
@@ -85,7 +88,21 @@ def find_runtime(name: str, where: str) -> Runtime:
 def check_runtimes(settings: ExportSettings, architecture: Architecture | None) -> None:
     """Raise RecipeError for a name in export.layouts that no runtime has, or for what one of them cannot run."""
     for name in settings.layouts:
-        find_runtime(name, "export.layouts").check(settings, architecture)
+        found = find_runtime(name, "export.layouts")
+        found.check(settings, architecture)
+        if architecture is not None and architecture.small_values:
+            check_cache_sizes(name, "export.layouts")
+
+
+def check_cache_sizes(name: str, where: str) -> None:
+    """Raise RecipeError for a runtime that caches values as large as keys, whatever the graph says."""
+    if not find_runtime(name, where).reads_cache_sizes:
+        able = [other for other, kind in RUNTIMES.items() if kind.reads_cache_sizes]
+        raise RecipeError(
+            f"{name} caches values as large as keys, and these have fewer numbers (refine.values)",
+            fix=f"{where}: {' or '.join(able)}, or refine.values.keep: 1",
+            where=where,
+        )
 
 
 def write_layouts(to: Layout) -> None:

@@ -23,6 +23,7 @@ class Triton(Runtime):
     `decoder`; it needs a tokenizer.json, and a cache that numpy can hold (no bfloat16).
     """
 
+    reads_cache_sizes = True
     install = "install Triton Inference Server: docs/serving.md"
     target = ("export.flavour=standard", "export.layouts=[optimum, triton]")
 
@@ -69,15 +70,18 @@ def _triton_generate(to: Layout, ports: Ports) -> None:
     shutil.copyfile(to.source / "tokenizer.json", version / "tokenizer.json")
     end = special_tokens(to).get("eos_token_id", [])
     decoder = {
-        "inputs": [name for name in ports.inputs if not name.startswith(CACHE)],
-        "layers": ports.layers,
-        "empty": [1, ports.kv_heads, 0, ports.head_dim],
+        "inputs": [name for name in ports.inputs if not _cached(name)],
+        "empty": {name: [1, port.shape[1], 0, port.shape[3]] for name, port in ports.inputs.items() if _cached(name)},
         "type": TRITON_TYPES[ports.inputs[f"{CACHE}.0.key"].dtype],
         "ends": end if isinstance(end, list) else [end],
     }
     # JSON inside a string of the text format, which escapes as JSON does.
     text = TRITON_GENERATE.format(decoder=json.dumps(json.dumps(decoder)))
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def _cached(name: str) -> bool:
+    return name.startswith(CACHE)
 
 
 def _triton_ports(kind: str, ports: Mapping[str, Port]) -> str:

@@ -23,9 +23,9 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.from_file(str(Path(__file__).with_name("tokenizer.json")))
         form = json.loads(json.loads(args["model_config"])["parameters"]["decoder"]["string_value"])
         self.inputs, self.ends = form["inputs"], set(form["ends"])
-        self.empty = np.zeros(form["empty"], triton.triton_string_to_numpy(form["type"]))
-        self.past = [f"past_key_values.{layer}.{kind}" for layer in range(form["layers"]) for kind in ("key", "value")]
-        self.wanted = ["logits", *(name.replace("past_key_values", "present") for name in self.past)]
+        kind = triton.triton_string_to_numpy(form["type"])
+        self.empty = {name: np.zeros(shape, kind) for name, shape in form["empty"].items()}
+        self.wanted = ["logits", *(name.replace("past_key_values", "present") for name in self.empty)]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; one that fails spoils no other."""
@@ -50,7 +50,7 @@ class TritonPythonModel:
         return ids
 
     def _generate(self, ids: list[int], count: int) -> list[int]:
-        cache = dict.fromkeys(self.past, self.empty)
+        cache = self.empty
         found: list[int] = []
         new, seen = np.array([ids], np.int64), 0
         while len(found) < count and not self.ends.intersection(found[-1:]):
@@ -61,7 +61,7 @@ class TritonPythonModel:
                 "position_ids": np.arange(seen, total, dtype=np.int64)[None],
             }
             logits, *present = self._step({name: feeds[name] for name in self.inputs} | cache)
-            cache = dict(zip(self.past, present, strict=True))
+            cache = dict(zip(self.empty, present, strict=True))
             found.append(int(logits[0, -1].argmax()))
             new, seen = np.array([found[-1:]], np.int64), total
         return found

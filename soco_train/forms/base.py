@@ -67,6 +67,7 @@ class FactoredLinear(nn.Module):
     kind: ClassVar[str]
     height_part: ClassVar[str]  # the tensor whose first axis has out_features entries
     bias_part: ClassVar[str] = "bias"
+    width_part: ClassVar[str] = "weight"  # the tensor whose last axis has in_features entries
     order_part: ClassVar[str | None] = None  # the tensor that says in which order the outputs come, if not in their own
     stands_for: type[nn.Module] = nn.Linear  # the class of the module in whose place it is
 
@@ -83,6 +84,11 @@ class FactoredLinear(nn.Module):
         self.out_features = out_features
         self.rank = rank
         self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+
+    @classmethod
+    def full_rank(cls, m: int, n: int) -> int:
+        """Return the rank from which on an [m, n] layer saves nothing, and a dense one stands in its place."""
+        return m
 
     @classmethod
     @abstractmethod
@@ -123,13 +129,17 @@ _Module = TypeVar("_Module", bound=FactoredLinear)
 FORMS: dict[str, type[LayerFactors]] = {}
 
 
-def form(numbers: type[LayerFactors]) -> Callable[[type[_Module]], type[_Module]]:
-    """Register the decorated module, and with it the form, under its `kind`: the name that `storage` uses."""
+def form(numbers: type[LayerFactors], planned: bool = True) -> Callable[[type[_Module]], type[_Module]]:
+    """Register the decorated module, and with it the form, under its `kind`: the name that `storage` uses.
+
+    planned: whether a plan may choose it; else only a refinement makes such layers.
+    """
 
     def register(module: type[_Module]) -> type[_Module]:
         numbers.module = module
         FORMS[module.kind] = numbers
-        STORAGE.add(module.kind)
+        if planned:
+            STORAGE.add(module.kind)
         return module
 
     return register

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 
 # imported to be registered
-from soco_train.forms import pivoted, stacked
+from soco_train.forms import heads, pivoted, stacked
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors
 from soco_train.forms.dense import DenseWeight
-from soco_train.settings import check_storage
+from soco_train.settings import STORAGE, check_storage
 
-__all__ = ["pivoted", "stacked"]
+__all__ = ["heads", "pivoted", "stacked"]
 
 _Layer = TypeVar("_Layer", bound=LayerFactors)
 
@@ -58,6 +58,11 @@ def _form(layer: _Layer) -> _Layer:
         part: tensor if tensor is None else tensor.to("meta") for part, tensor in vars(layer).items()
     }
     return type(layer)(**parts)
+
+
+def planned_forms() -> dict[str, type[LayerFactors]]:
+    """Return the forms that a plan may choose, by the name that `storage` uses."""
+    return {name: numbers for name, numbers in FORMS.items() if name in STORAGE}
 
 
 def find_form(name: str) -> type[LayerFactors]:

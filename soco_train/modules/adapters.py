@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from soco_train.forms.stacked import StackedFactors
-from soco_train.modules.factored import FactorPair, TrainedLinear, WholeWeight
+from soco_train.modules.factored import FactorPair, Learning
 from soco_train.settings import AdapterSettings
 
 
@@ -72,7 +72,7 @@ class AdaptedPair(FactorPair):
         return replace(own, up=(own.up.double() + up).float(), down=(own.down.double() + down).float())
 
 
-def adapt(layers: Mapping[str, TrainedLinear[FactorPair | WholeWeight]], settings: AdapterSettings, seed: int) -> None:
+def adapt(layers: Mapping[str, Learning], settings: AdapterSettings, seed: int) -> None:
     """Freeze the factors of every layer and train an adapter beside each."""
     for number, layer in enumerate(layers.values()):
         device = layer.dense.weight.device

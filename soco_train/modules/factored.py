@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from soco_train import parallel
 from soco_train.forms.dense import DenseWeight
+from soco_train.forms.heads import HeadColumns, HeadRows, fill_rows
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import substituted
 from soco_train.numbers.rounding import of_layer, rounded, rounds, trains_dense
@@ -74,6 +75,39 @@ class WholeWeight(nn.Module):
         return DenseWeight(_taken(self.weight), None if self.bias is None else _taken(self.bias))
 
 
+class HeadWeight(nn.Module):
+    """A projection of values of fewer numbers a head as what is trained; which numbers stay is not."""
+
+    order: torch.Tensor
+
+    def __init__(
+        self, factors: HeadRows | HeadColumns, device: torch.device, rounding: RoundingSettings | None = None
+    ) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.form = type(factors)
+        self.weight = nn.Parameter(factors.weight.clone().to(device))
+        self.bias = None if factors.bias is None else nn.Parameter(factors.bias.clone().to(device))
+        self.register_buffer("order", factors.order.to(device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input [..., n], output [..., m], in the dtype of x."""
+        weight, bias = _seen(self.weight, self.rounding, x), _bias(self.bias, x)
+        if self.form is HeadColumns:
+            return functional.linear(x.index_select(-1, self.order[: weight.shape[1]]), weight, bias)
+        y = fill_rows(functional.linear(x, weight), self.order)
+        return y if bias is None else y + bias
+
+    def rounded_parts(self) -> tuple[torch.Tensor, ...]:
+        """Return the matrices that `rounding` is for, as they are before it."""
+        return () if self.rounding is None else (self.weight,)
+
+    def numbers(self) -> HeadRows | HeadColumns:
+        """Return weight and bias as they are now, whole."""
+        bias = None if self.bias is None else _taken(self.bias)
+        return self.form(_taken(self.weight), self.order.cpu(), bias)
+
+
 def _seen(matrix: torch.Tensor, rounding: RoundingSettings | None, x: torch.Tensor) -> torch.Tensor:
     return (matrix if rounding is None else rounded(matrix, rounding)).to(x.dtype)
 
@@ -86,7 +120,7 @@ def _taken(parameter: nn.Parameter) -> torch.Tensor:
     return parallel.whole(parameter.detach()).cpu().clone()
 
 
-Learnt = TypeVar("Learnt", bound=FactorPair | WholeWeight, covariant=True)
+Learnt = TypeVar("Learnt", bound=FactorPair | WholeWeight | HeadWeight, covariant=True)
 
 
 class TrainedLinear(nn.Module, Generic[Learnt]):
@@ -137,24 +171,32 @@ def _factor_linear(dense: nn.Linear, factors: StackedFactors, rounding: Rounding
     return TrainedLinear(dense, FactorPair(factors, dense.weight.device, rounding))
 
 
-Deployed = TrainedLinear[FactorPair | WholeWeight] | RoundedLinear
+Learning = TrainedLinear[FactorPair | WholeWeight | HeadWeight]
+Deployed = Learning | RoundedLinear
 
 
 def deployed(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    factors: Mapping[str, StackedFactors],
+    factors: Mapping[str, StackedFactors | HeadRows | HeadColumns],
     rounding: RoundingSettings,
 ) -> AbstractContextManager[dict[str, Deployed]]:
-    """As `factored`; those `linears` that will be rounded and have no factors are there as rounding leaves them."""
+    """As `factored`; those `linears` that will be rounded and have no factors are there as rounding leaves them.
+
+    Projections of values are among the factors and not among the `linears`.
+    """
 
     def make(name: str, linear: nn.Linear) -> Deployed:
         own = of_layer(rounding, name)
         if name in factors:
-            return _factor_linear(linear, factors[name], own if rounds(rounding, name) else None)
+            layer, seen = factors[name], own if rounds(rounding, name) else None
+            if isinstance(layer, StackedFactors):
+                return _factor_linear(linear, layer, seen)
+            return TrainedLinear(linear, HeadWeight(layer, linear.weight.device, seen))
         if trains_dense(rounding, name):
             return TrainedLinear(linear, WholeWeight(linear, own))
         return RoundedLinear(linear, own)
 
     taking_part = {name: linear for name, linear in linears.items() if name in factors or rounds(rounding, name)}
+    taking_part |= {name: cast(nn.Linear, model.get_submodule(name)) for name in factors if name not in linears}
     return substituted(model, taking_part, make)

@@ -6,23 +6,35 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
+from soco_train.modules.values import narrowed_names
 from soco_train.plan.left_out import LeftOut
-from soco_train.settings import LayerSettings
+from soco_train.settings import LayerSettings, ValueSettings
 
 
-def left_out(model: nn.Module, linears: Iterable[str], settings: LayerSettings) -> dict[str, LeftOut]:
+def left_out(
+    model: nn.Module, linears: Iterable[str], settings: LayerSettings, values: ValueSettings | None = None
+) -> dict[str, LeftOut]:
     """Return the weights inside the blocks of `model` that are in none of the `linears`, by tensor name.
 
-    model: open (sites.py). Weights are tensors of two axes or more; a block is what has a number in its name.
+    model: open (sites.py); values: `refine.values`. Weights are tensors of two axes or more; a block is what has a
+    number in its name.
     """
+    known = narrowed_names(model, values) if values else {}
     chosen = {f"{name}.weight" for name in linears}
     return {
-        name: LeftOut(tuple(tensor.shape), _reason(model, name, settings))
+        name: _narrowed(tensor, *known[place])
+        if (place := name.rpartition(".")[0]) in known
+        else LeftOut(tuple(tensor.shape), _reason(model, name, settings))
         for name, tensor in model.named_parameters()
         if tensor.ndim >= 2 and _NUMBERED.search(name) and name not in chosen
     }
+
+
+def _narrowed(tensor: torch.Tensor, reason: str, share: float) -> LeftOut:
+    return LeftOut(tuple(tensor.shape), reason, round(share * tensor.numel()))
 
 
 _NUMBERED = re.compile(r"\.\d+\.")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
@@ -16,16 +16,26 @@ FEW = 0.5  # share of the blocks' weights below which keep_params says little ab
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A weight that takes no part, and why."""
+    """A weight that takes no part, and why; `stay`: how many of its numbers, where a refinement takes some."""
 
     __pydantic_config__: ClassVar = AS_WRITTEN
     shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=8)]
     reason: str
+    stay: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def numbers(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def dropped(self) -> int:
+        """How many numbers it loses."""
+        return 0 if self.stay is None else self.numbers - self.stay
+
+    def record(self) -> list[Any]:
+        """Return it as JSON has it, to be read as LeftOut(*record)."""
+        return [list(self.shape), self.reason, *([] if self.stay is None else [self.stay])]
 
 
 def taking_part(selected: int, left_out: Mapping[str, LeftOut]) -> float:

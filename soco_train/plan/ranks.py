@@ -130,6 +130,11 @@ class RankPlan:
         return sum(layer.params for layer in self.layers.values())
 
     @property
+    def dropped(self) -> int:
+        """Parameters that a refinement takes of weights that have no rank."""
+        return sum(weight.dropped for weight in self.left_out.values())
+
+    @property
     def ratio(self) -> float:
         """params_after / params_before: at most keep_params."""
         return self.params_after / self.params_before
@@ -143,7 +148,7 @@ class RankPlan:
         """Return the plan in one line; `total` is the parameter count of the whole dense model."""
         before, after = self.params_before, self.params_after
         text = (
-            f"{_millions(total)} → {_millions(total - before + after)} "
+            f"{_millions(total)} → {_millions(total - before + after - self.dropped)} "
             f"(selected {_millions(before)} → {_millions(after)}) · "
             f"{len(self.dense_layers)} of {len(self.layers)} layers left dense"
         )
@@ -161,6 +166,9 @@ class RankPlan:
             del document["bytes"]
         if not self.left_out:
             del document["left_out"]
+        for weight in document.get("left_out", {}).values():
+            if weight["stay"] is None:
+                del weight["stay"]
         return json.dumps(document | totals, indent=2) + "\n"
 
     @staticmethod
@@ -228,7 +236,8 @@ def plan_ranks(
         allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
         survivors = allocate(ladders, importances, budget)
     layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))
-    rest = {name: LeftOut(tuple(shape), why) for name, (shape, why) in scores.provenance.get("left_out", {}).items()}
+    records = scores.provenance.get("left_out", {})
+    rest = {name: LeftOut(tuple(shape), *why) for name, (shape, *why) in records.items()}
     return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest)
 
 

@@ -3,6 +3,6 @@
 Importing it registers the rungs in it; those in closed form are climbed in this order.
 """
 
-from soco_train.refine import compensate, distill, refit, svs
+from soco_train.refine import compensate, distill, refit, svs, values
 
-__all__ = ["compensate", "distill", "refit", "svs"]
+__all__ = ["compensate", "distill", "refit", "svs", "values"]

@@ -27,6 +27,7 @@ from soco_train import parallel
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.forms.base import LayerFactors
+from soco_train.forms.heads import HeadColumns, HeadRows
 from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.divergence import divergence
 from soco_train.learn.easy import EasyPairs
@@ -35,7 +36,7 @@ from soco_train.learn.optimiser import check_optimiser, optimisers, warmup_cosin
 from soco_train.learn.recompute import recomputing
 from soco_train.learn.teacher import Teacher, TopPredictions
 from soco_train.modules.adapters import adapt
-from soco_train.modules.factored import Deployed, FactorPair, TrainedLinear, WholeWeight, deployed
+from soco_train.modules.factored import Deployed, FactorPair, Learning, TrainedLinear, deployed
 from soco_train.modules.layers import parked, teaching
 from soco_train.modules.subject import Session, Subject
 from soco_train.numbers.rate import bits_per_weight
@@ -71,7 +72,7 @@ class Smaller:
 
 def distill(
     subject: Subject,
-    factors: Mapping[str, StackedFactors],
+    factors: Mapping[str, StackedFactors | HeadRows | HeadColumns],
     settings: DistillSettings,
     session: Session,
     smaller: Smaller | None = None,
@@ -131,7 +132,7 @@ class _Distillation(Loop):
         subject: Subject,
         settings: DistillSettings,
         session: Session,
-        layers: Mapping[str, TrainedLinear[FactorPair | WholeWeight]],
+        layers: Mapping[str, Learning],
         teacher: Teacher,
         smaller: Smaller | None = None,
     ) -> None:
@@ -276,7 +277,10 @@ class _Distillation(Loop):
     cost=distillation_cost,
 )
 def _distill(
-    subject: Subject, factors: Mapping[str, StackedFactors], settings: DistillSettings, session: Session
+    subject: Subject,
+    factors: Mapping[str, StackedFactors | HeadRows | HeadColumns],
+    settings: DistillSettings,
+    session: Session,
 ) -> Mapping[str, LayerFactors]:
     dense = any(trains_dense(settings.rounding, name) for name in subject.linears)
     return distill(subject, factors, settings, session) if factors or dense else factors

@@ -60,5 +60,6 @@ def name_training(settings: Section, layers: Mapping[str, LayerFactors], session
         session.fingerprint,
         settings.model_dump_json(exclude={"checkpoint_every", "checkpoint_activations", "shard"}),
     ]
-    parts += [str(float(part.norm())) for layer in layers.values() for part in vars(layer).values() if part is not None]
+    tensors = [part for layer in layers.values() for part in vars(layer).values() if part is not None]
+    parts += [str(float(part.norm())) for part in tensors if part.is_floating_point()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

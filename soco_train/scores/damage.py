@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from soco_train.events import Event, Notify, silent
-from soco_train.forms.base import FORMS, LayerFactors
-from soco_train.forms.registry import from_factors
+from soco_train.forms.base import LayerFactors
+from soco_train.forms.registry import from_factors, planned_forms
 from soco_train.forms.stacked import StackedFactors, balance
 from soco_train.modules.subject import Subject
 from soco_train.numbers.blocks import Grid
@@ -138,7 +138,7 @@ def _pruned(
     }
     exact = stored["same"]
     added = {"stacked": {weights: curve - exact for weights, curve in stored.items()}}
-    for kind, form in FORMS.items():
+    for kind, form in planned_forms().items():
         if form is not StackedFactors:
             added[kind] = _sampled(form, factors, norm, {weights: roundings[weights] for weights in types_of(kind)})
     return exact, added

@@ -27,7 +27,7 @@ from soco_train.events import Event, Notify, silent
 OUTPUT_SIDE = frozenset(
     {"output_curvature", "row_fisher", "column_fisher", "weight_fisher"}
 )  # these take a backward pass
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
 EXPERT = re.compile(r"\.experts\.(\d+)\.")  # by name, for a mixture may be open or a list of MLPs
@@ -105,7 +105,7 @@ def collect_statistics(
     listeners = _listeners(linears, needs)
     backward = bool(needs & OUTPUT_SIDE)
     device = next(model.parameters()).device
-    batches = tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1]))
+    batches = tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
     with _at_rest(model), _attached(listeners), torch.set_grad_enabled(backward):
         for step, batch in enumerate(batches, start=1):
             block = batch.to(device)

@@ -197,11 +197,13 @@ class Layer:
     """What may differ from one layer to the next.
 
     `window`: how many keys a query sees, itself included; None: all. `mixture`: experts stand in the MLP's place.
+    `values`: numbers of a value head; None: as many as a key has.
     """
 
     window: int | None = None
     rope: Rope | None = None
     mixture: bool = False
+    values: int | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,21 @@ class Architecture:
     def layers(self) -> int:
         """How many layers there are."""
         return len(self.each)
+
+    @property
+    def small_values(self) -> bool:
+        """Whether attention caches fewer numbers of a value than of a key."""
+        return any(layer.values is not None for layer in self.each)
+
+    def value_size(self, layer: Layer) -> int:
+        """Return the numbers of a value head."""
+        return layer.values or self.attention.head_dim
+
+    @property
+    def cached(self) -> int:
+        """Numbers that attention caches of a token, in all layers."""
+        sizes = sum(self.attention.head_dim + self.value_size(layer) for layer in self.each)
+        return self.attention.kv_heads * sizes
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return name → (outputs, inputs) of all projections, layer by layer, the head last."""

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from soco_export.onnx.describe.architecture import Attention, Rope
+from soco_export.onnx.describe.architecture import Attention, Layer, Rope
 from soco_export.onnx.write.matrix import Array, Order
 
 
@@ -29,9 +29,12 @@ def padded(values: tuple[float, ...], head_dim: int, rest: float = 0.0) -> Array
     return np.array([*values, *[rest] * (head_dim // 2 - len(values))], np.float32)
 
 
-def projection_orders(attention: Attention, rope: Rope | None) -> list[Order]:
-    """Return the order of outputs of each of `attention.inputs`; a fused one becomes [queries, keys, values]."""
-    turned = head_order(rope, attention.head_dim)
+def projection_orders(attention: Attention, layer: Layer) -> list[Order]:
+    """Return the order of outputs of each of `attention.inputs`; a fused one becomes [queries, keys, values].
+
+    Of values of fewer numbers the first of each head are there.
+    """
+    turned = head_order(layer.rope, attention.head_dim)
     rows = stored_rows(attention)
     if turned is not None:
         rows = [rows[0][:, turned], rows[1][:, turned], rows[2]]
@@ -39,7 +42,7 @@ def projection_orders(attention: Attention, rope: Rope | None) -> list[Order]:
         fused = np.concatenate([part.ravel() for part in rows])
         return [None if np.array_equal(fused, np.arange(len(fused))) else fused]
     orders: list[Order] = [None if turned is None else part.ravel() for part in rows[:2]]
-    return [*orders, None]
+    return [*orders, None if layer.values is None else rows[2][:, : layer.values].ravel()]
 
 
 def stored_rows(attention: Attention) -> list[Array]:

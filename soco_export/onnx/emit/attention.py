@@ -31,7 +31,7 @@ class GraphInputs:
 
 @dataclass(frozen=True)
 class Heads:
-    """What one layer's attention reads: projections [batch, sequence, heads · head_dim], the cache so far, sinks."""
+    """What one layer's attention reads: projections [batch, sequence, heads · size of one], the cache so far, sinks."""
 
     query: ir.Value
     key: ir.Value
@@ -74,7 +74,7 @@ class AttentionFlavour(ABC):
 
     @abstractmethod
     def attend(self, heads: Heads, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Return (output [batch, sequence, heads · head_dim], present key, present value)."""
+        """Return (output [batch, sequence, heads · numbers of a value], present key, present value)."""
 
     @abstractmethod
     def add_norm(

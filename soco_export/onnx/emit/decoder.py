@@ -45,7 +45,7 @@ class DecoderBuilder:
     def build(self, notify: Notify) -> ir.Model:
         """Emit everything, reporting each layer."""
         inputs = self._inputs()
-        caches = [self._cache(index) for index in range(self.architecture.layers)]
+        caches = [self._cache(index, layer) for index, layer in enumerate(self.architecture.each)]
         self.flavour.prepare(inputs)
         x, update = self._embedded(inputs), None
         presents = []
@@ -55,9 +55,9 @@ class DecoderBuilder:
             notify(Event("export", index + 1, self.architecture.layers + 1))
         hidden, _ = self._entered(x, update, self.tensors.final_norm)
         self._logits(hidden)
-        for index, present in enumerate(presents):
-            for value, part in zip(present, ("key", "value"), strict=True):
-                self.graph.output(value, f"present.{index}.{part}", self.graph.dtype, self._cache_shape(TOTAL))
+        for index, (layer, present) in enumerate(zip(self.architecture.each, presents, strict=True)):
+            for value, (part, shape) in zip(present, self._cache_shapes(layer, TOTAL).items(), strict=True):
+                self.graph.output(value, f"present.{index}.{part}", self.graph.dtype, shape)
         notify(Event("export", self.architecture.layers + 1, self.architecture.layers + 1))
         return self.graph.model("soco-export")
 
@@ -69,13 +69,15 @@ class DecoderBuilder:
             positions = self.graph.input("position_ids", INT64, [BATCH, SEQUENCE])
         return GraphInputs(tokens, mask, positions)
 
-    def _cache(self, index: int) -> tuple[ir.Value, ir.Value]:
-        shape, name = self._cache_shape(PAST), f"past_key_values.{index}"
-        key = self.graph.input(f"{name}.key", self.graph.dtype, shape)
-        return key, self.graph.input(f"{name}.value", self.graph.dtype, shape)
+    def _cache(self, index: int, layer: Layer) -> tuple[ir.Value, ir.Value]:
+        shapes, name = self._cache_shapes(layer, PAST), f"past_key_values.{index}"
+        key = self.graph.input(f"{name}.key", self.graph.dtype, shapes["key"])
+        return key, self.graph.input(f"{name}.value", self.graph.dtype, shapes["value"])
 
-    def _cache_shape(self, time: str) -> list[int | str]:
-        return [BATCH, self.architecture.attention.kv_heads, time, self.architecture.attention.head_dim]
+    def _cache_shapes(self, layer: Layer, time: str) -> dict[str, list[int | str]]:
+        shape = self.architecture.attention
+        sizes = {"key": shape.head_dim, "value": self.architecture.value_size(layer)}
+        return {part: [BATCH, shape.kv_heads, time, size] for part, size in sizes.items()}
 
     # input_ids ── rows of the table (── Mul scale)(── Add ── Gather learned positions ── Add offset)(── norm) ── x
     def _embedded(self, inputs: GraphInputs) -> ir.Value:
@@ -143,7 +145,7 @@ class DecoderBuilder:
     def _projected(self, hidden: ir.Value, prefix: str, layer: Layer) -> list[ir.Value]:
         graph, shape = self.graph, self.architecture.attention
         names = [f"{prefix}.{name}" for name in shape.inputs]
-        parts = self.linears.many(hidden, names, projection_orders(shape, layer.rope))
+        parts = self.linears.many(hidden, names, projection_orders(shape, layer))
         if len(names) == 1:
             parts = list(graph.ops("Split", parts[0], graph.constant(list(shape.sizes)), outputs=3, axis=-1))
         if shape.clip is None:

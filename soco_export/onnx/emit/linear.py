@@ -211,6 +211,13 @@ def _stacked(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Va
     return linears.matmul(first, f"{name}.up.weight", up, [name])
 
 
+# x ── MatMul rows [n,g·r] ── values of r numbers ── attention ── MatMul columns [h·r,m] ── y      (no zeros, no Gather)
+@finish("head-rows")
+@finish("head-columns")
+def _heads(linears: Linears, first: ir.Value, name: str, rows: Order) -> ir.Value:
+    return first
+
+
 # x ── MatMul pivot [n,r] ─┬───────────────────────┐
 #                          └─ MatMul mix [r,m-r] ──┴─ Concat ──(into order)── y
 @finish("pivoted")

@@ -88,11 +88,12 @@ class Standard(AttentionFlavour):
     #
     # A softmax does not mind a shift: the sink is a key that scores 0, and all others score less by the sink.
     def _attend_with_sinks(self, heads: Heads, sinks: ir.Value, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
-        graph, shape, size = self.graph, self.architecture.attention, self.architecture.attention.head_dim
+        graph, shape = self.graph, self.architecture.attention
+        size, of_value = shape.head_dim, self.architecture.value_size(layer)
         scale = size**-0.5 if shape.scale is None else shape.scale
-        query = self._apart(heads.query, shape.heads)
-        key = graph.op("Concat", heads.past_key, self._apart(heads.key, shape.kv_heads), axis=2)
-        value = graph.op("Concat", heads.past_value, self._apart(heads.value, shape.kv_heads), axis=2)
+        query = self._apart(heads.query, shape.heads, size)
+        key = graph.op("Concat", heads.past_key, self._apart(heads.key, shape.kv_heads, size), axis=2)
+        value = graph.op("Concat", heads.past_value, self._apart(heads.value, shape.kv_heads, of_value), axis=2)
         zero, one = graph.constant(0.0, graph.dtype), graph.constant(1.0, graph.dtype)
         column = graph.op("Reshape", sinks, graph.constant([1, -1, 1, 1]))
         offset = graph.op("Mul", column, graph.constant(-1.0 / scale, graph.dtype))
@@ -109,11 +110,10 @@ class Standard(AttentionFlavour):
             **({"softmax_precision": int(FLOAT)} if graph.dtype != FLOAT else {}),
         )
         across = graph.op("Transpose", output, perm=[0, 2, 1, 3])
-        return graph.op("Reshape", across, graph.constant([0, 0, shape.heads * size])), key, value
+        return graph.op("Reshape", across, graph.constant([0, 0, shape.heads * of_value])), key, value
 
-    def _apart(self, x: ir.Value, heads: int) -> ir.Value:
-        """Return [batch, sequence, heads · head_dim] as [batch, heads, sequence, head_dim]."""
-        size = self.architecture.attention.head_dim
+    def _apart(self, x: ir.Value, heads: int, size: int) -> ir.Value:
+        """Return [batch, sequence, heads · size] as [batch, heads, sequence, size]."""
         split = self.graph.op("Reshape", x, self.graph.constant([0, 0, heads, size]))
         return self.graph.op("Transpose", split, perm=[0, 2, 1, 3])
 

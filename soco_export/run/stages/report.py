@@ -13,6 +13,7 @@ from soco_export.files.curve import read_curve
 from soco_export.files.json import read_config
 from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import folder_bytes
+from soco_export.onnx.inspect import cache_bytes
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import read_frontier
 from soco_export.report.gates import GATES, GateSettings
@@ -120,7 +121,7 @@ def _sizes(context: RunContext) -> SizeFigures:
     sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
     return SizeFigures(
         params_before=total,
-        params_after=total - plan.params_before + plan.params_after,
+        params_after=total - plan.params_before + plan.params_after - plan.dropped,
         selected_before=plan.params_before,
         selected_after=plan.params_after,
         layers=len(plan.layers),
@@ -129,6 +130,7 @@ def _sizes(context: RunContext) -> SizeFigures:
         storage=plan.storage,
         largest_coefficient=_largest_coefficient(context.path("factors", "factors.safetensors")),
         bytes=sizes,
+        cache_bytes={name: cache_bytes(context.path(FOLDERS[name], name)) for name in wanted if "onnx" in name},
         bytes_ratio=sizes["onnx"] / sizes["onnx-dense"] if "onnx-dense" in sizes else None,
         keep_bytes=plan.bytes.keep_bytes if plan.bytes else None,
         file_bytes=_file_bytes(context) if plan.bytes and context.format == "onnx" else None,

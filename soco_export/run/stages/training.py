@@ -11,7 +11,7 @@ from soco_export.run.pipeline import Stage
 from soco_train import parallel
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")
-BASIS_KEYS = ("layers", "train.basis", "train.ridge", "train.statistics_blocks")
+BASIS_KEYS = ("layers", "refine.values", "train.basis", "train.ridge", "train.statistics_blocks")
 
 
 def make_spectrum(context: RunContext, out: Path) -> None:
@@ -48,7 +48,7 @@ SPECTRUM = Stage("spectrum", ("model", "calibration"), BASIS_KEYS, ("spectrum",)
 SCORES = Stage(
     "scores",
     ("model", "calibration", "spectrum"),
-    ("layers", "train", *PLAN_KEYS),
+    ("layers", "refine.values", "train", *PLAN_KEYS),
     ("scores.safetensors", SCORES_CURVE),
     learn_scores,
     shared=True,

@@ -18,6 +18,7 @@ from soco_export.model.tiny import random_model
 from soco_export.model.which import shrink
 from soco_export.onnx.describe.config import as_config
 from soco_export.onnx.families import describe
+from soco_export.onnx.narrow import all_narrowed
 from soco_export.preflight import cost_training
 from soco_export.preflight.cost import ModelShape, estimate, measure
 from soco_export.preflight.cost_card import Phase, count, rough_time
@@ -32,6 +33,7 @@ from soco_train.spectra.bases import find_basis
 from soco_train.spectra.statistics import SUMS_AT_ONCE, groups, sums_bytes
 from soco_train.store.spectra import Spectrum, SpectrumStore
 from tests.support.cli import ROOT
+from tests.support.values import narrow
 
 pytestmark = pytest.mark.transformers
 
@@ -397,3 +399,23 @@ def kept_for_backward(recipe: Recipe, tokens: torch.Tensor, dtype: torch.dtype) 
 def test_figures_are_said_as_people_say_them() -> None:
     assert [count(x) for x in (7.24e9, 134.5e6, 2048)] == ["7.24B", "134.5M", "2,048"]
     assert [human_bytes(x) for x in (13.54e9, 5.4e6, 900, 0)] == ["13.5 GB", "5.4 MB", "900 B", "–"]
+
+
+def test_narrow_values_are_counted_as_the_graph_caches_them() -> None:
+    recipe = load_recipe("tiny", ["refine.values.keep=0.5", "keep_params=0.7", "export.layouts=[ort]"])
+    wide, shape = measure(load_recipe("tiny")), measure(recipe)
+    description = describe(as_config(dense_config(recipe), where="tiny"))
+    assert description is not None
+    card = estimate(recipe, shape)
+    assert card.cached == tuple(4 * all_narrowed(description, numbers).cached for numbers in (32, 16))
+    model = random_model(dense_config(recipe), 0)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    narrow(model, 16)
+    assert shape.dropped == before - sum(parameter.numel() for parameter in model.parameters())
+    assert card.parameters_after == shape.parameters - shape.selected + card.kept - shape.dropped
+    assert wide.selected - shape.selected == 2 * shape.dropped  # half of both projections stays, and none has a rank
+    assert "cache: 3,072 → 2,304 bytes a token" in card.lines()
+    assert not any("cache" in line for line in estimate(load_recipe("tiny"), wide).lines())
+    cut = recipe.replace({"refine.distill.steps": 0})
+    with_sums, without = (estimate(cut, one).phases for one in (shape, replace(shape, values=())))
+    assert {one.name for one, other in zip(with_sums, without, strict=True) if one.alone > other.alone} >= {"factors"}

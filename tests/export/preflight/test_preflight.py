@@ -177,3 +177,26 @@ def test_contrib_in_float32_is_refused_for_cuda_before_anything_starts():
         preflight.check_precision(recipe)
     assert "standard" in caught.value.fix
     preflight.check_precision(load_recipe("tiny", ["validate.provider=CUDAExecutionProvider"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "optimum caches values as large as keys"),
+        (["export.layouts=[ort]", "export.flavour=contrib"], "GroupQueryAttention takes values as large as keys"),
+        (["export.layouts=[]", "validate.runtime=openvino"], "openvino caches values as large as keys"),
+        (["export.layouts=[]", "keep_bytes=9MB"], "which refine.values does not know"),
+        (["export.layouts=[]", "refine.distill.sizes=[0.5, 0.9]"], "leave them off with distill.sizes"),
+    ],
+)
+def test_values_that_nothing_could_cache_so_are_refused_before_training(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        preflight.check_recipe(load_recipe("tiny", ["refine.values.keep=0.5", *overrides]), "onnx")
+    assert message in caught.value.message
+
+
+def test_narrow_values_pass_where_the_cache_follows_the_graph_and_in_other_formats() -> None:
+    for layout in ("ort", "triton"):
+        preflight.check_recipe(load_recipe("tiny", ["refine.values.keep=0.5", f"export.layouts=[{layout}]"]), "onnx")
+    for format in ("hf", "dense"):
+        preflight.check_recipe(load_recipe("tiny", ["refine.values.keep=0.5", "train.deviation=false"]), format)

@@ -1,0 +1,151 @@
+"""The rung that narrows values: exact where nothing is lost, apart from the plan, refused where it would be wrong."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from soco_export.checkpoint.layers import apply_factors
+from soco_train import method
+from soco_train.errors import RecipeError
+from soco_train.events import silent
+from soco_train.forms.heads import HeadColumns, HeadRows
+from soco_train.forms.registry import from_factors
+from soco_train.modules.subject import Session
+from soco_train.modules.values import check_mixing, value_sites
+from soco_train.plan.ranks import plan_ranks
+from soco_train.refine.values import narrow_values
+from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings, ValueSettings
+from tests.support.models import logits, small_llama
+
+HALF = ValueSettings(keep=0.5)
+UNTRAINED = TrainSettings(scorer="singular-values", basis="plain")
+
+
+def llama(**changes: Any) -> Any:
+    return small_llama(head_dim=16, **changes)
+
+
+def drawn(count: int = 24) -> torch.Tensor:
+    return torch.randint(4, 60, (count, 16))
+
+
+@torch.no_grad()
+def limit_values(model: Any, rank: int) -> None:
+    """Leave every value head only `rank` independent numbers, in places of its own."""
+    for site in value_sites(model):
+        weight = model.get_submodule(site.value).weight
+        for head in weight.view(site.groups, site.size, -1):
+            head.copy_(torch.randn(site.size, rank) @ torch.randn(rank, head.shape[1]) / rank**0.5 / 8)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_nothing_changes_where_the_values_hold_no_more_numbers(groups: int) -> None:
+    model, tokens = llama(num_key_value_heads=groups), drawn()
+    limit_values(model, 8)
+    expected = logits(model, tokens)
+    found = narrow_values(model, value_sites(model), tokens, HALF, silent)
+    apply_factors(model, found)
+    assert {layer.weight.shape for layer in found.values()} == {(8 * groups, 32), (32, 8 * 4)}
+    assert float((logits(model, tokens) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_more_numbers_lose_less_and_the_model_is_left_as_it_was() -> None:
+    model, tokens = small_llama(head_dim=32), drawn()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected, errors = logits(model, tokens), []
+    for keep in (0.25, 0.5, 0.75):
+        other = copy.deepcopy(model)
+        apply_factors(other, narrow_values(model, value_sites(model), tokens, ValueSettings(keep=keep), silent))
+        errors.append(float((logits(other, tokens) - expected).norm()))
+    assert errors[0] > errors[1] > errors[2] > 0
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_projections_take_no_part_in_the_plan_and_distillation_trains_them(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum", HALF)
+    apart = {name for site in value_sites(model) for name in (site.value, site.output)}
+    assert apart.isdisjoint(subject.linears)
+    assert {subject.left_out[f"{name}.weight"].reason for name in apart} == {
+        "refine.values: 8 of 16 numbers of each value head stay"
+    }
+    method.make_spectra(subject, UNTRAINED)
+    scores = method.learn_scores(subject, UNTRAINED, PlanSettings(), Session(tmp_path / "scores"))
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.6))
+    done = {}
+    for steps in (0, 3):
+        refine = RefineSettings(values=HALF, distill={"steps": steps, "batch_tokens": 64, "lr": 1e-2})
+        found = method.cut_factors(subject, scores, plan, refine, Session(tmp_path / f"work{steps}")).made()
+        found.save(tmp_path / "factors.safetensors")
+        done[steps] = type(found).load(tmp_path / "factors.safetensors").layers
+    for name in apart:
+        cut, trained = (done[steps][name] for steps in (0, 3))
+        assert type(cut) is type(trained) is (HeadRows if "v_proj" in name else HeadColumns)
+        assert torch.equal(cut.order, trained.order)
+        assert not torch.allclose(cut.weight, trained.weight)
+    assert set(plan.layers) <= set(done[3]) | set(plan.dense_layers)
+
+
+def test_scores_that_rank_the_projections_are_refused(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum")
+    method.make_spectra(subject, UNTRAINED)
+    scores = method.learn_scores(subject, UNTRAINED, PlanSettings(), Session(tmp_path / "scores"))
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.3))
+    with pytest.raises(RecipeError, match="has a rank already"):
+        method.cut_factors(subject, scores, plan, RefineSettings(values=HALF), Session(tmp_path / "work"))
+
+
+BENDS = {
+    "gate": lambda x: x * torch.linspace(0.5, 1.5, x.shape[-1]),
+    "bound": lambda x: x.clamp(-0.01, 0.01),
+    "order": lambda x: x.roll(16, -1),
+}
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_attention_that_does_more_to_values_than_mix_them_is_refused(bend: str) -> None:
+    model, tokens = llama(), drawn(2)
+    check_mixing(model, value_sites(model), tokens)
+    between = BENDS[bend]
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, args: (between(args[0]),))
+    with pytest.raises(RecipeError, match="more to values than to mix"):
+        check_mixing(model, value_sites(model), tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "keep", "said"),
+    [
+        (("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 64}), 0.5, "of their own"),
+        (("olmo", {"clip_qkv": 4.0, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+                   "num_hidden_layers": 1, "vocab_size": 64}), 0.5, "it clips them"),
+        (("llama", {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+                    "num_hidden_layers": 1, "vocab_size": 64}), 0.9, "give 0.5 or less"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_narrowed_are_refused_by_name(
+    config: Any, keep: float, said: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config[0], **config[1]))
+    with pytest.raises(RecipeError) as refused:
+        method.open_subject(model, LayerSettings(), drawn(2), tmp_path, ValueSettings(keep=keep))
+    assert said in f"{refused.value.message} {refused.value.fix}"
+
+
+@pytest.mark.parametrize("kind", [HeadRows, HeadColumns])
+def test_a_part_of_heads_is_the_dense_layer_that_it_says(kind: Any) -> None:
+    m, n, rank = 7, 9, 4
+    shape = (rank, n) if kind is HeadRows else (m, rank)
+    factors = kind(torch.randn(shape), torch.randperm(m if kind is HeadRows else n), torch.randn(m))
+    assert factors.shape == (m, n)
+    module = from_factors(factors)
+    x = torch.randn(3, n)
+    torch.testing.assert_close(module(x), x @ module.dense_weight().float().T + factors.bias)
+    assert (module.dense_weight() != 0).sum() == kind.cost(rank, m, n) == module.weight.numel()
+    torch.testing.assert_close(module.to_linear()(x), module(x))
