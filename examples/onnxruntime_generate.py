@@ -16,7 +16,8 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 from tokenizers import Tokenizer
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of the cache; numpy has no bfloat16
+# of the cache; numpy has no bfloat16
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def open_session(path: Path) -> Any:

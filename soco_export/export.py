@@ -14,6 +14,7 @@ from soco_export.checkpoint.record import planned_types
 from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
 from soco_export.onnx.build import write_graph
+from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
 from soco_export.onnx.check import check_architecture, check_tensors
 from soco_export.onnx.describe.architecture import Architecture
@@ -82,9 +83,9 @@ def export_onnx(
             model = load_checkpoint(folder, getattr(torch, settings.dtype), trust_remote_code=trust_remote_code)
             export_traced(model, partial, settings, notify, metadata)
         else:
-            if calibration and settings.calibrates:
-                rounding = _calibrated(source, partial / "levels", settings, calibration(), notify)
-            write_graph(architecture, source, settings, partial, notify, metadata)
+            rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
+            scales = _cache_scales(folder, architecture, settings, calibration, trust_remote_code)
+            write_graph(architecture, source, settings, partial, notify, metadata, scales)
             if source.kept:
                 source.kept.remove()
         write_layouts(Layout(folder, partial, config, settings))
@@ -122,18 +123,45 @@ def _described(config: Config, settings: ExportSettings, forms: Mapping[str, int
 
 
 def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch.Tensor] | None) -> None:
-    if settings.calibrates and calibration is None:
-        raise RecipeError(
-            f"export.quantize.rule is {settings.quantize.rule}, and there is no calibration text",
-            fix="give export_onnx the token blocks of one, or rule: nearest",
-            where="export.quantize.rule",
-        )
+    asking = {
+        "export.quantize.rule": (settings.quantize.rule, settings.calibrates, "nearest"),
+        "export.cache": (settings.cache, settings.cache != "same", "same"),
+    }
+    for key, (said, asks, without) in asking.items():
+        if asks and calibration is None:
+            raise RecipeError(
+                f"{key} is {said}, and there is no calibration text",
+                fix=f"give export_onnx the token blocks of one, or {key.rpartition('.')[2]}: {without}",
+                where=key,
+            )
+
+
+def _cache_scales(
+    folder: Path,
+    architecture: Architecture,
+    settings: ExportSettings,
+    calibration: Callable[[], torch.Tensor] | None,
+    trust_remote_code: bool,
+) -> list[CacheScales]:
+    """Return the scales of each layer's cache, none where it is not rounded."""
+    if calibration is None or settings.cache == "same":
+        return []
+    blocks = calibration()
+    few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
+    return cache_scales(folder, architecture, few, trust_remote_code)
 
 
 def _calibrated(
-    source: CheckpointWeights, work: Path, settings: ExportSettings, blocks: torch.Tensor, notify: Notify
-) -> RoundingFigures:
-    """Let `source` know how its matrices are rounded for the text `blocks` [b, t]; levels lie in `work` meanwhile."""
+    source: CheckpointWeights,
+    work: Path,
+    settings: ExportSettings,
+    calibration: Callable[[], torch.Tensor] | None,
+    notify: Notify,
+) -> RoundingFigures | None:
+    """Let `source` know how its matrices are rounded, if that asks for a text; the levels lie in `work` meanwhile."""
+    if calibration is None or not settings.calibrates:
+        return None
+    blocks = calibration()
     source.kept = KeptLevels(work)
     few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
     return calibrate(source.folder, few, settings, source.kept, notify)

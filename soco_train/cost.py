@@ -48,7 +48,7 @@ class ModelShape:
 
     context: positions of the model, None if it says none. shares: of the tokens, how many go through each of the
     `linears` (an expert's: those that choose it); empty: all. idle: parameters that a token does not meet. values: of
-    each attention that `refine.values` narrows.
+    each attention that `refine.values` narrows. cached: numbers of keys and values a token, where they are known.
     """
 
     parameters: int
@@ -62,6 +62,7 @@ class ModelShape:
     shares: tuple[float, ...] = ()
     idle: int = 0
     values: tuple[ValueShape, ...] = ()
+    cached: int = 0
 
     def met(self, sizes: Iterable[float]) -> int:
         """Return the sum of a size of each layer over those that a token goes through."""

@@ -22,18 +22,24 @@ import onnx
 import onnxruntime as ort
 import torch.utils.dlpack
 from google.protobuf.message import DecodeError
+from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.settings import CPU
-from soco_export.files.names import MODEL_FILE
+from soco_export.files.names import INT8_CACHE, MODEL_FILE
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.installed import install_command
 
 DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 _PACKAGES = {"CUDAExecutionProvider": "gpu", "TensorrtExecutionProvider": "gpu"}
 HALF_TYPES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int8)": np.int8,
+}
 
 # Copies between a device and the host, which the runtime puts in itself.
 COPIES = frozenset({"MemcpyToHost", "MemcpyFromHost"})
@@ -176,6 +182,31 @@ def check_provider(provider: str) -> None:
             fix=f"{install_command(_PACKAGES.get(provider, 'cpu'))}, or set validate.provider to {CPU}",
             where="recipe: validate.provider",
         )
+
+
+def check_int8_cache(provider: str) -> None:
+    """Raise MachineError unless the installed ONNX Runtime has an attention with a cache of int8; needs no model."""
+    shapes = {"q": (1, 1, 32), "k": (1, 1, 16), "v": (1, 1, 16), "past_k": (1, 1, 0, 16), "past_v": (1, 1, 0, 16)}
+    types = {name: onnx.TensorProto.INT8 if name.startswith("past") else onnx.TensorProto.FLOAT for name in shapes}
+    whole = {"length": (1,), "total": (), "k_scale": (1, 1, 1, 16), "v_scale": (1, 1, 1, 16)}
+    types |= {name: onnx.TensorProto.FLOAT if "scale" in name else onnx.TensorProto.INT32 for name in whole}
+    names = [*shapes, "length", "total", *[""] * 5, "k_scale", "v_scale"]
+    sizes = {"num_heads": 2, "kv_num_heads": 1, **INT8_CACHE}
+    node = helper.make_node("GroupQueryAttention", names, ["y", "next_k", "next_v"], domain="com.microsoft", **sizes)
+    inputs = [helper.make_tensor_value_info(name, types[name], shape) for name, shape in (shapes | whole).items()]
+    kinds = {"y": onnx.TensorProto.FLOAT, "next_k": onnx.TensorProto.INT8, "next_v": onnx.TensorProto.INT8}
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+    graph = helper.make_graph([node], "cache", inputs, outputs)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    try:
+        ort.InferenceSession(model.SerializeToString(), session_options(1), providers=[provider])
+    except LOAD_ERRORS as error:
+        raise MachineError(
+            f"onnxruntime {ort.__version__} has no attention with a cache of int8 on {provider}",
+            fix="update onnxruntime (1.32 has it on the CPU), or export.cache: same",
+            where="recipe: export.cache",
+        ) from error
 
 
 def _refuse_half_on_cpu(graph: onnx.GraphProto, provider: str, folder: Path) -> None:

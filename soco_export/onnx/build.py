@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from soco_export.files.names import MODEL_FILE
+from soco_export.onnx.cache import CacheScales, blank_scales
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.emit.decoder import DecoderBuilder
 from soco_export.onnx.settings import ExportSettings
@@ -26,12 +27,16 @@ def write_graph(
     folder: Path,
     notify: Notify,
     metadata: Mapping[str, str] | None = None,
+    scales: Sequence[CacheScales] = (),
 ) -> None:
-    """Stream the weights into `folder`/model.onnx.data and write the graph, with `metadata` in it, beside them."""
+    """Stream the weights into `folder`/model.onnx.data and write the graph, with `metadata` in it, beside them.
+
+    scales: of each layer's cache, where that is int8.
+    """
     data = DataFile(folder / f"{MODEL_FILE}.data")
     try:
         graph = Graph(data, ONNX_DTYPES[settings.dtype])
-        model = DecoderBuilder(architecture, source, settings, graph).build(notify)
+        model = DecoderBuilder(architecture, source, settings, graph, scales).build(notify)
     finally:
         data.close()
     stamp(model, metadata or {})
@@ -44,5 +49,6 @@ def count_bytes(architecture: Architecture, source: WeightSource, settings: Expo
     What `stamp` will say of the model's origin is not known yet: that has `STAMP`, and all else is exact.
     """
     data = NoFile(Path(f"{MODEL_FILE}.data"))
-    model = DecoderBuilder(architecture, source, settings, Graph(data, ONNX_DTYPES[settings.dtype])).build(silent)
+    graph, scales = Graph(data, ONNX_DTYPES[settings.dtype]), blank_scales(architecture, settings)
+    model = DecoderBuilder(architecture, source, settings, graph, scales).build(silent)
     return data.size + len(ir.to_proto(model).SerializeToString()) + STAMP

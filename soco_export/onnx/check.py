@@ -23,6 +23,12 @@ def check_architecture(config: Config, settings: ExportSettings) -> Architecture
     for grid in settings.grids():
         rule.check(grid)
     architecture = describe(config)
+    if settings.cache != "same" and (architecture is None or settings.flavour != "contrib"):
+        raise RecipeError(
+            f"export.cache is {settings.cache}, which only GroupQueryAttention of the flavour contrib keeps",
+            fix="export.cache: same" + (", or export.flavour: contrib" if architecture else ""),
+            where="export.cache",
+        )
     if architecture is None:
         check_fallback(config, settings)
     elif settings.flavour == "contrib":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 TableType = Literal["same", "int8", "int4"]
+CacheType = Literal["same", "int8"]
 Block = Literal[16, 32, 64, 128, 256]
 Value = TypeVar("Value")
 
@@ -60,6 +61,7 @@ class ExportSettings(Section):
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
     cache and unquantised weights; logits are always float32. `weights`: int8, int4 or int2 blocks for every MatMul.
     `each`: the type of single layers, by name or glob, the token table among them; goes before `weights` and `keep`.
+    `cache`: `int8` keeps keys and values in a byte a number (`contrib`), with scales of a calibration text.
     `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
     input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/runtimes/).
     """
@@ -69,6 +71,7 @@ class ExportSettings(Section):
     weights: WeightType = "same"
     each: dict[str, WeightType] = Field(default_factory=dict)
     quantize: QuantizeSettings = QuantizeSettings()
+    cache: CacheType = "same"
     last_token_logits: bool = False
     pack: bool = False
     layouts: tuple[str, ...] = ("optimum", "genai")
@@ -108,6 +111,11 @@ class ExportSettings(Section):
         sizes = {name: block for name, block in blocks.items() if named(how.blocks, name) is None}
         quantize = how.model_copy(update={"blocks": {**how.blocks, **sizes}})
         return self.model_copy(update={"each": {**self.each, **each}, "quantize": quantize})
+
+    @property
+    def rounded_to(self) -> WeightType:
+        """What the export's error is that of: its weights, or where these are not rounded its cache."""
+        return self.cache if self.weights == "same" else self.weights
 
     def rounding(self) -> Rounding:
         """Return the rule by which weights are rounded; RecipeError for one that nobody knows."""

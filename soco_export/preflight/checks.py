@@ -183,7 +183,7 @@ def check_graph(recipe: Recipe) -> None:
     from soco_export.onnx.check import check_architecture
     from soco_export.onnx.describe.config import as_config
     from soco_export.onnx.emit.linear import find_finish
-    from soco_export.runtimes.registry import check_runtimes
+    from soco_export.runtimes.registry import check_cache, check_runtimes
 
     find_finish(recipe.storage)
     config = as_config(dense_config(recipe), where=f"model {recipe.name}")
@@ -191,12 +191,12 @@ def check_graph(recipe: Recipe) -> None:
     if recipe.refine.values.narrows:
         architecture = _narrowed(recipe, architecture)
     check_runtimes(recipe.export, architecture)
+    check_cache(recipe.validation.runtime, "validate.runtime", recipe.export, architecture)
 
 
 def _narrowed(recipe: Recipe, architecture: Architecture | None) -> Architecture:
     """Return the description as `refine.values` makes it; RecipeError where graph or runtime cannot cache so."""
     from soco_export.onnx.narrow import all_narrowed, check_values
-    from soco_export.runtimes.registry import check_cache_sizes
 
     if architecture is None:
         raise RecipeError(
@@ -206,7 +206,6 @@ def _narrowed(recipe: Recipe, architecture: Architecture | None) -> Architecture
         )
     narrowed = all_narrowed(architecture, recipe.refine.values.numbers(architecture.attention.head_dim))
     check_values(narrowed, recipe.export)
-    check_cache_sizes(recipe.validation.runtime, "validate.runtime")
     return narrowed
 
 
@@ -228,7 +227,7 @@ def check_biases(recipe: Recipe) -> None:
 def check_onnxruntime(recipe: Recipe) -> None:
     """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
     try:
-        from soco_export.evaluate.session import check_provider
+        from soco_export.evaluate.session import check_int8_cache, check_provider
     except ImportError as error:
         raise MachineError(
             f"onnxruntime is not installed ({error})",
@@ -237,6 +236,8 @@ def check_onnxruntime(recipe: Recipe) -> None:
         ) from None
     try:
         check_provider(recipe.validation.provider)
+        if recipe.export.cache == "int8":
+            check_int8_cache(recipe.validation.provider)
     except MachineError as error:
         if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
             raise MachineError(

@@ -38,7 +38,6 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
     kept = int(recipe.keep_params * shape.selected)
     after = shape.parameters - shape.selected + kept - shape.dropped
     outputs = _outputs(recipe, shape, after)
-    cached, width = [value.cached for value in shape.values], BYTES[recipe.export.dtype]
     phases = (*training_phases(recipe, shape), *_export_phases(recipe, shape, after, format, outputs))
     return CostCard(
         model=recipe.name,
@@ -46,7 +45,7 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         selected=shape.selected,
         kept=kept,
         dropped=shape.dropped,
-        cached=(width * sum(whole for whole, _ in cached), width * sum(small for _, small in cached)),
+        cached=_cached(recipe, shape),
         layers=len(shape.linears),
         components=shape.components,
         phases=phases,
@@ -56,6 +55,13 @@ def estimate(recipe: Recipe, shape: ModelShape, format: str = "onnx") -> CostCar
         core_hours=_core_hours(recipe, shape, format),
         training_tokens=recipe.train.steps * recipe.train.batch_tokens * find_scorer(recipe.train.scorer).trains,
     )
+
+
+def _cached(recipe: Recipe, shape: ModelShape) -> tuple[int, int]:
+    """Return the bytes of keys and values a token: as the model has them in export.dtype, and as exported."""
+    width = BYTES[recipe.export.dtype]
+    narrowed = shape.cached - sum(whole - small for whole, small in (value.cached for value in shape.values))
+    return width * shape.cached, (width if recipe.export.cache == "same" else 1) * narrowed
 
 
 def _core_hours(recipe: Recipe, shape: ModelShape, format: str) -> float:

@@ -30,7 +30,7 @@ class CostCard:
     """All estimates for one recipe; bytes, parameters, tokens and GPU-hours.
 
     `core_hours`: of one CPU core, for all of it, where there is no GPU. `dropped`: parameters that go with numbers of
-    value heads; `cached`: bytes of keys and values a token, before and after, where `refine.values` narrows them.
+    value heads; `cached`: bytes of keys and values a token, before and after, where the recipe makes them fewer.
     """
 
     model: str
@@ -106,7 +106,7 @@ class CostCard:
         rows.append(f"assumed: {self.assumption}")
         rows.append(f"disk {human_bytes(self.disk_total)}: {_listed(self.disk)}")
         rows.append(f"outputs: {_listed(self.outputs)}")
-        if self.dropped:
+        if self.cached[0] > self.cached[1]:
             rows.append(f"cache: {self.cached[0]:,} → {self.cached[1]:,} bytes a token")
         return rows
 

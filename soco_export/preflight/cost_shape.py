@@ -52,7 +52,17 @@ def measure(recipe: Recipe) -> ModelShape:
         shares=tuple(sharing(name) for name in linears),
         idle=int(sum(weight.numel() * (1 - sharing(name)) for name, weight in model.named_parameters())),
         values=_value_shapes(model, values),
+        cached=_cached(config) if values.narrows or recipe.export.cache != "same" else 0,
     )
+
+
+def _cached(config: Any) -> int:
+    """Return the numbers of keys and values that the described model caches of a token, 0 if it is not described."""
+    from soco_export.onnx.describe.config import as_config
+    from soco_export.onnx.families import describe
+
+    description = describe(as_config(config, where="config.json"))
+    return description.cached if description else 0
 
 
 def _value_shapes(model: Any, values: ValueSettings) -> tuple[ValueShape, ...]:

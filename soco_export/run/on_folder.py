@@ -122,7 +122,7 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
         "ratio_interval": interval,
     }
     measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity, "forgetting": proof["forgetting"]}
-    gates = recipe.gates.at(recipe.export.dtype, recipe.export.weights)
+    gates = recipe.gates.at(recipe.export.dtype, recipe.export.rounded_to)
     verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.", "forgetting.")))
     return _proof_outcome(measured, step, verdicts)
 

@@ -29,6 +29,7 @@ GENAI_TYPES = {
 class Genai(Runtime):
     """onnxruntime-genai, which keeps the cache in one buffer: the contrib flavour."""
 
+    reads_cache_types = True
     packages = ("onnxruntime-genai",)
     install = install_command("genai")
     target = ("export.flavour=contrib", "export.layouts=[optimum, genai]")

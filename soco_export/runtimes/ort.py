@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Ort(Runtime):
     """ONNX Runtime under validate.provider, with proof of where each node ran."""
 
-    reads_cache_sizes = True
+    reads_cache_sizes = reads_cache_types = True
     target = ("export.flavour=standard", "export.layouts=[optimum]")
     install = install_command("cpu")
 

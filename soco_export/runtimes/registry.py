@@ -40,13 +40,14 @@ class Runtime:
 
     `target`: settings in the form of `--set`, gates that it needs off included (`gates.max_export_kl=null`).
     `packages`: distributions that must be installed to run it on this machine; `install`: what to do if they are not.
-    `reads_cache_sizes`: whether it makes each part of the cache as large as the graph's own input says; others take one
-    size for keys and values, from a config.
+    `reads_cache_sizes`, `reads_cache_types`: whether it makes each part of the cache of the size, or of the type, that
+    the graph's own input has; others take one size for keys and values, from a config, and floats.
     """
 
     target: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
     reads_cache_sizes: ClassVar[bool] = False
+    reads_cache_types: ClassVar[bool] = False
     install: ClassVar[str] = ""
 
     def check(self, settings: ExportSettings, architecture: Architecture | None) -> None:
@@ -90,19 +91,27 @@ def check_runtimes(settings: ExportSettings, architecture: Architecture | None) 
     for name in settings.layouts:
         found = find_runtime(name, "export.layouts")
         found.check(settings, architecture)
-        if architecture is not None and architecture.small_values:
-            check_cache_sizes(name, "export.layouts")
+        check_cache(name, "export.layouts", settings, architecture)
 
 
-def check_cache_sizes(name: str, where: str) -> None:
-    """Raise RecipeError for a runtime that caches values as large as keys, whatever the graph says."""
-    if not find_runtime(name, where).reads_cache_sizes:
-        able = [other for other, kind in RUNTIMES.items() if kind.reads_cache_sizes]
-        raise RecipeError(
-            f"{name} caches values as large as keys, and these have fewer numbers (refine.values)",
-            fix=f"{where}: {' or '.join(able)}, or refine.values.keep: 1",
-            where=where,
-        )
+def check_cache(name: str, where: str, settings: ExportSettings, architecture: Architecture | None) -> None:
+    """Raise RecipeError for a runtime that makes another cache than the graph has, and would fail."""
+    found = find_runtime(name, where)
+    if architecture is not None and architecture.small_values and not found.reads_cache_sizes:
+        able, cached, without = _able("reads_cache_sizes"), "values as large as keys", "refine.values.keep: 1"
+    elif settings.cache != "same" and not found.reads_cache_types:
+        able, cached, without = _able("reads_cache_types"), "floating-point numbers", "export.cache: same"
+    else:
+        return
+    raise RecipeError(
+        f"{name} caches {cached}, whatever the graph says",
+        fix=f"{where}: {' or '.join(able)}, or {without}",
+        where=where,
+    )
+
+
+def _able(flag: str) -> list[str]:
+    return [name for name, kind in RUNTIMES.items() if getattr(kind, flag)]
 
 
 def write_layouts(to: Layout) -> None:

@@ -12,7 +12,13 @@ from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.inspect import CACHE, Port, Ports, read_ports
 from soco_export.runtimes.registry import Layout, Runtime, runtime, special_tokens
 
-TRITON_TYPES = {"INT64": "TYPE_INT64", "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16"}
+TRITON_TYPES = {
+    "INT64": "TYPE_INT64",
+    "FLOAT": "TYPE_FP32",
+    "FLOAT16": "TYPE_FP16",
+    "BFLOAT16": "TYPE_BF16",
+    "INT8": "TYPE_INT8",
+}
 
 
 @runtime("triton")
@@ -23,7 +29,7 @@ class Triton(Runtime):
     `decoder`; it needs a tokenizer.json, and a cache that numpy can hold (no bfloat16).
     """
 
-    reads_cache_sizes = True
+    reads_cache_sizes = reads_cache_types = True
     install = "install Triton Inference Server: docs/serving.md"
     target = ("export.flavour=standard", "export.layouts=[optimum, triton]")
 

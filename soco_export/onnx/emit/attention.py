@@ -31,7 +31,10 @@ class GraphInputs:
 
 @dataclass(frozen=True)
 class Heads:
-    """What one layer's attention reads: projections [batch, sequence, heads · size of one], the cache so far, sinks."""
+    """What one layer's attention reads: projections [batch, sequence, heads · size of one], the cache so far, sinks.
+
+    `scales`: of keys and values in a cache of int8, [1, kv_heads, 1, head_dim] each.
+    """
 
     query: ir.Value
     key: ir.Value
@@ -39,6 +42,7 @@ class Heads:
     past_key: ir.Value
     past_value: ir.Value
     sinks: ir.Value | None = None
+    scales: tuple[ir.Value, ir.Value] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ Keys start at slot 0 in every row, hence right padding only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from soco_export.files.names import INT8_CACHE
 from soco_export.onnx.describe.architecture import Layer, Norm, Rope
 from soco_export.onnx.describe.order import padded
 from soco_export.onnx.emit.attention import AttentionFlavour, GraphInputs, Heads, Update, ropes_of
@@ -15,6 +18,12 @@ from soco_export.onnx.emit.norm import Parameters
 from soco_export.onnx.write.graph import CONTRIB
 
 _Tables = tuple[ir.Value | None, ir.Value | None]
+
+
+def _trimmed(inputs: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """Return inputs without those at the end that are not there; the first two, tables, stay."""
+    count = max([2, *(place for place, value in enumerate(inputs, 1) if value is not None)])
+    return list(inputs[:count])
 
 
 class Contrib(AttentionFlavour):
@@ -81,15 +90,14 @@ class Contrib(AttentionFlavour):
             heads.past_value,
             self.lengths,
             self.total,
-            *tables,
-            *([] if self.bias is None and heads.sinks is None else [None, self.bias]),
-            *([] if heads.sinks is None else [heads.sinks]),
+            *_trimmed([*tables, None, self.bias, heads.sinks, *(heads.scales or ())]),
             outputs=3,
             num_heads=shape.heads,
             kv_num_heads=shape.kv_heads,
             do_rotary=int(layer.rope in self.tables),
             local_window_size=-1 if layer.window is None else layer.window,
             **self.scoring(),
+            **(INT8_CACHE if heads.scales else {}),
         )
         return output, key, value
 

@@ -5,8 +5,11 @@ tokens ── embed ── x ── [ (norm) ── attention ── (norm) ─�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from soco_export.onnx.cache import CacheScales
 from soco_export.onnx.describe.architecture import Architecture, Layer
 from soco_export.onnx.describe.order import head_order, projection_orders
 from soco_export.onnx.emit.attention import FLOAT, INT64, AttentionFlavour, GraphInputs, Heads, Update
@@ -30,9 +33,16 @@ class DecoderBuilder:
     """Builds one graph from one description and one checkpoint."""
 
     def __init__(
-        self, architecture: Architecture, source: WeightSource, settings: ExportSettings, graph: Graph
+        self,
+        architecture: Architecture,
+        source: WeightSource,
+        settings: ExportSettings,
+        graph: Graph,
+        scales: Sequence[CacheScales] = (),
     ) -> None:
         self.architecture = architecture
+        self.scales = scales
+        self.cache_type = ir.DataType.INT8 if settings.cache == "int8" else graph.dtype
         self.tensors = architecture.tensors
         self.source = source
         self.settings = settings
@@ -57,7 +67,7 @@ class DecoderBuilder:
         self._logits(hidden)
         for index, (layer, present) in enumerate(zip(self.architecture.each, presents, strict=True)):
             for value, (part, shape) in zip(present, self._cache_shapes(layer, TOTAL).items(), strict=True):
-                self.graph.output(value, f"present.{index}.{part}", self.graph.dtype, shape)
+                self.graph.output(value, f"present.{index}.{part}", self.cache_type, shape)
         notify(Event("export", self.architecture.layers + 1, self.architecture.layers + 1))
         return self.graph.model("soco-export")
 
@@ -71,8 +81,8 @@ class DecoderBuilder:
 
     def _cache(self, index: int, layer: Layer) -> tuple[ir.Value, ir.Value]:
         shapes, name = self._cache_shapes(layer, PAST), f"past_key_values.{index}"
-        key = self.graph.input(f"{name}.key", self.graph.dtype, shapes["key"])
-        return key, self.graph.input(f"{name}.value", self.graph.dtype, shapes["value"])
+        key = self.graph.input(f"{name}.key", self.cache_type, shapes["key"])
+        return key, self.graph.input(f"{name}.value", self.cache_type, shapes["value"])
 
     def _cache_shapes(self, layer: Layer, time: str) -> dict[str, list[int | str]]:
         shape = self.architecture.attention
@@ -100,7 +110,7 @@ class DecoderBuilder:
         prefix, residual = self.tensors.layer.format(index), self.architecture.residual
         with self.graph.scope(prefix):
             hidden, x = self._entered(x, update, residual.before_attention, prefix)
-            output, key, value = self._attention(hidden, prefix, self.architecture.each[index], cache)
+            output, key, value = self._attention(hidden, prefix, index, cache)
             attended = self._left(
                 Update(*self.linears.apart(output, f"{prefix}.{self.architecture.attention.output}")),
                 residual.after_attention,
@@ -125,8 +135,9 @@ class DecoderBuilder:
 
     # hidden ── projections (── Clip)(── norm) ── rotation (── norm) ── attention
     def _attention(
-        self, hidden: ir.Value, prefix: str, layer: Layer, cache: tuple[ir.Value, ir.Value]
+        self, hidden: ir.Value, prefix: str, index: int, cache: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        layer = self.architecture.each[index]
         query, key, value = self._projected(hidden, prefix, layer)
         norm = self.architecture.attention.norm
         if norm is not None and not norm.rotated:
@@ -134,7 +145,16 @@ class DecoderBuilder:
         query, key = self.flavour.turn(query, key, layer.rope)
         if norm is not None and norm.rotated:
             query, key = self._head_norms(query, key, prefix, layer)
-        return self.flavour.attend(Heads(query, key, value, *cache, self._sinks(prefix)), layer)
+        heads = Heads(query, key, value, *cache, self._sinks(prefix), self._scales(index))
+        return self.flavour.attend(heads, layer)
+
+    def _scales(self, index: int) -> tuple[ir.Value, ir.Value] | None:
+        if not self.scales:
+            return None
+        found, prefix = self.scales[index], f"past_key_values.{index}"
+        return self.graph.stored(f"{prefix}.key.scale", found.key), self.graph.stored(
+            f"{prefix}.value.scale", found.value
+        )
 
     def _sinks(self, prefix: str) -> ir.Value | None:
         name = self.architecture.attention.sinks

@@ -58,14 +58,14 @@ def applicable(recipe: Recipe, format: Format) -> GateSettings:
 
 
 def thresholds(recipe: Recipe, format: Format) -> GateSettings:
-    """Return every gate of the recipe as one number; only ONNX is rounded to `export.weights`."""
+    """Return every gate of the recipe as one number; only ONNX is rounded to `export.weights`, or its cache."""
     weights = _narrowest(recipe) if format == "onnx" else "same"
     return recipe.gates.at(recipe.export.dtype if format == "onnx" else recipe.model.dtype, weights)
 
 
 def _narrowest(recipe: Recipe) -> str:
     """Return the type whose thresholds are meant: where bytes are the budget any layer may have the narrowest."""
-    return recipe.export.weights if recipe.keep_bytes is None else min(BITS, key=lambda weights: BITS[weights])
+    return recipe.export.rounded_to if recipe.keep_bytes is None else min(BITS, key=lambda weights: BITS[weights])
 
 
 def collect(context: RunContext) -> Results:

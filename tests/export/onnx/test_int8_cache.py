@@ -1,0 +1,153 @@
+"""A cache of int8 in the contrib flavour: what transformers computes from keys and values rounded so, or a refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from soco_export.evaluate import session
+from soco_export.evaluate.session import OnnxDecoder, check_int8_cache
+from soco_export.export import export_onnx
+from soco_export.onnx.cache import CacheScales, cache_scales
+from soco_export.onnx.describe.config import resolve_config
+from soco_export.onnx.describe.order import head_order
+from soco_export.onnx.families import describe
+from soco_export.onnx.inspect import cache_bytes
+from soco_export.onnx.settings import ExportSettings
+from soco_export.preflight.checks import check_graph
+from soco_export.recipe.load import load_recipe
+from soco_train.errors import MachineError, RecipeError
+from tests.support import decoders, fresh
+from tests.support.decoders import Decoder, save_dense, tiny_model
+from tests.support.zoo import ZOO
+
+INT8 = ExportSettings(flavour="contrib", cache="int8", layouts=("ort",))
+CASES = ["llama", "qwen3", "mistral", "gpt_oss", "phi"]  # norms of keys, a window, sinks, a rotation in part
+
+
+class RoundedCache(DynamicCache):
+    """Gives keys and values as int8 leaves them; what it keeps is as it was."""
+
+    def __init__(self, scales: list[CacheScales], orders: list[Any]) -> None:
+        super().__init__()
+        self.scales, self.orders = scales, orders
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
+        keys, values = super().update(keys, values, layer_idx, *rest, **more)
+        by, order = self.scales[layer_idx], self.orders[layer_idx]
+        of_keys = torch.from_numpy(by.key)
+        if order is not None:
+            of_keys = of_keys[..., np.argsort(order)]
+        return _rounded(keys, of_keys), _rounded(values, torch.from_numpy(by.value))
+
+
+def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompt_and_steps_are_those_of_rounded_keys_and_values(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name, configs={**decoders.CONFIGS, **ZOO})
+    folder = save_dense(model, tmp_path / "hf")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
+    tokens = fresh.rng().integers(3, 90, (1, 20))
+    export_onnx(folder, tmp_path / "onnx", INT8, calibration=lambda: text)
+    architecture = describe(resolve_config(folder))
+    assert architecture is not None
+    scales = cache_scales(folder, architecture, text)
+    orders = [head_order(layer.rope, architecture.attention.head_dim) for layer in architecture.each]
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens)
+        exact = model(ids).logits.numpy()
+        expected = model(ids, past_key_values=RoundedCache(scales, orders), use_cache=True).logits.numpy()
+    decoder, mask = Decoder(tmp_path / "onnx"), np.ones_like(tokens)
+    pieces = [(0, 13), *((at, at + 1) for at in range(13, tokens.shape[1]))]
+    found = np.concatenate([decoder.step(tokens[:, start:stop], mask[:, :stop]) for start, stop in pieces], axis=1)
+    largest = np.abs(exact).max()
+    assert np.abs(found - expected).max() < 1e-3 * largest
+    assert 3e-3 * largest < np.abs(exact - expected).max()
+    assert cache_bytes(tmp_path / "onnx") == architecture.cached
+
+
+def test_the_decoder_and_the_example_feed_it(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
+    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", INT8, calibration=lambda: text)
+    decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
+    prompt = fresh.rng().integers(3, 90, (1, 9))
+    prompted = decoder.prefill(prompt)
+    run = decoder.repeatable(np.array([[5]]))
+    run()
+    assert prompted.shape == (1, 9, 96)
+    assert decoder.step(np.array([[5]])).shape == (1, 1, 96)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["export.flavour=standard"], "only GroupQueryAttention"),
+        (["export.flavour=contrib", "export.layouts=[optimum]"], "optimum caches floating-point numbers"),
+        (["export.flavour=contrib", "export.layouts=[transformers.js]"], "transformers.js caches floating-point"),
+    ],
+)
+def test_what_cannot_keep_int8_is_refused_before_training(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check_graph(load_recipe("tiny", ["export.cache=int8", *overrides]))
+
+
+def test_a_runtime_without_the_kernel_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_int8_cache("CPUExecutionProvider")
+    monkeypatch.setattr(session, "INT8_CACHE", {"k_quant_type": "PER_STAR"})
+    with pytest.raises(MachineError, match="has no attention with a cache of int8") as refused:
+        check_int8_cache("CPUExecutionProvider")
+    assert session.ort.__version__ in refused.value.message
+
+
+def test_no_text_no_scales(tmp_path: Path) -> None:
+    folder = save_dense(tiny_model("llama"), tmp_path / "hf")
+    with pytest.raises(RecipeError) as refused:
+        export_onnx(folder, tmp_path / "onnx", INT8)
+    assert "export.cache is int8, and there is no calibration text" in refused.value.message
+
+
+def test_genai_gives_the_tokens_of_the_graph(tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = tiny_model("llama", eos_token_id=95)
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
+    settings = INT8.model_copy(update={"layouts": ("genai",)})
+    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", settings, calibration=lambda: text)
+    prompt = fresh.rng().integers(3, 90, (1, 9))
+    expected = OnnxDecoder(tmp_path / "onnx", threads=1).generate(prompt, 12)[0].tolist()
+    opened = genai.Model(str(tmp_path / "onnx"))
+    wanted = genai.GeneratorParams(opened)
+    wanted.set_search_options(max_length=21, do_sample=False)
+    generator = genai.Generator(opened, wanted)
+    generator.append_tokens(prompt[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(token) for token in generator.get_sequence(0)][9:]
+    assert found
+    assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_no_position_takes_a_key_out_of_reach(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name, configs={**decoders.CONFIGS, **ZOO})
+    folder = save_dense(model, tmp_path / "hf")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (4, 16)))
+    architecture = describe(resolve_config(folder))
+    assert architecture is not None
+    first = cache_scales(folder, architecture, text)[0]
+    order = head_order(architecture.each[0].rope, architecture.attention.head_dim)
+    reach = 127 * torch.from_numpy(first.key if order is None else first.key[..., np.argsort(order)])
+    with torch.no_grad():
+        for begun in (16, 40, 77):
+            places = torch.arange(begun, begun + 16).expand(4, -1)
+            kept = model(text, position_ids=places, use_cache=True).past_key_values.layers[0]
+            assert bool((kept.keys.abs() <= reach * (1 + 1e-5)).all())
+            assert bool((kept.values.abs() <= 127 * torch.from_numpy(first.value) * (1 + 1e-5)).all())
