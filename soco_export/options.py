@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from soco_export.help import MODEL, OUTPUT, RUN
-from soco_export.run.names import Format
+from soco_export.run.folder.names import Format
 
 Model = Annotated[str | None, typer.Option(help="Recipe name, hub id or folder.", rich_help_panel=MODEL)]
 Moved = Annotated[

@@ -42,8 +42,8 @@ from soco_export.model.file_bytes import BLOCK_SIZES
 from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.byte_plan import plan_bytes_measured
-from soco_export.run.measured_bytes import PlanLoss, hold_out
+from soco_export.run.plans.byte_plan import plan_bytes_measured
+from soco_export.run.plans.measured_bytes import PlanLoss, hold_out
 from soco_train import method
 from soco_train.events import Event
 from soco_train.modules.subject import Session, Subject

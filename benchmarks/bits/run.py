@@ -31,7 +31,7 @@ from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import record_file
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
-from soco_export.run.manifest import stage_key
+from soco_export.run.folder.manifest import stage_key
 from soco_train.data.corpus import load_blocks
 from soco_train.settings import DataSettings, RoundingSettings
 

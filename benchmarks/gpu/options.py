@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from soco_export.files.records import record_file
-from soco_export.run.manifest import stage_key
+from soco_export.run.folder.manifest import stage_key
 
 CUDA = torch.cuda.is_available()
 KEYS = {  # what a section's figures depend on

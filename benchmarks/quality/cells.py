@@ -14,7 +14,7 @@ from typing import Any
 
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.manifest import stage_key
+from soco_export.run.folder.manifest import stage_key
 from soco_train.scores.registry import find_scorer
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.statistics import OUTPUT_SIDE

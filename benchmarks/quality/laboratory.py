@@ -33,7 +33,7 @@ from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers
 from soco_export.files.atomic import write_atomic
 from soco_export.model.load import load_model
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.manifest import stage_key
+from soco_export.run.folder.manifest import stage_key
 from soco_train import method
 from soco_train.data.corpus import Blocks, fingerprint, load_blocks
 from soco_train.events import Notify, silent

@@ -42,7 +42,7 @@ from soco_export.bench.roofline import measure_bandwidth
 from soco_export.evaluate.settings import CPU
 from soco_export.files.atomic import write_atomic
 from soco_export.onnx.settings import ExportSettings
-from soco_export.run.measured_plan import read_or_measure
+from soco_export.run.plans.measured_plan import read_or_measure
 from soco_train.errors import RecipeError
 from soco_train.events import silent
 from soco_train.plan.ranks import RankPlan

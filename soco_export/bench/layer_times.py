@@ -1,6 +1,6 @@
 """What one Linear costs on one device, measured, as data: times by form and rank, and the rank from which dense wins.
 
-Pure: soco_export/bench/layer_timing.py measures, soco_export/run/measured_plan.py keeps the file.
+Pure: soco_export/bench/layer_timing.py measures, soco_export/run/plans/measured_plan.py keeps the file.
 
     {"conditions": {...}, "multiple": 32, "layers": {"1536x576": {"stacked": {"dense": [...], "ranks": [...], ...}}}}
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from soco_export.report.baseline import changes, judge_against, parse_tolerances
 from soco_export.report.gates import Verdict
 from soco_export.report.words import verdict_terminal
-from soco_export.run.bound import load_results
+from soco_export.run.folder.results import load_results
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from soco_export.report.choose import Bound, Pick, Preference, choose
 from soco_export.report.frontier import read_frontier
-from soco_export.run.manifest import check_unchanged
-from soco_export.run.names import FRONTIER_FILE
+from soco_export.run.folder.manifest import check_unchanged
+from soco_export.run.folder.names import FRONTIER_FILE
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.settings import as_bytes

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from soco_export.files.records import record_file
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import RunFolder
-from soco_export.run.manifest import stage_key
-from soco_export.run.names import Format
+from soco_export.run.folder.held import RunFolder
+from soco_export.run.folder.manifest import stage_key
+from soco_export.run.folder.names import Format
 from soco_train.events import Notify
 
 if TYPE_CHECKING:

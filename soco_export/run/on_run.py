@@ -13,9 +13,10 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder import EVIDENCE_SECTIONS, LOCK, check_folder, open_folder, read_folder, read_lock
-from soco_export.run.manifest import MANIFEST, Manifest, StageRecord, check_unchanged, stage_key
-from soco_export.run.names import REPORT_FILES, Format
+from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, check_folder, read_lock
+from soco_export.run.folder.held import open_folder, read_folder
+from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
+from soco_export.run.folder.names import LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.artefacts import PLAN, SIZES_STAGE, artefacts

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 from soco_export.files.atomic import remove
 from soco_export.files.machine import machine_limits
-from soco_export.run.folder import RunFolder, workspaces
-from soco_export.run.manifest import NEW, StageRecord, digest, record_outputs, stage_key, why_stale
+from soco_export.run.folder.held import RunFolder, workspaces
+from soco_export.run.folder.manifest import NEW, StageRecord, digest, record_outputs, stage_key, why_stale
 from soco_train import parallel
 from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent

@@ -10,9 +10,9 @@ from typing import Any
 from soco_export.files.atomic import write_atomic
 from soco_export.files.text import aligned
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import DAMAGE
-from soco_export.run.manifest import check_unchanged
-from soco_export.run.measured_plan import plan_for
+from soco_export.run.folder.manifest import check_unchanged
+from soco_export.run.folder.names import DAMAGE
+from soco_export.run.plans.measured_plan import plan_for
 from soco_export.run.request import Outcome
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
@@ -55,7 +55,7 @@ def _outcome(plans: dict[float, RankPlan], total: int, out: Path | None) -> Outc
 
 def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path | None) -> Outcome:
     """Plan the file sizes from what `run` has measured; the rest as `plan_sizes`."""
-    from soco_export.run.byte_plan import plan_bytes
+    from soco_export.run.plans.byte_plan import plan_bytes
     from soco_train.store.damage import Damage
 
     if not (run / DAMAGE).is_file():

@@ -20,8 +20,10 @@ from soco_export.recipe.load import lock
 from soco_export.recipe.recipe import Recipe, validated
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder import LOCK, RunFolder, hold, read_folder, read_lock
-from soco_export.run.manifest import MANIFEST, Manifest, Process, check_unchanged, digest
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.folder.held import RunFolder, hold, read_folder
+from soco_export.run.folder.manifest import Manifest, Process, check_unchanged, digest
+from soco_export.run.folder.names import LOCK, MANIFEST
 from soco_export.run.on_run import homes_of, run_format, stages_of
 from soco_export.run.pipeline import Pipeline, Stage
 from soco_export.run.request import Outcome, Request, run_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import LOCK, read_lock
-from soco_export.run.names import Format
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.folder.names import LOCK, Format
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.settings import as_bytes
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from soco_export.recipe.load import list_overlays, list_recipes, load_recipe, lock, read_overlay
 from soco_export.recipe.merge import overridden
 from soco_export.recipe.yaml import write_yaml
-from soco_export.run.folder import LOCK, read_lock
-from soco_export.run.manifest import check_unchanged
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.folder.manifest import check_unchanged
+from soco_export.run.folder.names import LOCK
 from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_byte_sizes, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
@@ -127,7 +128,7 @@ def bench(request: Request, folder: Path, against: Path | None = None, notify: N
 def compare(request: Request, one: Path, two: Path, notify: Notify = silent) -> Outcome:
     """Compare two results.json (or the runs that hold them)."""
     from soco_export.report.compare import compare_results, render_comparison
-    from soco_export.run.bound import load_results
+    from soco_export.run.folder.results import load_results
 
     comparison = compare_results(load_results(one), load_results(two))
     names = (one.name, two.name) if one.name != two.name else ("first", "second")

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from soco_export.files.records import record_file
-from soco_export.run.manifest import Manifest
+from soco_export.run.folder.manifest import Manifest
 from soco_train.store.factors import Factors
 
 CI = Path(__file__).parents[2] / "examples" / "ci"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import soco_export
 import soco_train
 from soco_export.model.source import BUILTIN_MODEL
-from soco_export.run.folder import read_lock
+from soco_export.run.folder.allowed import read_lock
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 

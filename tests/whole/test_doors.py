@@ -27,7 +27,7 @@ from soco_export.model.source import BUILTIN_MODEL
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
-from soco_export.run.manifest import Manifest
+from soco_export.run.folder.manifest import Manifest
 from soco_train.bounded import parse_object, read_json
 from soco_train.errors import DataError, RecipeError, SocoError
 from soco_train.plan.ranks import LayerPlan, RankPlan

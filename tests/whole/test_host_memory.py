@@ -38,7 +38,7 @@ from soco_export.model.load import load_onto
 from soco_export.model.which import recipe_for
 from soco_export.run.stages import artefacts
 from soco_export.run.context import RunContext
-from soco_export.run.folder import RunFolder
+from soco_export.run.folder.held import RunFolder
 from soco_train.store.factors import Factors
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum

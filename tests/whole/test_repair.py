@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soco_export.recipe.load import load_recipe
-from soco_export.run.manifest import Manifest
+from soco_export.run.folder.manifest import Manifest
 from soco_export.run.verbs import Request, repair, report
 from soco_train.errors import RecipeError
 from tests.support.cli import contents, soco

@@ -18,7 +18,7 @@ from pathlib import Path
 from soco_export.files.replacing import LISTING, Listing
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.context import RunContext
-from soco_export.run.names import REPORT_FILES, SIZES_FILE
+from soco_export.run.folder.names import REPORT_FILES, SIZES_FILE
 from soco_export.run.stages.artefacts import provenance
 from soco_export.run.stages.report import collect, write_reports
 from soco_train.bounded import MADE_ANEW, read_bytes, read_text

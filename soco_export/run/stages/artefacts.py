@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from soco_export.files.curve import recording
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.context import RunContext
-from soco_export.run.folder import DAMAGE, EVIDENCE_SECTIONS
-from soco_export.run.names import CARD_FILE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, SIZES_FILE, Format
+from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
+from soco_export.run.folder.names import CARD_FILE, DAMAGE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, SIZES_FILE, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def cut_plan(context: RunContext, out: Path) -> None:
     """Turn the scores into one rank per layer at the recipe's size."""
-    from soco_export.run.measured_plan import plan_for
+    from soco_export.run.plans.measured_plan import plan_for
     from soco_train.store.scores import Scores
 
     scores = Scores.load(context.path("scores", "scores.safetensors"))
@@ -43,8 +43,8 @@ def cut_plan(context: RunContext, out: Path) -> None:
 def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
     """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by KL."""
     from soco_export.model.file_bytes import BLOCK_SIZES
-    from soco_export.run.byte_plan import plan_bytes_measured
-    from soco_export.run.measured_bytes import PlanLoss, hold_out
+    from soco_export.run.plans.byte_plan import plan_bytes_measured
+    from soco_export.run.plans.measured_bytes import PlanLoss, hold_out
     from soco_train.numbers.rules import find_rounding
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
@@ -92,7 +92,7 @@ def _refine_settings(recipe: Recipe, plan: RankPlan) -> RefineSettings:
 
 def distill_sizes(context: RunContext, out: Path) -> None:
     """Distil the factors of all sizes that the recipe names, in score order; goes on from its own checkpoint."""
-    from soco_export.run.measured_plan import plan_for
+    from soco_export.run.plans.measured_plan import plan_for
     from soco_train import method
     from soco_train.modules.subject import Session
     from soco_train.store.scores import Scores

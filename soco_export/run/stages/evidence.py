@@ -14,7 +14,7 @@ from typing import Any
 
 from soco_export.files.json import context_length, read_config
 from soco_export.run.context import RunContext
-from soco_export.run.names import BENCH_FILE, PROOF_FILE, REPORT_FILES, Format
+from soco_export.run.folder.names import BENCH_FILE, PROOF_FILE, REPORT_FILES, Format
 from soco_export.run.pipeline import Stage
 from soco_export.run.stages.artefacts import write_evidence
 

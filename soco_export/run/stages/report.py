@@ -23,8 +23,8 @@ from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import Material, Sample
 from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
 from soco_export.run.context import RunContext
-from soco_export.run.manifest import digest
-from soco_export.run.names import (
+from soco_export.run.folder.manifest import digest
+from soco_export.run.folder.names import (
     BENCH_FILE,
     CARD_FILE,
     EXPORT_FILE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from soco_export.files.curve import recording
 from soco_export.run.context import RunContext
-from soco_export.run.names import KEPT_CURVE, SCORES_CURVE
+from soco_export.run.folder.names import KEPT_CURVE, SCORES_CURVE
 from soco_export.run.pipeline import Stage
 from soco_train import parallel
 

@@ -24,7 +24,7 @@ from soco_export.bench.layer_timing import (
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.source import StoredForm
 from soco_export.recipe.load import load_recipe
-from soco_export.run.measured_plan import plan_for
+from soco_export.run.plans.measured_plan import plan_for
 from soco_train.errors import DataError, RecipeError
 from soco_train.plan.allocation import layer_cost
 from soco_train.plan.ranks import plan_ranks

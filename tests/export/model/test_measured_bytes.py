@@ -8,8 +8,8 @@ import torch
 from soco_export.model.file_bytes import FileBytes, in_blocks
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.byte_plan import plan_bytes, plan_bytes_measured
-from soco_export.run.measured_bytes import hold_out
+from soco_export.run.plans.byte_plan import plan_bytes, plan_bytes_measured
+from soco_export.run.plans.measured_bytes import hold_out
 from soco_train.plan.bytes import Choice
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import TABLE_TYPES, TYPES

@@ -12,8 +12,8 @@ from soco_export.report.baseline import changes, judge_against, parse_tolerances
 from soco_export.report.compare import compare_results
 from soco_export.report.schema import RESULTS_FILE, Results, schema_text
 from soco_export.run.against import gate_run
-from soco_export.run.bound import load_results
-from soco_export.run.manifest import Manifest, Process
+from soco_export.run.folder.manifest import Manifest, Process
+from soco_export.run.folder.results import load_results
 from soco_train.errors import DataError, RecipeError
 from tests.export.report.test_report import results, rng  # noqa: F401
 

@@ -15,7 +15,7 @@ from soco_export.model.source import BUILTIN_MODEL
 from soco_export.recipe.load import load_recipe
 from soco_export.run import on_run
 from soco_export.run.context import RunContext
-from soco_export.run.folder import RunFolder
+from soco_export.run.folder.held import RunFolder
 from soco_export.run.request import Request
 from soco_train.events import silent
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, record_file
-from soco_export.run.manifest import MANIFEST, Manifest, Process, StageRecord, record_outputs, stage_key, why_stale
+from soco_export.run.folder.manifest import Manifest, Process, StageRecord, record_outputs, stage_key, why_stale
+from soco_export.run.folder.names import MANIFEST
 from soco_train.errors import RecipeError
 
 hashes = st.dictionaries(

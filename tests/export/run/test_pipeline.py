@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 
 from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import CONTENT, HELD, LOCK, UNFINISHED, RunFolder, check_folder, open_folder
-from soco_export.run.manifest import MANIFEST, Manifest
+from soco_export.run.folder.allowed import CONTENT, check_folder
+from soco_export.run.folder.held import RunFolder, open_folder
+from soco_export.run.folder.manifest import Manifest
+from soco_export.run.folder.names import HELD, LOCK, MANIFEST, UNFINISHED
 from soco_export.run.pipeline import Pipeline, Stage
 from soco_train.errors import MachineError, RecipeError
 from soco_train.events import Event

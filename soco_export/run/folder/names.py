@@ -1,4 +1,4 @@
-"""The names a run goes by: the forms of a model that can be asked for, and the files that a stage writes."""
+"""The names a run goes by: the forms of a model that can be asked for, and the files in its folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Literal
 
 Format = Literal["onnx", "hf", "dense"]
 
+MANIFEST, LOCK = "manifest.json", "recipe.lock.yaml"
+# where stages work, and what is locked while a process holds the folder
+UNFINISHED, HELD = "unfinished", "run.held"
+# what plans go by: times of layers on this machine, what each layer loses in each form and type
+PROFILE, DAMAGE = "latency.json", "damage.safetensors"
 # written by the checkpoint, the export, the proof and the bench
 CARD_FILE, EXPORT_FILE = "evidence/card.json", "evidence/onnx.json"
 PROOF_FILE, BENCH_FILE = "evidence/proof.json", "evidence/bench.json"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from soco_export.bench.layer_times import Profile, Shape, limits
 from soco_export.files.atomic import write_atomic
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder import PROFILE
+from soco_export.run.folder.names import PROFILE
 from soco_train.errors import RecipeError
 from soco_train.events import Notify
 from soco_train.plan.ranks import RankPlan, plan_ranks

@@ -16,10 +16,10 @@ from pydantic import Field, ValidationError
 
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
+from soco_export.run.folder.names import MANIFEST
 from soco_train.bounded import read_bytes
 from soco_train.errors import RecipeError
 
-MANIFEST = "manifest.json"
 NEW = "not run yet"
 EDITED = (
     "move them elsewhere: the same command then makes what is missing; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soco_export.report.schema import RESULTS_FILE, Results
-from soco_export.run.manifest import check_unchanged
+from soco_export.run.folder.manifest import check_unchanged
 
 
 def load_results(path: Path) -> Results:
