@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from soco_export import cli, signals
+from soco_export import signals
 from soco_export.console import Console
 from tests.support.cli import ROOT, soco
 
@@ -72,10 +72,10 @@ def test_json_is_one_document_for_a_usage_error(arguments: tuple[str, ...]) -> N
 
 
 def test_json_is_one_document_for_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(verb: str, options: Any) -> None:
+    def crash(request: Any, notify: Any) -> None:
         raise ZeroDivisionError("of ours")
 
-    monkeypatch.setattr(cli, "_call", crash)
+    monkeypatch.setattr("soco_export.run.verbs.doctor", crash)
     done = soco("doctor", "--json")
     assert (json.loads(done.out)["exit_code"], done.code) == (1, 1)
     assert "ZeroDivisionError: of ours" in done.err
