@@ -67,16 +67,19 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         console.error(error)
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
-        again = "the same command without --fresh" if common.get("fresh") else "the same command"
-        code = signals.code()
-        message = (
-            f"{'terminated' if code == signals.TERMINATED else 'interrupted'}: {again} goes on from the last checkpoint"
-        )
-        console.fault("Interrupted", message, code)
-        console.warn(message)
-        raise typer.Exit(code) from None
+        raise typer.Exit(_interrupted(console, fresh=common.get("fresh", False))) from None
     if parallel.leading():
         console.result(outcome.document, outcome.text)
         for line in outcome.undecided:
             console.warn(f"{'failed' if strict else 'warning'}: {line}")
     raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
+
+
+def _interrupted(console: Console, fresh: bool) -> int:
+    """Say how to go on, and return the exit code of the signal."""
+    code = signals.code()
+    what = "terminated" if code == signals.TERMINATED else "interrupted"
+    message = f"{what}: the same command{' without --fresh' if fresh else ''} goes on from the last checkpoint"
+    console.fault("Interrupted", message, code)
+    console.warn(message)
+    return code

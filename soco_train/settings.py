@@ -36,7 +36,8 @@ _HEAD_STEP = 8  # numbers of a value head that stay or go together: what a vecto
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
-BLOCKS = (16, 32, 64, 128, 256)  # inputs that can share a scale
+Block = Literal[16, 32, 64, 128, 256]
+BLOCKS: tuple[Block, ...] = get_args(Block)  # inputs that can share a scale
 WeightType = Literal["same", "int8", "int4", "int2"]
 TYPES: tuple[WeightType, ...] = get_args(WeightType)
 TABLE_TYPES: tuple[WeightType, ...] = ("same", "int8", "int4")  # that ONNX Runtime looks tokens up in
@@ -304,7 +305,7 @@ class RoundingSettings(Section):
 
     weights: Literal[WeightType, "planned"] = "same"
     each: dict[str, WeightType] = Field(default_factory=dict)
-    block: Literal[16, 32, 64, 128, 256] = 32
+    block: Block = 32
     blocks: dict[str, int] = Field(default_factory=dict)
     symmetric: bool = True
     rule: str = "nearest"

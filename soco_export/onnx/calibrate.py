@@ -20,7 +20,7 @@ from torch import nn
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
-from soco_train.forms.base import FactoredLinear
+from soco_train.forms.base import FORMS, FactoredLinear
 from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
@@ -163,7 +163,7 @@ def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
     shared = shared_table(model, settings)
     found: dict[str, Any] = {}
     for name, module in linear_layers(model):
-        known = not isinstance(module, FactoredLinear) or module.kind == "stacked"
+        known = not isinstance(module, FactoredLinear) or FORMS[module.kind].rounded_as_trained
         if known and settings.quantizes(name) and module.weight is not shared:
             found[name] = module
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pydantic import Field
 
 from soco_train.errors import RecipeError
-from soco_train.settings import BITS, TABLE_TYPES, Section, WeightType
+from soco_train.settings import BITS, TABLE_TYPES, Block, Section, WeightType
 
 if TYPE_CHECKING:
     from soco_train.numbers.blocks import Grid
@@ -19,7 +19,6 @@ Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 TableType = Literal["same", "int8", "int4"]
 CacheType = Literal["same", "int8"]
-Block = Literal[16, 32, 64, 128, 256]
 Value = TypeVar("Value")
 
 

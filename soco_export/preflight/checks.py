@@ -1,20 +1,17 @@
 """Everything that can be wrong, found before a weight is loaded or a file is written.
 
-`check_everything` is what a run calls. The questions are separate functions: those about the recipe and its inputs read
-headers and texts only; those about the machine compare the cost card with what `look` found, purely.
+`check_everything` is what a run calls. The questions are separate functions: those about the recipe read nothing, those
+about its inputs (inputs.py) headers and texts, those about the machine (machine.py) what is installed and free.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soco_export.files.text import human_bytes
+from soco_export.evaluate.settings import CPU
 from soco_export.preflight.cost import estimate, measure
-from soco_export.preflight.cost_card import CostCard
 from soco_export.preflight.inputs import (
     check_held_out,
     check_lengths,
@@ -23,25 +20,13 @@ from soco_export.preflight.inputs import (
     check_tasks,
     check_weights,
 )
+from soco_export.preflight.machine import bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.recipe import Recipe
-from soco_train.errors import MachineError, RecipeError
-from soco_train.installed import install_command, version_of
+from soco_train.errors import RecipeError
 from soco_train.settings import BITS
 
 if TYPE_CHECKING:
     from soco_export.onnx.describe.architecture import Architecture
-
-CPU_PROVIDER = "CPUExecutionProvider"
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Bytes that are free: host memory, GPU memory (None: no GPU), disk where the run is written."""
-
-    memory: int
-    gpu: int | None
-    disk: int
 
 
 def check_everything(recipe: Recipe, root: Path, format: str) -> None:
@@ -169,9 +154,9 @@ def check_precision(recipe: Recipe) -> None:
             where="recipe: export.flavour",
         )
     asked = recipe.validation.runtime == "ort" or recipe.bench.enabled
-    if asked and provider == CPU_PROVIDER and dtype != "float32":
+    if asked and provider == CPU and dtype != "float32":
         raise RecipeError(
-            f"export.dtype is {dtype}, but {CPU_PROVIDER} runs that unfused and slowly, or not at all",
+            f"export.dtype is {dtype}, but {CPU} runs that unfused and slowly, or not at all",
             fix="export.dtype: float32 (and weights: int8 to save memory), or validate.provider: CUDAExecutionProvider",
             where="recipe: export.dtype",
         )
@@ -224,30 +209,6 @@ def check_biases(recipe: Recipe) -> None:
     check_bias_places(model, [f"{name}.bias" for name in ranked_linears(model, recipe.layers, recipe.refine.values)])
 
 
-def check_onnxruntime(recipe: Recipe) -> None:
-    """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
-    try:
-        from soco_export.evaluate.session import check_int8_cache, check_provider
-    except ImportError as error:
-        raise MachineError(
-            f"onnxruntime is not installed ({error})",
-            fix=f"{install_command('cpu')} (or [gpu]), or ask for --format hf",
-            where="recipe: validate.provider",
-        ) from None
-    try:
-        check_provider(recipe.validation.provider)
-        if recipe.export.cache == "int8":
-            check_int8_cache(recipe.validation.provider)
-    except MachineError as error:
-        if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
-            raise MachineError(
-                f"{error.message}; onnxruntime and onnxruntime-gpu are both installed and write the same folder",
-                fix="pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
-                where=error.where,
-            ) from None
-        raise
-
-
 def check_texts(recipe: Recipe, tokenizer: object) -> None:
     """Raise RecipeError or DataError for a text that is missing, not UTF-8, or shorter than one block.
 
@@ -261,55 +222,3 @@ def check_texts(recipe: Recipe, tokenizer: object) -> None:
         check_held_out(recipe, len(load_blocks(tokenizer, recipe.data, "calibration").tokens))
     if recipe.evaluation.hub is None:
         load_blocks(tokenizer, recipe.evaluation, "evaluation")
-
-
-def check_room(card: CostCard, machine: Resources, already: int = 0) -> None:
-    """Raise MachineError if disk or memory will not do. `already`: bytes of the run that are on the disk. Pure."""
-    needed = card.disk_total - already
-    if needed > machine.disk:
-        largest = max(card.disk, key=lambda name: card.disk[name])
-        raise MachineError(
-            f"the run needs about {human_bytes(needed)} of disk, and {human_bytes(machine.disk)} are free",
-            fix=f"give --out on a larger disk (most of it is {largest}: {human_bytes(card.disk[largest])})",
-            where="--out",
-        )
-    for phase in card.phases:
-        if machine.gpu is not None and phase.device > machine.gpu:
-            raise _too_small(phase.name, "GPU memory", phase.device, machine.gpu)
-        host = phase.alone if machine.gpu is None else phase.host
-        if host > machine.memory:
-            raise _too_small(phase.name, "memory", host, machine.memory)
-
-
-def _too_small(phase: str, kind: str, needed: int, free: int) -> MachineError:
-    fixes = {
-        "statistics": "use a larger machine, or train.basis: plain",
-        "scores": "lower train.batch_tokens, set train.checkpoint_activations, or train.factor_dtype: bfloat16",
-        "compensation": "lower data.block, or refine.compensate.blocks: 0",
-        "distillation": "refine.distill.teacher_top: 512, optimiser: muon, fewer batch_tokens, or steps: 0",
-        "proof": "export.weights: int8, or bench.enabled: false on a machine that is larger",
-    }
-    return MachineError(
-        f"{phase} needs about {human_bytes(needed)} of {kind}, and {human_bytes(free)} are free",
-        fix=fixes.get(phase, "use a larger machine"),
-        where="soco-export train-and-export --dry-run shows all estimates",
-    )
-
-
-def look(root: Path) -> Resources:
-    """Return what is free on this machine; `root` is where the run will be written."""
-    import psutil
-    import torch
-
-    memory = psutil.virtual_memory().available
-    # a container may have less than the machine it runs on
-    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text(encoding="ascii").strip()).isdigit():
-        memory = min(memory, int(limit))
-    gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    return Resources(memory, gpu, shutil.disk_usage(existing).free)
-
-
-def bytes_in(root: Path) -> int:
-    """Return the bytes of the files in a folder; 0 if there is none."""
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) if root.is_dir() else 0

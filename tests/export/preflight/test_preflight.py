@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 
 from soco_export.model.which import shrink
 from soco_export.preflight import checks as preflight
-from soco_export.preflight.checks import (
-    Resources,
-    bytes_in,
-    check_everything,
-    check_onnxruntime,
-    check_quantisation,
-    check_room,
-    look,
-)
+from soco_export.preflight import machine
+from soco_export.preflight.checks import check_everything, check_quantisation
 from soco_export.preflight.cost_card import CostCard, Phase
+from soco_export.preflight.machine import Resources, bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
@@ -36,12 +30,12 @@ def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
 )
 def test_a_run_starts_exactly_where_it_fits(memory: int, gpu: int | None, disk: int, there: int) -> None:
     fits = disk >= 100 - there and (memory >= 10 if gpu is None else gpu >= 10 and memory >= 5)
-    machine = Resources(memory, gpu, disk)
+    free = Resources(memory, gpu, disk)
     if fits:
-        check_room(card(), machine, already=there)
+        check_room(card(), free, already=there)
     else:
         with pytest.raises(MachineError):
-            check_room(card(), machine, already=there)
+            check_room(card(), free, already=there)
 
 
 def test_too_small_a_machine_is_told_what_is_missing() -> None:
@@ -148,7 +142,7 @@ def test_a_bias_without_a_place_in_the_dense_form_is_refused_before_training(
 
 
 def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "version_of", lambda package: "1.32.0")
+    monkeypatch.setattr(machine, "version_of", lambda package: "1.32.0")
     with pytest.raises(MachineError, match="both installed") as caught:
         check_onnxruntime(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
     assert "pip uninstall" in caught.value.fix
@@ -156,7 +150,7 @@ def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pyt
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
     free = look(tmp_path / "not" / "there").memory
     for text, expected in (("max\n", pytest.approx(free, rel=0.2)), ("123456\n", 123456)):
         limit.write_text(text)
