@@ -5,9 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import ModelShape
 from soco_train.errors import DataError, RecipeError
+from soco_train.settings import BITS
 
 
 def check_plan(recipe: Recipe, shape: ModelShape) -> None:
@@ -87,7 +89,29 @@ def check_weights(recipe: Recipe, format: str) -> None:
     model = open_model(recipe)
     half = "float16" in (recipe.model.dtype, recipe.export.dtype if format == "onnx" else "")
     check_finite(model, recipe.name, torch.float16 if half else None)
+    if format == "onnx":
+        check_scales(model, recipe.export)
     check_ties(model, recipe)
+
+
+def check_scales(model: Any, export: ExportSettings) -> None:
+    """Raise DataError, naming it, for a matrix whose blocks have no scale in float16, in the type it is exported in."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        layer = name.removesuffix(".weight")
+        kind = export.weights_of(layer) if parameter.ndim > 1 else "same"
+        if kind == "same":
+            continue
+        largest = float(torch.linalg.vector_norm(parameter.detach(), ord=torch.inf))
+        scale = 2 * largest / (2 ** BITS[kind] - 1)
+        rounded = float(torch.tensor(scale).half())
+        if largest and not 0 < rounded < torch.inf:
+            raise DataError(
+                f"{name} holds |w| up to {largest:.3g}, and {kind} has scales from 6e-8 to 65504 (float16)",
+                fix=f"store it unrounded: export.quantize.keep: [{layer}], or export.weights: same",
+                where=name,
+            )
 
 
 def check_ties(model: Any, recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from soco_export.onnx.write.matrix import CHUNK, Array, Matrix, Stored
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
 from soco_train.installed import version
 
 Dim = int | str
@@ -141,7 +141,16 @@ class Graph:
 
     # scales (float16) ── Cast ── float32: the runtime folds it when it loads
     def scales(self, name: str, array: Array) -> ir.Value:
-        """Store numbers that float16 has in two bytes each; return them in the graph's float type."""
+        """Store numbers that float16 has in two bytes each; return them in the graph's float type.
+
+        Raises DataError if one is infinite: what it is the scale of is too large to be rounded in blocks.
+        """
+        if not np.isfinite(array).all():
+            raise DataError(
+                f"{name}: float16, which ends at 65504, has no scale for blocks of numbers as large",
+                fix="store the layer unrounded: export.quantize.keep, or export.weights: same",
+                where=name,
+            )
         if self.dtype != ir.DataType.FLOAT:
             return self.weight(name, array)
         half = self._initializer(name, self._data.write(name, array, ir.DataType.FLOAT16))
@@ -198,7 +207,7 @@ def _cast(name: str, array: Array, dtype: ir.DataType) -> Array:
     if dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
         raise RecipeError(
             f"{name} holds |w| = {np.abs(array).max():.0f}, float16 ends at 65504",
-            fix="set export.dtype: bfloat16 or float32, or leave the layer of these scales in export.quantize.keep",
+            fix="set export.dtype: bfloat16 or float32",
             where="export.dtype",
         )
     return cast

@@ -167,6 +167,19 @@ def test_a_weight_too_large_for_float16_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_whose_blocks_have_no_scale_is_named(tmp_path: Path, dtype: str) -> None:
+    """Scales lie in float16 whatever the graph computes in: one that is infinite would make the layer NaN."""
+    folder = hf_folder(tmp_path, factored=False)
+    change(folder, "model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), 1e6))
+    settings = ExportSettings(dtype=dtype, weights="int4")
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj.*float16"):
+        export_onnx(folder, tmp_path / "onnx", settings)
+    assert not (tmp_path / "onnx").exists()
+    kept = settings.quantize.model_copy(update={"keep": ("*layers.1.mlp.up_proj",)})
+    export_onnx(folder, tmp_path / "onnx", settings.model_copy(update={"quantize": kept}))
+
+
 def change(folder: Path, name: str, how: object) -> None:
     """Replace one tensor of the checkpoint; None takes it out."""
     tensors = load_file(folder / "model.safetensors")

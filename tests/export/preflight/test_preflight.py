@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soco_export.model.which import shrink
+from soco_export.onnx.settings import ExportSettings
 from soco_export.preflight import checks as preflight
 from soco_export.preflight import machine
 from soco_export.preflight.checks import check_everything, check_quantisation
 from soco_export.preflight.cost_card import CostCard, Phase
+from soco_export.preflight.inputs import check_scales
 from soco_export.preflight.machine import Resources, bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
+from soco_train.numbers.blocks import Grid, nearest
 
 
 def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
@@ -146,6 +151,18 @@ def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pyt
     with pytest.raises(MachineError, match="both installed") as caught:
         check_onnxruntime(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
     assert "pip uninstall" in caught.value.fix
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1e6, False), (4e5, True), (0.0, True), (1e-4, True), (1e-9, False)])
+def test_a_matrix_without_scales_in_its_type_is_named_before_training(size: float, fits: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4, bias=True), torch.nn.Linear(64, 4))
+    model[1].weight.data.uniform_(-size, size)[0, 0] = size
+    model[1].bias.data.fill_(1e9)  # no bias is rounded
+    check_scales(model, ExportSettings(weights="same"))
+    check_scales(model, ExportSettings(weights="int4", each={"1": "same"}))
+    with nullcontext() if fits else pytest.raises(DataError, match=r"1\.weight.*int4"):
+        check_scales(model, ExportSettings(weights="int4"))
+        assert bool(nearest(model[1].weight.detach(), Grid(4, 32, True)).scales.any()) == (size > 0)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
