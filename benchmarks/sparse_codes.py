@@ -99,16 +99,17 @@ WAYS: Mapping[str, tuple[Way, tuple[str, ...]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--types", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     command = f"python -m benchmarks.sparse_codes --sizes {' '.join(map(str, given.sizes))}"
-    command += "".join(f" --set {setting}" for setting in given.settings)
-    document = {"command": command, "rows": measure(given.settings, given.sizes)}
+    command += f" --types {' '.join(given.types)}" + "".join(f" --set {setting}" for setting in given.settings)
+    document = {"command": command, "rows": measure(given.settings, given.sizes, given.types)}
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(settings: list[str], sizes: list[float]) -> list[dict[str, Any]]:
+def measure(settings: list[str], sizes: list[float], wanted: list[str]) -> list[dict[str, Any]]:
     """Return a row for each way, type and size: perplexity, and its ratio to the dense model's."""
     recipe = load_recipe("tiny", settings)
     model, tokenizer = load_model(recipe)[0], load_tokenizer(recipe)
@@ -129,7 +130,7 @@ def measure(settings: list[str], sizes: list[float]) -> list[dict[str, Any]]:
     dense, rows = perplexity(), []
     for size in sizes:
         for way, (make, types) in WAYS.items():
-            for kind in types:
+            for kind in [kind for kind in types if kind in wanted]:
                 for linear, weight, root in known.values():
                     linear.weight = nn.Parameter(product(make(weight, root, size, BITS[kind]), kind))
                 value = perplexity()
