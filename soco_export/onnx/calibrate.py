@@ -185,7 +185,7 @@ def shared_table(model: nn.Module, settings: ExportSettings) -> torch.Tensor | N
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is embedding)
     table = cast(torch.Tensor, embedding.weight)
-    whole = table.shape[1] % settings.quantize.block_of(name) == 0
+    whole = table.shape[1] % settings.quantize.table_block(name, table.shape[1]) == 0
     return table if whole and settings.table_of(name) != "same" else None
 
 

@@ -42,7 +42,7 @@ def _round_table(model: nn.Module, settings: ExportSettings) -> None:
     name = next(name for name, module in model.named_modules() if module is table)
     kind = settings.table_of(name)
     if kind != "same":
-        grid = Grid(BITS[kind], settings.quantize.block_of(name), symmetric=True)
+        grid = Grid(BITS[kind], settings.quantize.table_block(name, table.weight.shape[1]), symmetric=True)
         table.weight.copy_(settings.rounding().rows(table.weight.float(), grid).values())
 
 

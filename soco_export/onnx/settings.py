@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from pydantic import Field
 
@@ -51,6 +51,15 @@ class QuantizeSettings(Section):
     def block_of(self, name: str) -> int:
         """Return how many inputs share a scale in the layer `name`."""
         return named(self.blocks, name) or self.block
+
+    def table_block(self, name: str, width: int) -> int:
+        """Return the same of the token table, which is called `name`, of `width` inputs: one that divides it.
+
+        A lookup takes no padding, so that a head could not share a table whose last block is not full; a block that
+        `blocks` gives to the table is taken all the same.
+        """
+        sizes = [size for size in get_args(Block) if size <= self.block and width % size == 0]
+        return named(self.blocks, name) or max(sizes, default=self.block)
 
 
 class ExportSettings(Section):

@@ -1,7 +1,7 @@
 """The token table: read by rows at the start and, in a model with tied embeddings, multiplied with at the end.
 
 It is stored once, in floats or in blocks; float rows beside a quantised head need two copies, and so do blocks that do
-not divide the width.
+not divide the width, of which there are those alone that `quantize.blocks` gives to the table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenTable:
         if kind == "same":
             self._floats = self.graph.weight(self.name, self.linears.read(self.name, None))
             return self.graph.op("Gather", self._floats, tokens)
-        grid = Grid(BITS[kind], settings.quantize.block_of(name), symmetric=True)
+        grid = Grid(BITS[kind], settings.quantize.table_block(name, self.architecture.hidden), symmetric=True)
         # Symmetric always: ONNX Runtime before 1.32 reads packed zeros of an odd number of blocks wrongly.
         # Gather wants the table as wide as the model: no padding behind the last block.
         shape = (self.architecture.vocab, self.architecture.hidden * grid.bits // 8)

@@ -80,7 +80,9 @@ def test_a_tied_head_is_calibrated_where_it_has_blocks_of_its_own(embedding, blo
     model = tiny_model("smollm2")  # 48 wide
     folder = save_dense(model, tmp_path / "hf")
     for rule in ("nearest", "calibrated"):
-        how = QuantizeSettings(block=block, accuracy_level=1, embedding=embedding, rule=rule, keep=("*layers*",))
+        how = QuantizeSettings(
+            blocks={"*embed_tokens": block}, accuracy_level=1, embedding=embedding, rule=rule, keep=("*layers*",)
+        )
         settings = ExportSettings(weights="int4", quantize=how)
         summary = export_onnx(folder, tmp_path / rule, settings, calibration=lambda: TEXT)
     assert summary.rounding is not None

@@ -29,11 +29,12 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
     """Put into `model` what the quantised graph multiplies with: each stored matrix rounded on its own."""
     stored = load_file(folder / "model.safetensors")
     table = model.get_input_embeddings()
-    whole_blocks = table.weight.shape[1] % how.block == 0
+    width = table.weight.shape[1]
+    divides = next(size for size in (256, 128, 64, 32, 16) if size <= how.block and width % size == 0)
     for name, linear in model.named_modules():
         if not isinstance(linear, torch.nn.Linear) or name in how.keep:
             continue
-        if name == "lm_head" and linear.weight is table.weight and how.embedding != "same" and whole_blocks:
+        if name == "lm_head" and linear.weight is table.weight and how.embedding != "same":
             continue
         first = rounded(stored.get(f"{name}.weight", linear.weight), bits, how)
         if f"{name}.up.weight" in stored:
@@ -43,7 +44,7 @@ def round_model(model: torch.nn.Module, folder: Path, bits: int, how: QuantizeSe
             first = torch.empty_like(rows).index_copy(0, stored[f"{name}.order"], rows)
         linear.weight = torch.nn.Parameter(first)
     if how.embedding != "same":
-        symmetric = how.model_copy(update={"symmetric": True})
+        symmetric = how.model_copy(update={"symmetric": True, "block": divides})
         # In place: a tied head follows its table.
         table.weight.data.copy_(rounded(table.weight, BITS[how.embedding], symmetric))
 
@@ -94,6 +95,28 @@ def test_a_tied_head_shares_a_quantised_table(tmp_path: Path) -> None:
         summary = export_onnx(folder, tmp_path / embedding, ExportSettings(weights="int4", quantize=how))
         sizes[embedding] = summary.graph.initializer_bytes
     assert sizes["int8"] - sizes["int4"] == pytest.approx(96 * 64 // 2, abs=64)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+def test_a_table_is_shared_however_large_the_blocks_of_layers(block: int, tmp_path: Path) -> None:
+    """Its block divides the width of 64; a copy for the head would be 96 · 64 bytes in int8."""
+    model, how = tiny_model("qwen3"), QuantizeSettings(block=block, accuracy_level=1)
+    folder = save_dense(model, tmp_path / "hf")
+    summary = export_onnx(folder, tmp_path / "onnx", ExportSettings(weights="int8", quantize=how))
+    of_layers = sum(-(-linear.in_features // block) * block * linear.out_features for linear in layers_of(model))
+    assert of_layers + 96 * 64 < summary.graph.initializer_bytes < of_layers + 96 * 64 * 1.2 + of_layers * 0.1
+    for name, linear in model.named_modules():
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+            linear.weight = torch.nn.Parameter(rounded(linear.weight, 8, how))
+    table = model.get_input_embeddings().weight
+    table.data.copy_(rounded(table, 8, how.model_copy(update={"block": 64})))
+    tokens = fresh.rng().integers(3, 96, (1, 12))
+    got = Decoder(tmp_path / "onnx").step(tokens, np.ones_like(tokens))
+    assert np.abs(got - torch_logits(model, tokens, np.ones_like(tokens))).max() < 1e-3
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
