@@ -1,30 +1,50 @@
-"""Perplexity against bytes of cache a token: values projected and absorbed (soco_train/refine/absorb.py) on a Llama.
+"""Perplexity and cache bytes a token with values of fewer numbers (refine.values) on a Llama.
 
     python -m benchmarks.kv --out benchmarks/kv/results.json
 
-Three ways to r numbers a value head, closed form, without training: `absorbed` (B for what o_proj's inputs and the
-output curvature say, o_proj refitted), `svd, refitted` (B of the SVD of v_proj, o_proj refitted), `svd` (the same,
-o_proj projected alone). Nothing is stored smaller: o_proj gets the weight on whole values that gives the same outputs,
-which the tests prove, so the rows tell quality and count the cache. Cache bytes: float32, keys whole.
+Three ways to r numbers a value head, closed form: `absorbed` (B for what o_proj's inputs and the output curvature say,
+o_proj refitted: what refine.values does), `svd, refitted` (B of the SVD of v_proj, o_proj refitted), `svd` (the same,
+o_proj projected alone); these rows fold B into a whole o_proj, which gives the same outputs. `distilled`: absorbed,
+and both projections then trained as the recipe's refine.distill says. Cache bytes are those of the exported graph,
+float32; `step_bytes`: weights and cache that a decode step reads, after 128 tokens and after as many as the context
+holds. Speed: benchmarks.kv.speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from soco_export.bench.roofline import bytes_per_decode_step
+from soco_export.checkpoint.layers import apply_factors
+from soco_export.checkpoint.writer import save_checkpoint
+from soco_export.export import export_onnx
+from soco_export.files.names import MODEL_FILE
 from soco_export.model.load import load_model
+from soco_export.onnx.inspect import cache_bytes
+from soco_export.onnx.settings import ExportSettings
 from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
 from soco_train.data.corpus import load_blocks
+from soco_train.events import silent
+from soco_train.forms.base import LayerFactors
+from soco_train.modules.subject import Session, Subject
+from soco_train.modules.values import value_sites
 from soco_train.refine.absorb import absorb, value_projections
+from soco_train.refine.distill import distill
+from soco_train.refine.values import narrow_values
+from soco_train.settings import ValueSettings
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics
 
 NEEDS = frozenset({"input_covariance", "output_curvature"})
@@ -50,13 +70,17 @@ def main() -> None:
     groups, size = model.config.num_key_value_heads, attentions[0].head_dim
     found: dict[str, object] = {"command": f"python -m benchmarks.kv {' '.join(sys.argv[1:])}"}
     rows: list[dict[str, object]] = []
-    found |= {"calibration_tokens": calibration.numel(), "dense": perplexity(model, evaluation), "rows": rows}
+    found |= {"calibration_tokens": calibration.numel(), "dense": perplexity(model, evaluation)}
+    kept = tempfile.TemporaryDirectory()
+    work = Path(kept.name)
+    export(model, tokenizer, work / "dense")
+    found |= {"dense_cache_bytes_a_token": cache_bytes(work / "dense")}
+    found |= {"dense_step_bytes": step_bytes(work / "dense", model.config), "rows": rows}
     for keep in arguments.keep:
         rank = round(keep * size)
         row: dict[str, object] = {
             "keep_values": keep,
             "rank": rank,
-            "cache_bytes_a_token": 4 * len(attentions) * groups * (size + rank),
         }
         for name, fold in WAYS.items():
             for index, attention in enumerate(attentions):
@@ -64,9 +88,46 @@ def main() -> None:
             row[name] = perplexity(model, evaluation)
             for index, attention in enumerate(attentions):
                 attention.o_proj.weight.data = dense[str(index)].clone()
+        narrowed = narrow(model, calibration, keep)
+        row |= {"distilled": trained(model, narrowed, evaluation, recipe, calibration)}
+        small = copy.deepcopy(model)
+        apply_factors(small, narrowed)
+        export(small, tokenizer, work / f"{keep}")
+        row |= {"cache_bytes_a_token": cache_bytes(work / f"{keep}")}
+        row |= {"step_bytes": step_bytes(work / f"{keep}", model.config)}
         print(row, flush=True)
         rows.append(row)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def narrow(model: nn.Module, tokens: torch.Tensor, keep: float) -> Mapping[str, LayerFactors]:
+    return narrow_values(model, value_sites(model), tokens, ValueSettings(keep=keep), silent)
+
+
+def trained(
+    model: nn.Module,
+    narrowed: Mapping[str, LayerFactors],
+    evaluation: torch.Tensor,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+) -> float:
+    with tempfile.TemporaryDirectory() as work:
+        subject = Subject(model, {}, {}, tokens)
+        done = distill(subject, narrowed, recipe.refine.distill, Session(Path(work)))
+    other = copy.deepcopy(model)
+    apply_factors(other, done)
+    return perplexity(other, evaluation)
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    save_checkpoint(model, tokenizer, folder.with_suffix(".hf"))
+    export_onnx(folder.with_suffix(".hf"), folder, ExportSettings(layouts=("ort",)))
+
+
+def step_bytes(folder: Path, config: Any) -> dict[str, int]:
+    """Return what a decode step reads, weights and cache, after 128 tokens and after as many as the context holds."""
+    lengths = (128, config.max_position_embeddings - 1)
+    return {str(past): bytes_per_decode_step(folder / MODEL_FILE, past) for past in lengths}
 
 
 @torch.no_grad()

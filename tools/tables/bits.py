@@ -55,4 +55,51 @@ def budget() -> Rows:
     return found
 
 
-TABLES: dict[str, Callable[[], Rows]] = {"rounding": rounding, "packing": packing, "budget": budget}
+def values() -> Rows:
+    """Return what values of fewer numbers cost and save in the built-in model."""
+    ways = {"absorbed": "absorbed", "distilled": "distilled", "svd, refitted": "SVD, refitted", "svd": "SVD"}
+    found = read("kv/results.json")
+    first, last = found["dense_step_bytes"]
+    rows: Rows = [("keep", "cache, bytes a token", *ways.values(), f"MB read after {first}", f"after {last}")]
+    dense = {way: found["dense"] for way in ways}
+    dense |= {"cache_bytes_a_token": found["dense_cache_bytes_a_token"], "step_bytes": found["dense_step_bytes"]}
+    for row in ({"keep_values": 1, **dense}, *found["rows"]):
+        figures = [
+            *(four(row[way]) for way in ways),
+            *(megabytes(row["step_bytes"][past], 2) for past in (first, last)),
+        ]
+        rows.append((f"{row['keep_values']:g}", f"{row['cache_bytes_a_token']:,}", *figures))
+    return rows
+
+
+def cache() -> Rows:
+    """Return what a cache of int8 costs and saves in the built-in model."""
+    found = read("kv/int8.json")["rows"]
+    first, last = found["same"]["step_bytes"]
+    rows: Rows = [("export.cache", "cache, bytes a token", "perplexity", f"MB read after {first}", f"after {last}")]
+    for name, row in found.items():
+        sizes = [megabytes(row["step_bytes"][past], 2) for past in (first, last)]
+        rows.append((name, f"{row['cache_bytes_a_token']:,}", four(row["perplexity"]), *sizes))
+    return rows
+
+
+def decode() -> Rows:
+    """Return how many times less CPU time a decode step takes with a smaller cache."""
+    found = read("kv/speed.json")["rows"]
+    lengths = list(found[0]["decode"])
+    rows: Rows = [("setting", "beside the same in", *(f"after {past} tokens" for past in lengths))]
+    for row in found:
+        timed = (row["decode"][past] for past in lengths)
+        speeds = (f"{one['speedup']:.2f} × ({one['low']:.2f}–{one['high']:.2f})" for one in timed)
+        rows.append((f"`{row['name']}`", f"`{row['beside']}`", *speeds))
+    return rows
+
+
+TABLES: dict[str, Callable[[], Rows]] = {
+    "rounding": rounding,
+    "packing": packing,
+    "budget": budget,
+    "values": values,
+    "cache": cache,
+    "cache-decode": decode,
+}
