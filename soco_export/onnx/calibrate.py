@@ -21,6 +21,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 from soco_train.forms.base import FORMS, FactoredLinear
+from soco_train.forms.heads import HeadColumnsLinear
 from soco_train.modules.sites import is_linear, open_sites
 from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
@@ -212,10 +213,18 @@ def _with_inputs(
         for name, module in part.items():
             if hardly_seen(name, module, statistics[name]):
                 continue
-            covariance = cast(torch.Tensor, statistics[name].input_covariance)
+            covariance = _of_read(module, cast(torch.Tensor, statistics[name].input_covariance))
             if latest is None or latest[0] is not covariance:
                 latest = covariance, curvature(covariance)
             yield name, module, Inputs(covariance, latest[1], statistics[name].tokens)
+
+
+def _of_read(module: nn.Module, covariance: torch.Tensor) -> torch.Tensor:
+    """Return the covariance of those inputs that the layer's first matrix reads."""
+    if not isinstance(module, HeadColumnsLinear):
+        return covariance
+    read = module.order[: module.rank]
+    return covariance[read][:, read]
 
 
 def _chain(name: str, module: nn.Module) -> dict[str, torch.Tensor]:

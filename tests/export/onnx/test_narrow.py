@@ -17,10 +17,11 @@ from soco_export.checkpoint.writer import save_checkpoint, save_dense
 from soco_export.export import export_onnx
 from soco_export.onnx.inspect import read_ports
 from soco_export.onnx.settings import ExportSettings
-from soco_export.onnx.write.blocks import dequantize, quantize
 from soco_train.errors import DataError, RecipeError
+from soco_train.numbers.blocks import Grid
 from soco_train.settings import BITS
 from tests.support import decoders, fresh
+from tests.support.blocks import dequantize, quantize
 from tests.support.decoders import Decoder, tiny_model, torch_logits
 from tests.support.models import make_tokenizer
 from tests.support.values import narrow
@@ -86,11 +87,22 @@ def test_rounded_projections_are_the_small_matrices_rounded(weights: str, tmp_pa
     mask = np.ones_like(tokens)
     exact = torch_logits(model, tokens, mask)
     for module in factored_layers(model).values():
-        stored = quantize(module.weight.detach().numpy(), BITS[weights], 32, True)
-        module.weight.data = torch.from_numpy(dequantize(stored))
+        stored = quantize(module.weight.detach().numpy(), Grid(BITS[weights], 32, True))
+        module.weight.data = torch.from_numpy(dequantize(stored, BITS[weights], module.weight.shape[1]))
     expected = torch_logits(model, tokens, mask)
     found = Decoder(tmp_path / "onnx").step(tokens, mask)
     assert np.abs(found - expected).max() < 1e-4 < np.abs(exact - expected).max()
+
+
+def test_calibrated_rounding_knows_what_the_small_matrices_read(tmp_path: Path) -> None:
+    model = made("llama-biased", tmp_path / "hf")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (16, 32)))
+    settings = ExportSettings(weights="int4", quantize={"rule": "calibrated"}, layouts=())
+    found = export_onnx(tmp_path / "hf", tmp_path / "onnx", settings, calibration=lambda: text).rounding
+    assert found is not None
+    layers = {name: found.layers[name] for name in factored_layers(model)}
+    assert {layer.inputs for layer in layers.values()} == {64, 4 * NUMBERS}
+    assert sum(layer.error for layer in layers.values()) < sum(layer.nearest for layer in layers.values())
 
 
 @pytest.mark.parametrize(
