@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from safetensors.torch import load_file, save_file
 
 from soco_export.checkpoint.layers import factored_layers
@@ -46,7 +48,12 @@ def in_pieces(folder: Path, tokens: np.ndarray, mask: np.ndarray, prompt: int) -
     return np.concatenate([decoder.step(tokens[:, start:stop], mask[:, :stop]) for start, stop in pieces], axis=1)
 
 
-@pytest.mark.parametrize("name", CASES)
+def known_here(name: str) -> Any:
+    old = version.parse(transformers.__version__).major < 5 and "rope_parameters" in ZOO.get(name, ("", {}))[1]
+    return pytest.param(name, marks=pytest.mark.skipif(old, reason="transformers 5 reads how its rope is written"))
+
+
+@pytest.mark.parametrize("name", map(known_here, CASES))
 def test_prompt_and_cached_steps_agree_under_padding(name: str, tmp_path: Path) -> None:
     model, pack = made(name, tmp_path / "hf"), name in CASES[::2]
     export_onnx(tmp_path / "hf", tmp_path / "onnx", ExportSettings(pack=pack, layouts=("ort",)))
