@@ -22,6 +22,7 @@ from soco_export.preflight.inputs import (
 )
 from soco_export.preflight.machine import bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.recipe import Recipe
+from soco_train.cost import ModelShape
 from soco_train.errors import RecipeError
 from soco_train.settings import BITS
 
@@ -40,14 +41,19 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
         check_opens(recipe.validation.runtime)
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
-    check_plan(recipe, shape)
-    check_mixture(recipe, shape)
-    check_lengths(recipe, shape.context)
+    check_shape(recipe, shape)
     check_tasks(recipe)
     check_room(estimate(recipe, shape, format), look(root), already=bytes_in(root))
     check_texts(recipe, check_model(recipe))
     if not root.exists():  # a run that goes on has read its weights
         check_weights(recipe, format)
+
+
+def check_shape(recipe: Recipe, shape: ModelShape) -> None:
+    """Raise RecipeError for what a model of this `shape` cannot be asked for; a dry run asks this too. Pure."""
+    check_plan(recipe, shape)
+    check_mixture(recipe, shape)
+    check_lengths(recipe, shape.context)
 
 
 def check_recipe(recipe: Recipe, format: str) -> None:

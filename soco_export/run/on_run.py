@@ -265,12 +265,14 @@ def _helping_context(request: Request, recipe: Recipe, root: Path, homes: Homes)
 
 def cost_card(recipe: Recipe, request: Request) -> Outcome:
     """Answer with what the run would cost; no network, no weights, nothing written."""
-    from soco_export.preflight.checks import check_recipe
+    from soco_export.preflight.checks import check_recipe, check_shape
     from soco_export.preflight.cost import estimate, measure
     from soco_export.preflight.cost_shape import participation_notes
 
     check_recipe(recipe, request.format)
-    card = estimate(recipe, measure(recipe), request.format)
+    shape = measure(recipe)
+    check_shape(recipe, shape)
+    card = estimate(recipe, shape, request.format)
     notes = [*_unread(request, recipe), *participation_notes(recipe)]
     text = "\n".join([*card.lines(), *(f"note: {note}" for note in notes)])
     return Outcome(card.document() | ({"notes": notes} if notes else {}), text)

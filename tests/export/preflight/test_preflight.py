@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from soco_export.preflight.inputs import check_scales
 from soco_export.preflight.machine import Resources, bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
+from soco_export.run.request import Request
+from soco_export.run.verbs import train_and_export
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 from soco_train.numbers.blocks import Grid, nearest
 
@@ -151,6 +154,15 @@ def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pyt
     with pytest.raises(MachineError, match="both installed") as caught:
         check_onnxruntime(load_recipe("tiny", ["validate.provider=NoSuchExecutionProvider"]))
     assert "pip uninstall" in caught.value.fix
+
+
+@pytest.mark.parametrize("setting", ["keep_bytes=1MB", "refine.refit.blocks=2"])
+def test_what_no_mixture_can_be_asked_for_is_refused_by_a_dry_run(setting: str) -> None:
+    asked = Request(model="mixtral-8x7b", tiny=True, dry_run=True)
+    with pytest.raises(RecipeError, match="mixture") as caught:
+        train_and_export(replace(asked, set_=[setting]))
+    assert setting.partition("=")[0] in caught.value.where
+    train_and_export(replace(asked, set_=["refine.refit.blocks=2", "layers.exclude=['*experts*']"]))
 
 
 @pytest.mark.parametrize(("size", "fits"), [(1e6, False), (4e5, True), (0.0, True), (1e-4, True), (1e-9, False)])
