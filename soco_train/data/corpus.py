@@ -73,11 +73,23 @@ def _cut(tokenizer: Any, documents: Iterator[str], wanted: int | None, block: in
     """Return the blocks [n, block] of one text, `wanted` or what there is, and how many tokens were read."""
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids += _ids(tokenizer, document)
         if wanted is not None and len(ids) >= wanted * block:
             break
     count = len(ids) // block
     return torch.tensor(ids[: count * block], dtype=torch.int64).view(count, block), len(ids)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Return a text's tokens; DataError where the tokenizer's library gives up, as on an expression without end."""
+    try:
+        found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust raises, which is no Exception
+            raise
+        fix = "look at pre_tokenizer in its tokenizer.json, or take the one that was published"
+        raise DataError(f"the tokenizer cannot take the text apart: {error}", fix=fix, where="tokenizer.json") from None
+    return list(found)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -98,7 +110,7 @@ def _beginning(tokenizer: Any, pieces: Iterator[str], tokens: int) -> str:
         found += piece
         if len(found) < need:
             continue
-        ids = tokenizer(found, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = _ids(tokenizer, found)
         if len(ids) >= tokens + _SPARE:
             break
         need = 2 * len(found)

@@ -216,6 +216,20 @@ def test_only_as_much_is_tokenised_as_the_blocks_need(name: str, tmp_path: Path)
     assert torch.equal(few, blocks(tmp_path / name, block=64)[:8])
 
 
+class PanicException(BaseException):
+    """As the tokenizers library raises it."""
+
+
+def test_a_tokenizer_that_gives_up_is_named(tmp_path: Path) -> None:
+    def give_up(text: str, **options: object) -> None:
+        raise PanicException("retry-limit-in-match over")
+
+    (tmp_path / "a.txt").write_text("a " * 99)
+    for blocks_wanted in (None, 4):
+        with pytest.raises(DataError, match="retry-limit"):
+            load_blocks(give_up, DataSettings(path=tmp_path / "a.txt", block=8, blocks=blocks_wanted), "calibration")
+
+
 def test_a_git_lfs_pointer_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SocoError, match="git-lfs pointer"):
