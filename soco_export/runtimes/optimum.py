@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
 from soco_export.files.json import FIX, read_config
 from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
-from soco_train.bounded import read_json
+from soco_train.bounded import read_bytes, read_json
 from soco_train.installed import install_command
 
 TOKENIZER_FILES = (
@@ -44,7 +43,7 @@ def write_hugging_face_files(source: Path, folder: Path) -> None:
     write_json(folder / "config.json", config)
     for name in ("generation_config.json", *TOKENIZER_FILES):
         if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+            (folder / name).write_bytes(read_bytes(source / name, FIX))  # bounded: it may lead to a device
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists() and (folder / "tokenizer.json").exists():
         write_json(tokenizer, tokenizer_in_both_forms(read_json(tokenizer, FIX)))

@@ -453,6 +453,18 @@ def changed_model(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[
     yield folder
 
 
+@pytest.mark.parametrize("case", ["a pipe", "a device", "a folder"])
+def test_a_file_beside_the_model_that_is_none_is_refused(tmp_path: Path, case: str) -> None:
+    from soco_export.runtimes.optimum import write_hugging_face_files
+
+    shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    make, words = NO_JSON[case]
+    make(tmp_path / "model" / "chat_template.jinja")
+    with refused(words):
+        write_hugging_face_files(tmp_path / "model", tmp_path / "out")
+
+
 def first(tensors: dict[str, torch.Tensor]) -> str:
     return next(name for name in sorted(tensors) if "q_proj" in name)
 
