@@ -17,6 +17,7 @@ EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "n
 _ROPE = frozenset({"rope_parameters", "rope_scaling"})
 # where a config.json says how many tokens its model reads
 CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # what a config.json may say at most: far above every published model, far below what fills a machine
 _LARGEST = {
     "num_hidden_layers": 1000,
@@ -84,6 +85,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     fields = read_json(path, FIX, CONFIG_BYTES)
     for part in (fields, fields.get("text_config")):
         check_sizes(part if isinstance(part, dict) else {}, str(path))
+    return fields
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Return `folder`'s generation_config.json, empty if there is none; DataError for token ids that are none."""
+    path = folder / "generation_config.json"
+    fields = read_json(path, FIX) if path.exists() else {}
+    for key in SPECIAL_IDS:
+        value = fields.get(key)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not (type(number) is int and number >= 0):
+                shown = repr(number)[:60]
+                raise DataError(f"{path.name} sets {key} to {shown}", fix=f"{key}: token ids", where=str(path))
     return fields
 
 

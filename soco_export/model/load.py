@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import check_sizes, making_a_model
+from soco_export.files.json import check_sizes, making_a_model, read_generation_config
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
@@ -134,6 +134,7 @@ def check_model(recipe: Recipe) -> Any:
         from soco_export.model.weights import check_weight_files
 
         check_weight_files(fetch_folder(recipe))
+        read_generation_config(fetch_folder(recipe))
     return tokenizer
 
 

@@ -87,10 +87,9 @@ def trained_in(run: Path, recipe: Recipe) -> Homes:
 
 
 def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
-    fixed = {key.partition(".")[0] for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
-    wrong = [
-        key for key in keys if key.partition(".")[0] in fixed | distilled | {"model", "data"} and key != "model.dtype"
-    ]
+    fixed = {key for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
+    fixed |= distilled | {"model", "data"}
+    wrong = [key for key in keys if any(f"{key}.".startswith(f"{one}.") for one in fixed) and key != "model.dtype"]
     if wrong:
         raise RecipeError(
             f"{', '.join(wrong)} cannot change after training",

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from soco_export.files.json import FIX
+from soco_export.files.json import SPECIAL_IDS, read_generation_config
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.settings import ExportSettings
-from soco_train.bounded import read_json
 from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import version_of
 
@@ -136,16 +135,15 @@ def check_opens(name: str) -> None:
 
 def special_tokens(to: Layout) -> dict[str, Any]:
     """The generation config's ids win over the config's; the first end token pads where nothing else does."""
-    path = to.source / "generation_config.json"
-    generation = read_json(path, FIX) if path.exists() else {}
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {key: generation.get(key, to.config.get(key)) for key in keys}
+    generation = read_generation_config(to.source)
+    ids = {key: generation.get(key, to.config.get(key)) for key in SPECIAL_IDS}
     end = ids["eos_token_id"]
     if isinstance(end, list):
         end = end[0] if end else None  # no end token at all
         ids["eos_token_id"] = ids["eos_token_id"] or None
     fallback = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    return {key: fallback[key] if ids[key] is None else ids[key] for key in keys if (ids[key], end) != (None, None)}
+    known = (key for key in SPECIAL_IDS if (ids[key], end) != (None, None))
+    return {key: fallback[key] if ids[key] is None else ids[key] for key in known}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

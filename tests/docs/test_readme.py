@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from soco_export import cli
+from soco_export import calling, cli
 from soco_export.run.terminal import run_outcome
 from tests.support.cli import soco
 
@@ -50,7 +50,7 @@ def test_the_first_lines_are_the_two_commands_and_make_knows_them() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_parses(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr(cli, "_call", lambda verb, options: called.append(verb))
+    monkeypatch.setattr(calling, "_call", lambda verb, options: called.append(verb))
     cli.app(command[1:], standalone_mode=False)
     assert len(called) == 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from soco_export import cli
+from soco_export import calling, cli
 from soco_export.recipe.recipe import Recipe, keys
 from tools.docs_reference import options, recipe_keys
 
@@ -41,7 +41,7 @@ def test_the_reference_names_every_verb_and_every_key() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_guides_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr(cli, "_call", lambda verb, options: called.append(verb))
+    monkeypatch.setattr(calling, "_call", lambda verb, options: called.append(verb))
     cli.app(shlex.split(command)[1:], standalone_mode=False)
     assert len(called) == 1
 

@@ -162,7 +162,7 @@ class Linears:
         blocks, size = -(-n // grid.block), int(np.prod(shape[1:]))
         rule = self.settings.rounding()
         # Made before the pieces come, so that they do not lie between these in memory.
-        scales = np.empty((m, blocks), np.float32)
+        scales = np.zeros((m, blocks), np.float32)
         zeros = np.empty((0 if symmetric else m, -(-blocks * bits // 8)), np.uint8)
 
         def levels() -> Iterator[Array]:

@@ -68,6 +68,14 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "", '{"eos_token_id": "2"}', '{"bos_token_id": [1, -1]}', '{"pad_token_id": 1.5}']
+)
+def test_a_generation_config_without_token_ids_is_refused_before_training(text: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(text)
+    assert "generation_config.json" in str(refused(DataError, recipe_for(str(folder))).where)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

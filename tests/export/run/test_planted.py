@@ -77,7 +77,14 @@ def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
         (tmp_path / name / "file").write_bytes(bytes(size))
     (tmp_path / "plan.json").write_text("{}")
     plan = SimpleNamespace(
-        params_before=8, params_after=4, layers={}, dense_layers=(), keep_params=0.5, storage="stacked", bytes=None
+        params_before=8,
+        params_after=4,
+        layers={},
+        dense_layers=(),
+        keep_params=0.5,
+        storage="stacked",
+        bytes=None,
+        dropped=0,
     )
     monkeypatch.setattr(report.RankPlan, "from_json", lambda text: plan)
     monkeypatch.setattr(Scores, "load", lambda path: SimpleNamespace(provenance={"parameters": 20}))
