@@ -96,7 +96,8 @@ def test_a_session_that_is_made_slower_is_found_so_on_its_side(tmp_path, slowed,
         slow, fast = (work.dense, work.compressed) if side > 0 else (work.compressed, work.dense)
         assert fast.p50 + 15 < slow.p50
         assert (work.speedup.low > 1) if side > 0 else (work.speedup.high < 1)
-        assert work.speedup.value == pytest.approx(work.dense.p50 / work.compressed.p50, rel=0.5)
+        # the median of ratios, and the ratio of medians of microseconds: alike, on a machine that does other work too
+        assert 1 / 3 < work.speedup.value * work.compressed.p50 / work.dense.p50 < 3
         assert (work.dense_tokens_per_s < work.compressed_tokens_per_s) == (side > 0)
         assert work.dense_tokens_per_s == pytest.approx(1e3 * work.tokens / work.dense.p50)
         assert 1 / 3 < work.control.value < 3  # the same folder: as slow as the first one, or as fast

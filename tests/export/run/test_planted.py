@@ -89,9 +89,11 @@ def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
     monkeypatch.setattr(report.RankPlan, "from_json", lambda text: plan)
     monkeypatch.setattr(Scores, "load", lambda path: SimpleNamespace(provenance={"parameters": 20}))
     monkeypatch.setattr(report, "_largest_coefficient", lambda path: None)
+    monkeypatch.setattr(report, "cache_bytes", lambda path: len(path.name))
     sizes = report._sizes(Run(tmp_path))
     assert sizes.bytes == {"hf": 10, "onnx": 30, "onnx-dense": 60}
     assert sizes.bytes_ratio == 0.5
+    assert sizes.cache_bytes == {"onnx": 4, "onnx-dense": 10}
     assert (sizes.params_before, sizes.params_after) == (20, 16)
 
 
