@@ -8,6 +8,7 @@ checkpoint, instead of running on with random weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +85,7 @@ def state_of(kind: str, m: int, n: int, rank: int, bias: bool) -> dict[str, torc
     return from_factors(FORMS[kind].blank(m, n, rank, bias), device="meta").state_dict()
 
 
+@lru_cache(maxsize=4096)  # a mixture has tens of thousands of layers, of a few shapes
 def rank_at(form: type[LayerFactors], share: float, m: int, n: int) -> float:
     """Return the rank, not rounded, at which an [m, n] layer costs `share` of m n in this form."""
     low, high = 0.0, float(min(m, n))
