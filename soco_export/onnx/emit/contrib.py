@@ -83,9 +83,7 @@ class Contrib(AttentionFlavour):
         tables = self.tables.get(layer.rope, (None, None))
         output, key, value = self.graph.ops(
             f"{CONTRIB}::GroupQueryAttention",
-            heads.query,
-            heads.key,
-            heads.value,
+            *self._read(heads),
             heads.past_key,
             heads.past_value,
             self.lengths,
@@ -100,6 +98,18 @@ class Contrib(AttentionFlavour):
             **(INT8_CACHE if heads.scales else {}),
         )
         return output, key, value
+
+    def _read(self, heads: Heads) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """Return query, key and value, or what they are split from: the operator takes it whole as its query."""
+        parts = (heads.query, heads.key, heads.value)
+        split = heads.query.producer()
+        plain = self.bias is None and heads.sinks is None and heads.scales is None
+        if not plain or split is None or split.op_type != "Split" or tuple(split.outputs) != parts:
+            return parts
+        whole = split.inputs[0]
+        assert whole is not None
+        self.graph.drop(split)
+        return whole, None, None
 
     # x ──────┬─ Skip(Simplified)LayerNormalization ─┬─ h
     # update ─┤                                      └─ x

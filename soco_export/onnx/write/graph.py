@@ -129,6 +129,14 @@ class Graph:
         self._nodes.append(node)
         return node.outputs
 
+    def drop(self, node: ir.Node) -> None:
+        """Take back a node whose outputs nobody reads, and what only it has read of the initializers."""
+        self._nodes.remove(node)
+        for index, value in enumerate(list(node.inputs)):
+            node.replace_input_with(index, None)
+            if value is not None and not value.uses() and value.name in self._initializers:
+                del self._initializers[value.name]
+
     def constant(self, value: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """Return a small constant, stored once inside the model file."""
         array = np.asarray(value, dtype=dtype.numpy())
