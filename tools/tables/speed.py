@@ -30,6 +30,8 @@ FRONTIER = (
     ("0.6 pivoted", "0.6-pivoted"),
     ("0.4 stacked, 102k tokens", "0.4"),
 )
+INT4 = {"SmolLM2-135M (576)": "smollm2", "1B width (2048)": "1b"}
+DRAFTS = {"SmolLM2-135M, float32": "smollm2-fp32"}
 Rows = list[tuple[str, ...]]
 Entry = Mapping[str, Any]
 
@@ -79,6 +81,29 @@ def _pair(entry: Entry) -> str:
     return " · ".join(f"{entry['speedups'][work][0]:.2f}" for work in (DECODE, PREFILL))
 
 
+def int4() -> Rows:
+    """Return decode and prefill of int4 models against onnxruntime-genai's, and the bandwidth that a decode reaches."""
+    found: dict[str, list[str]] = {}
+    for width in INT4.values():
+        document = read(f"{RESULTS}/int4/{width}.json")
+        for entry in document["entries"]:
+            of_bandwidth = 1e5 * entry["bytes"] / document["bandwidth"] / entry["milliseconds"][DECODE]
+            found.setdefault(entry["name"], []).append(f"{_pair(entry)} · {of_bandwidth:.0f} %")
+    return [("", *INT4), *((name, *cells) for name, cells in found.items())]
+
+
+def drafts() -> Rows:
+    """Return every draft of every target: tokens a pass, share of proposals kept, speed-up with its spread."""
+    found: Rows = [("target", "draft", "ahead", "tokens a pass", "kept", "speed-up")]
+    for title, name in DRAFTS.items():
+        for row in read(f"results/draft-{name}.json")["rows"]:
+            if row["ahead"]:
+                spread = f"{row['speedup']:.2f} ({row['low']:.2f}–{row['high']:.2f})"
+                kept = f"{100 * row['accepted']:.0f} %"
+                found.append((title, row["name"], str(row["ahead"]), f"{row['tokens_per_pass']:.2f}", kept, spread))
+    return found
+
+
 def frontier() -> Rows:
     """Return bytes on disk and perplexity of each form in each type."""
     points = {(one["model"], one["weights"]): one for one in read(f"{RESULTS}/frontier-smollm2/frontier.json")}
@@ -96,5 +121,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "speed-forms": lambda: _forms(RESULTS),
     "speed-forms-xeon": lambda: _forms(f"{RESULTS}/xeon"),
     "speed-others": others,
+    "speed-int4": int4,
+    "speed-drafts": drafts,
     "bytes-and-quality": frontier,
 }
