@@ -19,17 +19,27 @@ from torch.nn import functional as F
 
 from soco_train.forms.base import FactoredLinear, LayerFactors, form, parameter
 
-_NO_PRODUCT = "parts of heads hold no product of factors"
-
 
 @dataclass(frozen=True)
-class HeadRows(LayerFactors):
-    """y[order[:r]] = weight x, all else of y 0, then + bias; weight: [r, n], order: [m] int64, bias: [m] or None."""
+class _HeadFactors(LayerFactors):
+    """A weight, the order of the numbers that it makes or reads (int64, those that stay first), and a bias [m] or None.
+
+    It is no product of factors, and no plan can choose it.
+    """
 
     rounded_as_trained = True
     weight: torch.Tensor
     order: torch.Tensor
     bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> LayerFactors:
+        """Raise TypeError: parts of heads hold no product of factors."""
+        raise TypeError("parts of heads hold no product of factors")
+
+
+class HeadRows(_HeadFactors):
+    """y[order[:r]] = weight x, all else of y 0, then + bias; weight: [r, n], order: [m]."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,20 +58,9 @@ class HeadRows(LayerFactors):
             order = torch.empty(m, dtype=torch.int64)
             return cls(torch.empty(rank, n), order, torch.empty(m) if bias else None)
 
-    @classmethod
-    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> HeadRows:
-        """Raise TypeError: a plan cannot choose this form."""
-        raise TypeError(_NO_PRODUCT)
 
-
-@dataclass(frozen=True)
-class HeadColumns(LayerFactors):
-    """y = weight x[order[:r]] + bias; weight: [m, r], order: [n] int64, bias: [m] or None."""
-
-    rounded_as_trained = True
-    weight: torch.Tensor
-    order: torch.Tensor
-    bias: torch.Tensor | None
+class HeadColumns(_HeadFactors):
+    """y = weight x[order[:r]] + bias; weight: [m, r], order: [n]."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,11 +78,6 @@ class HeadColumns(LayerFactors):
         with torch.device("meta"):
             order = torch.empty(n, dtype=torch.int64)
             return cls(torch.empty(m, rank), order, torch.empty(m) if bias else None)
-
-    @classmethod
-    def of(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> HeadColumns:
-        """Raise TypeError: a plan cannot choose this form."""
-        raise TypeError(_NO_PRODUCT)
 
 
 def first_of_heads(heads: int, size: int, width: int) -> torch.Tensor:

@@ -24,9 +24,8 @@ from torch.nn.functional import cross_entropy
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
-OUTPUT_SIDE = frozenset(
-    {"output_curvature", "row_fisher", "column_fisher", "weight_fisher"}
-)  # these take a backward pass
+# these take a backward pass
+OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher", "weight_fisher"})
 TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
