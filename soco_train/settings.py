@@ -32,7 +32,7 @@ _NO_RUNTIME = {
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SHORTEST_BLOCK = 8  # tokens
 MOST_NUMBER = 2**53  # floats are exact up to it, and JSON of any program
-_HEAD_STEP = 8  # numbers of a value head that stay or go together: what a vector unit multiplies at once in fp32
+HEAD_STEP = 8  # numbers of a value head that stay or go together: what a vector unit multiplies at once in fp32
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
@@ -293,7 +293,7 @@ class ValueSettings(Section):
 
     def numbers(self, size: int) -> int:
         """Return the numbers that stay of a value head of `size`."""
-        return min(size, max(_HEAD_STEP, round(self.keep * size / _HEAD_STEP) * _HEAD_STEP))
+        return min(size, max(HEAD_STEP, round(self.keep * size / HEAD_STEP) * HEAD_STEP))
 
 
 class RoundingSettings(Section):

@@ -17,7 +17,7 @@ from torch import nn
 
 from soco_train.errors import RecipeError
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings, ValueSettings
+from soco_train.settings import HEAD_STEP, LayerSettings, ValueSettings
 
 _VALUES, _OUTPUTS = "v_proj", ("o_proj", "out_proj", "dense")
 _TRIED = 16  # tokens: more than a group of heads needs to show another order
@@ -78,9 +78,9 @@ def narrowed_sites(model: Any, settings: ValueSettings) -> list[ValueSite]:
     for site in sites:
         if settings.numbers(site.size) >= site.size:
             raise RecipeError(
-                f"keep {settings.keep:g} of a value head of {site.size} numbers is all of them, in steps of 8",
-                fix=f"give {(site.size - 8) / site.size:g} or less, or leave out refine.values"
-                if site.size > 8
+                f"keep {settings.keep:g} of a value head of {site.size} is all of it, in steps of {HEAD_STEP}",
+                fix=f"give {(site.size - HEAD_STEP) / site.size:g} or less, or leave out refine.values"
+                if site.size > HEAD_STEP
                 else "leave out refine.values",
                 where=where,
             )
