@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,7 +18,7 @@ from soco_train import stopping
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 ENDINGS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-
+AGAIN = 0.02  # seconds until a signal that was lost is given again: time to leave the callback that lost it
 
 received: list[int] = []
 
@@ -38,17 +40,30 @@ def raising() -> Iterator[None]:
     A training finishes its step and saves before it raises; a second signal does not wait for that.
     SIGTERM has no exception of its own: libraries catch KeyboardInterrupt, tidy up, and raise a new one.
     """
+    tell, sys.unraisablehook = sys.unraisablehook, _unraisable
     _handle(_raise)
     try:
         yield
     finally:
         _handle(signal.SIG_IGN)
+        sys.unraisablehook = tell
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     received.append(number)
     if not stopping.wish():
         raise KeyboardInterrupt
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Give a signal again whose exception nobody could receive: it arrived in a destructor, or in a library's callback.
+
+    Python would print it and go on: a traceback, and a command that does not end.
+    """
+    if received and lost.exc_type is KeyboardInterrupt:
+        threading.Timer(AGAIN, signal.pthread_kill, [threading.main_thread().ident, received[-1]]).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _handle(handler: Any) -> None:

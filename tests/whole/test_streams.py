@@ -135,3 +135,26 @@ def test_a_signal_in_the_first_second_leaves_no_traceback(number: signal.Signals
             _, said = process.communicate()
         assert b"Traceback" not in said, (after, said)
         assert process.returncode in (0, 4, code), (after, said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_destructor_received_ends_the_command_all_the_same(number: signal.Signals) -> None:
+    """Python prints such an exception and goes on; ours comes again where it can be received."""
+    start = f"""
+import signal, time
+from soco_export import signals
+
+class Receiving:
+    def __del__(self):
+        signal.raise_signal({number:d})
+
+try:
+    with signals.raising():
+        Receiving()
+        time.sleep(30)
+except KeyboardInterrupt:
+    print(signals.code())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == (f"{signals.ENDINGS[number]}\n", "")
