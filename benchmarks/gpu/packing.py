@@ -29,9 +29,11 @@ PLAN = "plan.json"
 
 def pack(options: argparse.Namespace) -> None:
     """Gather the files, cut them, and write the calls."""
+    named: list[tuple[Kind, Path]] = [*_given(options.file), *(("text", path) for path in _texts(options))]
+    if unreadable := [str(path) for _, path in named if not path.is_file()]:
+        sys.exit(f"no file: {', '.join(unreadable)}")
     shutil.rmtree(options.folder / "loads", ignore_errors=True)
-    files = list(_given(options.file) if options.file else _downloaded(options))
-    files += [("text", path) for path in _texts(options)]
+    files = named if options.file else [*_downloaded(options), *named]
     order: tuple[Kind, ...] = ("wheel", "text", "weights", "runtime")
     files.sort(key=lambda entry: order.index(entry[0]))
     size, parcels = int(options.load * MIB), options.folder / "parcels"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from benchmarks.gpu import carry, checking
+from benchmarks.gpu import carry, checking, packing
 from benchmarks.gpu.calls import LEAST, NEEDS, Budget, plan, taken
 from benchmarks.gpu.parcels import LIST, Damaged, cut, digest, join, loads, write_list
 from benchmarks.gpu.source import ROOT
@@ -128,6 +128,14 @@ def test_the_calls_are_written_and_do_what_they_say(folder: Path, tmp_path: Path
     assert (store / "site" / "small.py").exists()
     for name in ("learn.txt", "wiki.raw", "large-1-py3-none-any.whl"):
         assert digest(store / name) == digest(tmp_path / name)
+
+
+def test_a_text_that_is_not_there_is_said_before_anything_is_downloaded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(packing, "_downloaded", lambda options: pytest.fail("began to download"))
+    (tmp_path / "folder").mkdir()
+    texts = ["--calibrate", str(tmp_path / "folder"), "--evaluate", f"wiki={tmp_path / 'nothing'}:2048"]
+    with pytest.raises(SystemExit, match=r"no file: .*folder, .*nothing"):
+        carry.main(["pack", str(tmp_path / "carry"), *texts])
 
 
 def test_section_b_is_told_where_model_and_texts_lie_over_there(tmp_path: Path, monkeypatch: Any) -> None:
