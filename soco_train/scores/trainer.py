@@ -55,13 +55,13 @@ def train_spectrum(
         if start is not None:
             bank.set_scores(torch.cat([start[name] for name in bank.names]))
         parallel.agree(bank.parameters())  # a start measured on several GPUs may differ in its last bits
-        training = _Training(subject, train, plan, replace(session, seed=train.seed), bank, layers)
+        training = ScoreTraining(subject, train, plan, replace(session, seed=train.seed), bank, layers)
         training.run()
         training.save()
         return training.scores()
 
 
-class _Training(Loop):
+class ScoreTraining(Loop):
     """The state of one training of scores and its step."""
 
     kind: ClassVar[str] = "training"

@@ -27,7 +27,7 @@ from soco_train.store.scores import LayerScores
 
 def pressed(weight):
     """Return the gradient that one step of phase 3 adds to θ, with λ_s = `weight` and no pressure on the size."""
-    run = object.__new__(trainer._Training)
+    run = object.__new__(trainer.ScoreTraining)
     theta = nn.Parameter(torch.tensor([0.2, 0.4, 0.6, 0.8]))
     theta.grad = torch.full((4,), 1e-3)
     run.train, run.plan = TrainSettings(), PlanSettings(keep_params=0.5)
@@ -56,7 +56,7 @@ def test_phase_2_ends_at_peaks_of_the_size_and_not_at_valleys():
 
 
 def test_the_final_support_ranks_above_everything():
-    run = object.__new__(trainer._Training)
+    run = object.__new__(trainer.ScoreTraining)
     theta = torch.tensor([0.9, 0.05, 0.8, 0.0])
     support = torch.tensor([False, True, True, False])
     run.train = TrainSettings(steps=10)
@@ -71,7 +71,7 @@ def test_the_final_support_ranks_above_everything():
 
 
 def test_the_learning_rate_falls_once_the_support_is_frozen():
-    run = object.__new__(trainer._Training)
+    run = object.__new__(trainer.ScoreTraining)
     train = TrainSettings(steps=100)
     run.train, run.timetable = train, Timetable.preset(train)
     freeze, rates = run.timetable.freeze, []

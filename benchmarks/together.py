@@ -1,0 +1,217 @@
+"""Learnt scores and distilled factors in other orders than one after the other, with the same calibration tokens.
+
+Run from the root of the repository: python -m benchmarks.together --out benchmarks/results/together.json
+
+On the built-in model, on the two-sided basis, no deviation, `--steps` batches of 1024 tokens for each way:
+`distilled`: ranks by price, and all tokens for the factors (the control). `scores, then factors`: half for each.
+`together`: half for scores and factors in one loop (a gate on every component, SoCo's pressure and phases on the gates,
+the factors learning behind them), half for the factors that the gates left. `learnt again`: two fifths for the factors
+of a larger size by price, one fifth for scores of what is left of them, two for the final size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.any_size import by_way
+from soco_export.checkpoint.layers import apply_factors
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.model.load import load_model, load_tokenizer
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
+from soco_export.runtimes.open import torch_decoder
+from soco_train import method
+from soco_train.data.corpus import load_blocks
+from soco_train.forms.stacked import StackedFactors
+from soco_train.modules.layers import substituted
+from soco_train.modules.scored import ScoreBank, ScoredLinear
+from soco_train.modules.subject import Session, Subject
+from soco_train.plan.ranks import RankPlan, kept, plan_ranks
+from soco_train.scores.closed_form import energy
+from soco_train.scores.soco import wiener_start
+from soco_train.scores.trainer import ScoreTraining
+from soco_train.settings import RefineSettings, TrainSettings
+from soco_train.store.factors import Factors
+from soco_train.store.scores import Scores
+from soco_train.store.spectra import Spectrum
+
+SIZE, LARGER = 0.6, 0.8
+METHOD = (f"keep_params={SIZE}", "train.basis=two-sided", "train.start=spectrum", "train.deviation=false")
+BATCH = 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} tokens, for each way")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    rows = []
+    for seed in given.seeds:
+        recipe = load_recipe("tiny", [*METHOD, f"train.seed={seed}", *given.settings])
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [{"seed": seed, **row} for row in measure(recipe, given.steps, Path(folder))]
+    command = f"python -m benchmarks.together --steps {given.steps} --seeds {' '.join(map(str, given.seeds))}"
+    command += "".join(f" --set {setting}" for setting in given.settings)
+    document = {"command": command, "tokens": given.steps * BATCH, "rows": list(by_way(rows))}
+    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(recipe: Recipe, steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each way: perplexity on held-out text, and its ratio to the dense model's."""
+    model, tokenizer = load_model(recipe)[0], load_tokenizer(recipe)
+    calibration = load_blocks(tokenizer, recipe.data, "calibration").tokens
+    evaluation = load_blocks(tokenizer, recipe.evaluation, "evaluation").tokens
+    subject = method.open_subject(model, recipe.layers, calibration, folder / "spectrum")
+    method.make_spectra(subject, recipe.train)
+    work = Work(recipe, subject, folder)
+    ways: Mapping[str, Callable[[int], Factors]] = {
+        "distilled": work.distilled,
+        "scores, then factors": work.one_after_the_other,
+        "together": work.together,
+        "learnt again": work.learnt_again,
+    }
+    dense = measure_perplexity(torch_decoder(model, "dense"), evaluation).value
+    rows = []
+    for way, make in ways.items():
+        pruned = load_model(recipe)[0]
+        apply_factors(pruned, make(steps).layers)
+        value = measure_perplexity(torch_decoder(pruned, way), evaluation).value
+        rows.append({"way": way, "size": SIZE, "perplexity": value, "ratio": value / dense})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """The four ways to spend steps on one subject; each returns factors of the size of the recipe's plan."""
+
+    recipe: Recipe
+    subject: Subject
+    folder: Path
+
+    def distilled(self, steps: int) -> Factors:
+        """Cut by price, then distil."""
+        return self._distilled(self.subject, self._by_price(), steps, "distilled")
+
+    def one_after_the_other(self, steps: int) -> Factors:
+        """Learn scores, then distil."""
+        scores = method.learn_scores(self.subject, self._train(steps // 2), self.recipe.plan, self._session("after"))
+        return self._distilled(self.subject, scores, steps - steps // 2, "after")
+
+    def together(self, steps: int) -> Factors:
+        """Learn scores and factors in one loop, then distil what is left."""
+        train = self._train(steps // 2)
+        found = wiener_start(self.subject, train, self.recipe.plan, energy(self.subject))
+        with ExitStack() as stack:
+            make: Callable[[str, nn.Linear], OpenLinear] = lambda name, linear: OpenLinear(  # noqa: E731
+                linear, self.subject.spectra[name]
+            )
+            layers = stack.enter_context(substituted(self.subject.model, self.subject.linears, make))
+            bank = ScoreBank(layers, train.score_function, deviation=False)
+            bank.set_scores(torch.cat([found[name] for name in bank.names]))
+            session = replace(self._session("together"), seed=train.seed)
+            training = Together(self.subject, train, self.recipe.plan, session, bank, layers)
+            training.add(self.recipe.refine.distill.lr, [part for layer in layers.values() for part in layer.factors()])
+            training.run()
+            scores, spectra = training.scores(), {name: layer.spectrum() for name, layer in layers.items()}
+        return self._distilled(replace(self.subject, spectra=spectra), scores, steps - steps // 2, "together")
+
+    def learnt_again(self, steps: int) -> Factors:
+        """Distil a larger size, learn scores of what it kept, cut to the size, and distil on."""
+        first, middle = 2 * steps // 5, steps // 5
+        prices = self._by_price()
+        larger = plan_ranks(
+            prices, self.recipe.plan.model_copy(update={"keep_params": LARGER, "allocation": "lagrangian"})
+        )
+        factors = method.cut_factors(self.subject, prices, larger, self._refine(first), self._session("larger"))
+        subject = replace(self.subject, spectra=self._left_of(factors, prices, larger))
+        scores = method.learn_scores(subject, self._train(middle), self.recipe.plan, self._session("again"))
+        return self._distilled(subject, scores, steps - first - middle, "again")
+
+    def _left_of(self, factors: Factors, scores: Scores, plan: RankPlan) -> dict[str, Spectrum]:
+        """Return the distilled components with the σ that they were cut for; those that were lost are zeros."""
+        found = {}
+        for name, spectrum in self.subject.spectra.items():
+            pair = factors.layers.get(name)
+            if isinstance(pair, StackedFactors):
+                lost = spectrum.sigma.numel() - len(pair.down)
+                sigma = spectrum.sigma[kept(scores.layers[name].importance, plan.layers[name].rank)]
+                up, down = nn.functional.pad(pair.up, (0, lost)), nn.functional.pad(pair.down, (0, 0, 0, lost))
+                spectrum = Spectrum(up, down, nn.functional.pad(sigma, (0, lost)))
+            found[name] = spectrum
+        return found
+
+    def _by_price(self) -> Scores:
+        train = TrainSettings.model_validate({"scorer": "singular-values", "basis": "two-sided"})
+        return method.learn_scores(self.subject, train, self.recipe.plan, self._session("price"))
+
+    def _distilled(self, subject: Subject, scores: Scores, steps: int, name: str) -> Factors:
+        """Cut and distil; ranks by price where scores are prices, by the scores' own order where they are learnt."""
+        priced = scores.provenance["scorer"] != "soco"
+        own = {"allocation": "lagrangian" if priced else "global"}
+        plan = plan_ranks(scores, self.recipe.plan.model_copy(update=own))
+        return method.cut_factors(subject, scores, plan, self._refine(steps), self._session(f"distil {name}")).made()
+
+    def _train(self, steps: int) -> TrainSettings:
+        return self.recipe.train.model_copy(update={"steps": steps, "batch_tokens": BATCH})
+
+    def _refine(self, steps: int) -> RefineSettings:
+        given = {**self.recipe.refine.distill.model_dump(), "steps": steps, "batch_tokens": BATCH}
+        return RefineSettings.model_validate({"distill": given})
+
+    def _session(self, name: str) -> Session:
+        return Session(self.folder / name, fingerprint=name, seed=self.recipe.train.seed)
+
+
+class OpenLinear(ScoredLinear):
+    """A ScoredLinear whose P and B learn too; nothing is dropped, for what is outside the support has the score 0."""
+
+    def __init__(self, linear: nn.Linear, spectrum: Spectrum) -> None:
+        super().__init__(linear, spectrum, torch.float32)
+        evened = (spectrum.B.norm(dim=1) / spectrum.P.norm(dim=0)).sqrt().nan_to_num(1, 1, 1).clamp(1e-6, 1e6)
+        self.learnt = nn.ParameterDict({"up": self.P * evened, "down": self.B / evened[:, None]})
+
+    def factors(self) -> Iterable[nn.Parameter]:
+        """Return P: [m, k] and B: [k, n] as they are learnt, of equal norms."""
+        return self.learnt.values()
+
+    def spectrum(self) -> Spectrum:
+        """Return them as a spectrum; its σ are not known any more and not asked for."""
+        up, down = (part.detach().clone() for part in (self.learnt["up"], self.learnt["down"]))
+        return Spectrum(up, down, torch.ones(up.shape[1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y: [..., m]."""
+        if self.teaching or self.left_dense:
+            return self.dense(x)
+        z = nn.functional.linear(x, self.learnt["down"]) * self.s
+        return nn.functional.linear(z, self.learnt["up"], self.dense.bias)
+
+    def compact(self, support: torch.Tensor) -> None:
+        """Leave everything where it is; a layer that keeps all is one that the plan leaves dense."""
+        self.left_dense = bool(support.all())
+
+
+class Together(ScoreTraining):
+    """The training of scores, with factors that learn beside them."""
+
+    def add(self, rate: float, factors: list[nn.Parameter]) -> None:
+        """Let `factors` learn at `rate`, scheduled as the scores are."""
+        self.parameters.update({f"factor {number}": factor for number, factor in enumerate(factors)})
+        self.optimisers[0].add_param_group({"params": factors, "lr": rate, "peak": rate})
+
+
+if __name__ == "__main__":
+    main()
