@@ -32,7 +32,8 @@ class Genai(Runtime):
     reads_cache_types = True
     packages = ("onnxruntime-genai",)
     install = install_command("genai")
-    target = ("export.flavour=contrib", "export.layouts=[optimum, genai]")
+    # products of one input made at once: the same numbers, and what the library's own builder does
+    target = ("export.flavour=contrib", "export.layouts=[optimum, genai]", "export.pack=true")
 
     def write(self, to: Layout) -> None:
         """Write genai_config.json."""
