@@ -4,9 +4,9 @@ Run from the root of the repository: python -m benchmarks.together --out benchma
 
 On the built-in model, on the two-sided basis, no deviation, `--steps` batches of 1024 tokens for each way:
 `distilled`: ranks by price, and all tokens for the factors (the control). `scores, then factors`: half for each.
-`together`: half for scores and factors in one loop (a gate on every component, SoCo's pressure and phases on the gates,
-the factors learning behind them), half for the factors that the gates left. `learnt again`: two fifths for the factors
-of a larger size by price, one fifth for scores of what is left of them, two for the final size.
+`together`: half for scores and components in the same steps (`train.lr_factors`), half for the factors that are left.
+`learnt again`: two fifths for the factors of a larger size by price, one fifth for scores of what is left of them, two
+for the final size.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.any_size import by_way
@@ -33,13 +31,8 @@ from soco_export.runtimes.open import torch_decoder
 from soco_train import method
 from soco_train.data.corpus import load_blocks
 from soco_train.forms.stacked import StackedFactors
-from soco_train.modules.layers import substituted
-from soco_train.modules.scored import ScoreBank, ScoredLinear
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, kept, plan_ranks
-from soco_train.scores.closed_form import energy
-from soco_train.scores.soco import wiener_start
-from soco_train.scores.trainer import ScoreTraining
 from soco_train.settings import RefineSettings, TrainSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
@@ -111,22 +104,10 @@ class Work:
         return self._distilled(self.subject, scores, steps - steps // 2, "after")
 
     def together(self, steps: int) -> Factors:
-        """Learn scores and factors in one loop, then distil what is left."""
-        train = self._train(steps // 2)
-        found = wiener_start(self.subject, train, self.recipe.plan, energy(self.subject))
-        with ExitStack() as stack:
-            make: Callable[[str, nn.Linear], OpenLinear] = lambda name, linear: OpenLinear(  # noqa: E731
-                linear, self.subject.spectra[name]
-            )
-            layers = stack.enter_context(substituted(self.subject.model, self.subject.linears, make))
-            bank = ScoreBank(layers, train.score_function, deviation=False)
-            bank.set_scores(torch.cat([found[name] for name in bank.names]))
-            session = replace(self._session("together"), seed=train.seed)
-            training = Together(self.subject, train, self.recipe.plan, session, bank, layers)
-            training.add(self.recipe.refine.distill.lr, [part for layer in layers.values() for part in layer.factors()])
-            training.run()
-            scores, spectra = training.scores(), {name: layer.spectrum() for name, layer in layers.items()}
-        return self._distilled(replace(self.subject, spectra=spectra), scores, steps - steps // 2, "together")
+        """Learn scores and components in the same steps, then distil what is left."""
+        train = self._train(steps // 2).model_copy(update={"lr_factors": self.recipe.refine.distill.lr})
+        scores = method.learn_scores(self.subject, train, self.recipe.plan, self._session("together"))
+        return self._distilled(self.subject, scores, steps - steps // 2, "together")
 
     def learnt_again(self, steps: int) -> Factors:
         """Distil a larger size, learn scores of what it kept, cut to the size, and distil on."""
@@ -173,44 +154,6 @@ class Work:
 
     def _session(self, name: str) -> Session:
         return Session(self.folder / name, fingerprint=name, seed=self.recipe.train.seed)
-
-
-class OpenLinear(ScoredLinear):
-    """A ScoredLinear whose P and B learn too; nothing is dropped, for what is outside the support has the score 0."""
-
-    def __init__(self, linear: nn.Linear, spectrum: Spectrum) -> None:
-        super().__init__(linear, spectrum, torch.float32)
-        evened = (spectrum.B.norm(dim=1) / spectrum.P.norm(dim=0)).sqrt().nan_to_num(1, 1, 1).clamp(1e-6, 1e6)
-        self.learnt = nn.ParameterDict({"up": self.P * evened, "down": self.B / evened[:, None]})
-
-    def factors(self) -> Iterable[nn.Parameter]:
-        """Return P: [m, k] and B: [k, n] as they are learnt, of equal norms."""
-        return self.learnt.values()
-
-    def spectrum(self) -> Spectrum:
-        """Return them as a spectrum; its σ are not known any more and not asked for."""
-        up, down = (part.detach().clone() for part in (self.learnt["up"], self.learnt["down"]))
-        return Spectrum(up, down, torch.ones(up.shape[1]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y: [..., m]."""
-        if self.teaching or self.left_dense:
-            return self.dense(x)
-        z = nn.functional.linear(x, self.learnt["down"]) * self.s
-        return nn.functional.linear(z, self.learnt["up"], self.dense.bias)
-
-    def compact(self, support: torch.Tensor) -> None:
-        """Leave everything where it is; a layer that keeps all is one that the plan leaves dense."""
-        self.left_dense = bool(support.all())
-
-
-class Together(ScoreTraining):
-    """The training of scores, with factors that learn beside them."""
-
-    def add(self, rate: float, factors: list[nn.Parameter]) -> None:
-        """Let `factors` learn at `rate`, scheduled as the scores are."""
-        self.parameters.update({f"factor {number}": factor for number, factor in enumerate(factors)})
-        self.optimisers[0].add_param_group({"params": factors, "lr": rate, "peak": rate})
 
 
 if __name__ == "__main__":

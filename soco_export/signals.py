@@ -18,7 +18,7 @@ from soco_train import stopping
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 ENDINGS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-AGAIN = 0.02  # seconds until a signal that was lost is given again: time to leave the callback that lost it
+_AGAIN = 0.02  # seconds until a signal that was lost is given again: time to leave the callback that lost it
 
 received: list[int] = []
 
@@ -61,7 +61,7 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     Python would print it and go on: a traceback, and a command that does not end.
     """
     if received and lost.exc_type is KeyboardInterrupt:
-        threading.Timer(AGAIN, signal.pthread_kill, [threading.main_thread().ident, received[-1]]).start()
+        threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, received[-1]]).start()
     else:
         sys.__unraisablehook__(lost)
 

@@ -227,6 +227,9 @@ class TrainSettings(OpenSection):
     batch_tokens: int = Field(default=1024, ge=8)
     lr: float = Field(default=3e-3, gt=0)
     lr_deviation: float = Field(default=1e-3, gt=0)
+    lr_factors: float = Field(
+        default=0, ge=0, description="on the components' own P and B, which then learn beside their scores; 0: frozen"
+    )
     warmup: float = Field(default=0.03, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     score_function: ScoreFunction = "relu"

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from soco_train.forms.stacked import balance
 from soco_train.modules.layers import substituted, teaching
 from soco_train.settings import ScoreFunction
 from soco_train.store.spectra import Spectrum
@@ -91,9 +92,13 @@ class ScoredLinear(nn.Module):
             return self.dense(x)
         shift = self.d if self.dense.bias is None else self.dense.bias if self.d is None else self.d + self.dense.bias
         rows = x.to(self.P.dtype).flatten(0, -2)
-        y = ScoredProduct.apply(rows, self.s[self.index], self.P, self.B, shift)
         # shaped out here, for a model may change in place what a layer returns, but no view made inside the function
-        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        return self.product(rows, shift).unflatten(0, x.shape[:-1]).to(x.dtype)
+
+    def product(self, rows: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """Return P (s ⊙ B x) + shift: [t, m]; rows: [t, n]."""
+        y: torch.Tensor = ScoredProduct.apply(rows, self.s[self.index], self.P, self.B, shift)
+        return y
 
     @torch.no_grad()
     def compact(self, support: torch.Tensor) -> None:
@@ -105,6 +110,27 @@ class ScoredLinear(nn.Module):
         self.left_dense = bool(support.all())
         keep = support[self.index] & (not self.left_dense)
         self.P, self.B, self.index = self.P[:, keep].contiguous(), self.B[keep].contiguous(), self.index[keep]
+
+
+class LearningLinear(ScoredLinear):
+    """A ScoredLinear whose P and B learn as well, each component's norm shared evenly between them at first.
+
+    Nothing is dropped: where the score is 0, so is every gradient.
+    """
+
+    def __init__(self, linear: nn.Linear, spectrum: Spectrum, dtype: torch.dtype) -> None:
+        super().__init__(linear, spectrum, dtype)
+        evened = balance(self.P, self.B)
+        self.P, self.B = nn.Parameter(self.P * evened), nn.Parameter(self.B / evened[:, None])
+
+    def product(self, rows: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """Return P (s ⊙ B x) + shift: [t, m]."""
+        z = functional.linear(rows, self.B) * self.s.to(rows.dtype)
+        return functional.linear(z, self.P, None if shift is None else shift.to(z.dtype))
+
+    def compact(self, support: torch.Tensor) -> None:
+        """Note whether the plan leaves this layer dense."""
+        self.left_dense = bool(support.all())
 
 
 class ScoreBank(nn.Module):
@@ -171,7 +197,15 @@ class ScoreBank(nn.Module):
 
 
 def scored_model(
-    model: nn.Module, linears: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], dtype: torch.dtype
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    spectra: Mapping[str, Spectrum],
+    dtype: torch.dtype,
+    learning: bool = False,
 ) -> AbstractContextManager[dict[str, ScoredLinear]]:
-    """Put ScoredLinears in the place of `linears` for the duration of the context, then put the Linears back."""
-    return substituted(model, linears, lambda name, linear: ScoredLinear(linear, spectra[name], dtype))
+    """Put ScoredLinears in the place of `linears` for the duration of the context, then put the Linears back.
+
+    learning: their components learn too.
+    """
+    kind = LearningLinear if learning else ScoredLinear
+    return substituted(model, linears, lambda name, linear: kind(linear, spectra[name], dtype))

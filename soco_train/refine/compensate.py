@@ -66,7 +66,7 @@ def compensate(
 
 def _untrained(layer: LayerScores) -> bool:
     """Return whether all components together are the dense layer."""
-    added = (layer.deviation, layer.correction, layer.adapter)
+    added = (layer.deviation, layer.correction, layer.adapter, layer.components)
     return all(part is None for part in added) and bool((layer.scale == 1).all())
 
 

@@ -64,10 +64,7 @@ def cut_layer(
 
     bias: the dense layer's, [m] or None.
     """
-    up, down = spectrum.P[:, survivors].double(), spectrum.B[survivors].double()
-    if layer.correction is not None:
-        left, right = layer.correction
-        down = down + left[survivors].double() @ right.double()
+    up, down = layer.components_of(spectrum, survivors)
     scale = layer.scale[survivors].double().clamp(min=0)
     if beside:
         up, down = torch.cat((up, beside[0]), 1), torch.cat((down, beside[1]))

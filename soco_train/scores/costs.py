@@ -6,12 +6,17 @@ from soco_train.cost import BYTES, Cost, ModelShape, Task, activations, logits, 
 
 
 def learning_cost(task: Task, shape: ModelShape, width: int) -> Cost:
-    """Return the cost of learning scores: a dense model that teaches, forward and backward through all components."""
+    """Return the cost of learning scores: a dense model that teaches, forward and backward through all components.
+
+    With `lr_factors` the components have gradients and AdamW's two moments too, and each layer's input is kept.
+    """
     train = task.train
-    passes = 3 if train.checkpoint_activations else 2
+    passes = 2 + train.checkpoint_activations + (train.lr_factors > 0)
     done = 2.0 * train.steps * train.batch_tokens * (shape.active + passes * shape.active_factors)
     memory = _memory(task, shape, width, train.batch_tokens, train.checkpoint_activations)
-    return Cost(memory, flops={train.factor_dtype: done})
+    # P and B as they were learnt, and a checkpoint of them and their moments
+    disk = {"components": 16 * shape.full_factors} if train.lr_factors else {}
+    return Cost(memory, flops={train.factor_dtype: done}, disk=disk)
 
 
 def saliency_cost(task: Task, shape: ModelShape, width: int) -> Cost:
@@ -21,9 +26,10 @@ def saliency_cost(task: Task, shape: ModelShape, width: int) -> Cost:
 
 
 def _memory(task: Task, shape: ModelShape, width: int, tokens: int, checkpointed: bool) -> int:
-    factors = BYTES[task.train.factor_dtype]
-    saved = factors * shape.met(min(pair) for pair in shape.linears) + saved_by_the_rest(shape, width)
-    memory = width * shape.parameters + factors * shape.full_factors
+    factors, learning = BYTES[task.train.factor_dtype], task.train.lr_factors > 0
+    kept = shape.met((2 * min(m, n) + n if learning else min(m, n)) for m, n in shape.linears)
+    saved = factors * kept + saved_by_the_rest(shape, width)
+    memory = width * shape.parameters + (4 if learning else 1) * factors * shape.full_factors
     memory += tokens * activations(saved, shape, width, checkpointed)
     memory += logits(tokens, shape, task.train.logit_chunk, width)
     # θ and d: value, gradient and AdamW's two moments

@@ -147,7 +147,7 @@ def _pruned(
 def _components(spectrum: Spectrum, scores: LayerScores, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (up [m, k], down [k, n]), the components that live longest first, each with its norm shared evenly."""
     order = torch.sort(scores.importance, descending=True, stable=True).indices
-    up, down = spectrum.P[:, order].double(), spectrum.B[order].double()
+    up, down = scores.components_of(spectrum, order)
     evened = balance(up, down)
     return (up * evened).to(device), (down / evened[:, None]).to(device)
 

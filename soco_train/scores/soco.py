@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from soco_train.errors import RecipeError
 from soco_train.events import Notify
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
@@ -21,8 +22,17 @@ from soco_train.store.spectra import Spectrum
 SHARPNESS = 2.0
 
 
+def _check(train: TrainSettings, plan: PlanSettings) -> None:
+    if train.lr_factors and train.factor_dtype != "float32":
+        raise RecipeError(
+            f"components that learn would be updated in {train.factor_dtype}, which loses steps as small as these",
+            fix="train.factor_dtype: float32, or train.lr_factors: 0",
+            where="recipe: train.lr_factors",
+        )
+
+
 # the method that the settings are of: it reads all of them
-@scorer("soco", reads=TrainSettings.model_fields, trains=True, cost=learning_cost)
+@scorer("soco", reads=TrainSettings.model_fields, trains=True, check=_check, cost=learning_cost)
 def soco(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Learn the scores by SoCo's three phases, from s ≡ 1 or from a closed-form warm start."""
     found = STARTS[train.start](subject, train, session.notify)

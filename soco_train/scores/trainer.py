@@ -4,6 +4,7 @@ One step: a batch → teacher logits (the same modules, dense) → KL and its gr
 the size and of the polarisation → AdamW. The two extra gradients depend on θ alone and are scaled to the typical entry
 of the KL gradient before being weighted [ours]: λ_d and λ_s mean the same for every model, and a controller moves λ_d
 so that R̂ follows the schedule. Where every layer has a budget of its own, each has its own scale, λ_d and controller.
+With `train.lr_factors` the components themselves learn in the same steps, on the KL alone [ours].
 fp32 scores always. Any number of processes learns the same scores (parallel.py).
 """
 
@@ -48,7 +49,7 @@ def train_spectrum(
     subject.model.eval()
     dtype = getattr(torch, train.factor_dtype)
     with (
-        scored_model(subject.model, subject.linears, subject.spectra, dtype) as layers,
+        scored_model(subject.model, subject.linears, subject.spectra, dtype, train.lr_factors > 0) as layers,
         recomputing(subject.model, train.checkpoint_activations),
     ):
         bank = ScoreBank(layers, train.score_function, train.deviation)
@@ -81,8 +82,17 @@ class ScoreTraining(Loop):
         groups: list[dict[str, Any]] = [{"params": [bank.theta], "lr": train.lr}]
         if bank.deviation is not None:
             groups.append({"params": [bank.deviation], "lr": train.lr_deviation})
+        self.layers = layers
+        factors = {
+            f"{name}:{part}": value
+            for name, layer in layers.items()
+            for part, value in layer.named_parameters("", False)
+        }
+        if factors:
+            groups.append({"params": list(factors.values()), "lr": train.lr_factors})
         optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        super().__init__(session, train, subject.tokens, dict(bank.named_parameters()), [optimiser])
+        learnt = {**dict(bank.named_parameters()), **factors}
+        super().__init__(session, train, subject.tokens, learnt, [optimiser])
         self.shapes = [(layer.dense.out_features, layer.dense.in_features) for layer in layers.values()]
         self.size = SoftSize(self.shapes, bank.ranks, plan, train.deviation, self.device)
         self.timetable = Timetable.preset(train)
@@ -100,6 +110,8 @@ class ScoreTraining(Loop):
 
     def layer_at(self, parameter: str, index: int) -> str:
         """Return the layer to which a score or an entry of the deviation belongs."""
+        if ":" in parameter:
+            return parameter.rpartition(":")[0]
         counts = self.bank.ranks if parameter == "theta" else self.bank.rows
         return next(name for name, end in zip(self.bank.names, accumulate(counts), strict=True) if index < end)
 
@@ -203,10 +215,21 @@ class ScoreTraining(Loop):
             deviations = dict(zip(self.bank.names, self.bank.deviation.detach().split(self.bank.rows), strict=True))
         scales = self.bank.per_layer(torch.where(self.bank.support, s, 1.0))
         layers = {
-            name: LayerScores(part.cpu(), scales[name].cpu(), deviations[name].cpu() if deviations else None, shape)
+            name: LayerScores(
+                part.cpu(),
+                scales[name].cpu(),
+                deviations[name].cpu() if deviations else None,
+                shape,
+                components=self._components(name),
+            )
             for (name, part), shape in zip(self.bank.per_layer(importance).items(), self.shapes, strict=True)
         }
         return Scores(layers, {"scorer": "soco", "steps": self.step, "train": self.train.model_dump(mode="json")})
+
+    def _components(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the P and B that a layer has learnt, None where they are frozen."""
+        learnt = dict(self.layers[name].named_parameters(recurse=False))
+        return (learnt["P"].detach().cpu().clone(), learnt["B"].detach().cpu().clone()) if learnt else None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return support, deaths, controllers, timetable and stopping rules."""

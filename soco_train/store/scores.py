@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from soco_train.bounded import MADE_ANEW, answering
+from soco_train.store.spectra import Spectrum
 from soco_train.store.tensorfile import Provenance, checked, read_tensors, write_tensors
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
+_PAIRS = (("correction", "C", "A"), ("adapter", "C", "A"), ("components", "P", "B"))  # and what their halves are called
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class LayerScores:
     importance: [k] fp32, larger lives longer; scale: [k] fp32, multiplies the component; deviation: [m] or None,
     added to the layer's output; shape: (m, n) of the dense weight; correction: (C [k, r], A [r, n]) or None, where C A
     is added to the component's B, of whatever size the cut is; adapter: (C [m, r], A [r, n]) or None, where C A is
-    added to the layer beside its components and takes r of the ranks that the plan gives it.
+    added to the layer beside its components and takes r of the ranks that the plan gives it; components: (P [m, k],
+    B [k, n]) or None, what the spectrum's became where they learnt beside their scores.
     """
 
     importance: torch.Tensor
@@ -30,6 +33,16 @@ class LayerScores:
     shape: tuple[int, int]
     correction: _Pair | None = None
     adapter: _Pair | None = None
+    components: _Pair | None = None
+
+    def components_of(self, spectrum: Spectrum, chosen: torch.Tensor) -> _Pair:
+        """Return the components `chosen` [r] (indices): P [m, r], B [r, n] in float64, without their scales."""
+        P, B = self.components or (spectrum.P, spectrum.B)
+        P, B = P[:, chosen].double(), B[chosen].double()
+        if self.correction is not None:
+            left, right = self.correction
+            B = B + left[chosen].double() @ right.double()
+        return P, B
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,9 @@ class Scores:
             tensors[f"{name}:scale"] = layer.scale
             if layer.deviation is not None:
                 tensors[f"{name}:deviation"] = layer.deviation
-            for part, pair in (("correction", layer.correction), ("adapter", layer.adapter)):
-                if pair is not None:
-                    tensors[f"{name}:{part}.C"], tensors[f"{name}:{part}.A"] = pair
+            for part, first, second in _PAIRS:
+                if (pair := getattr(layer, part)) is not None:
+                    tensors[f"{name}:{part}.{first}"], tensors[f"{name}:{part}.{second}"] = pair
         shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
         checks = {name: checked(name.replace(":", " "), tensor) for name, tensor in tensors.items()}
         write_tensors(path, checks, {"kind": "scores", "shapes": shapes, "provenance": dict(self.provenance)})
@@ -74,12 +87,12 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
         scale=tensors[f"{name}:scale"],
         deviation=tensors.get(f"{name}:deviation"),
         shape=(m, n),
-        correction=_pair(f"{name}:correction", tensors),
-        adapter=_pair(f"{name}:adapter", tensors),
+        **{part: _pair(f"{name}:{part}", first, second, tensors) for part, first, second in _PAIRS},
     )
     components = (min(m, n),)
     left, right = layer.correction or (torch.empty(*components, 0), torch.empty(0, n))
     outer, inner = layer.adapter or (torch.empty(m, 0), torch.empty(0, n))
+    P, B = layer.components or (None, None)
     parts = {
         "importance": (layer.importance, components),
         "scale": (layer.scale, components),
@@ -88,6 +101,8 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
         "correction.A": (right, (left.shape[-1], n)),
         "adapter.C": (outer, (m, outer.shape[-1])),
         "adapter.A": (inner, (outer.shape[-1], n)),
+        "components.P": (P, (m, *components)),
+        "components.B": (B, (*components, n)),
     }
     for part, (tensor, expected) in parts.items():
         if tensor is not None and (tuple(tensor.shape) != expected or not bool(tensor.isfinite().all())):
@@ -95,6 +110,6 @@ def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> 
     return layer
 
 
-def _pair(name: str, tensors: Mapping[str, torch.Tensor]) -> _Pair | None:
-    left = tensors.get(f"{name}.C")
-    return None if left is None else (left, tensors[f"{name}.A"])
+def _pair(name: str, first: str, second: str, tensors: Mapping[str, torch.Tensor]) -> _Pair | None:
+    left = tensors.get(f"{name}.{first}")
+    return None if left is None else (left, tensors[f"{name}.{second}"])

@@ -59,7 +59,7 @@ def test_the_final_support_ranks_above_everything():
     run = object.__new__(trainer.ScoreTraining)
     theta = torch.tensor([0.9, 0.05, 0.8, 0.0])
     support = torch.tensor([False, True, True, False])
-    run.train = TrainSettings(steps=10)
+    run.train, run.layers = TrainSettings(steps=10), {"a": torch.nn.Module()}
     run.bank = SimpleNamespace(
         theta=theta, function=lambda t: t, support=support, deviation=None, names=["a"],
         per_layer=lambda t: {"a": t},

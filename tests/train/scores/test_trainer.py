@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from soco_export import signals
 from soco_train import stopping
-from soco_train.errors import DataError
+from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event
 from soco_train.learn.divergence import divergence
 from soco_train.modules.factored import factored
@@ -20,12 +20,13 @@ from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.refine.cut import make_factors
 from soco_train.refine.distill import distill
 from soco_train.scores.closed_form import saliency
-from soco_train.scores.registry import train_scores
+from soco_train.scores.registry import find_scorer, train_scores
 from soco_train.scores.soco import attributed, wiener_start
 from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import collect_statistics
+from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
 from tests.support.models import small_llama
 from tests.support.work import Work
@@ -290,3 +291,57 @@ def test_a_larger_size_brings_components_back_as_they_were(model, tokens, tmp_pa
             if keep == 0.9:
                 assert not (layer.scale[survivors] == 0).any()
     assert divergences[1] < 0.5 * divergences[0]
+
+
+LEARNING = TRAIN.model_copy(update={"lr_factors": 3e-3, "start": "fisher"})
+
+
+def test_components_that_learn_beside_their_scores_leave_less_divergence(model, tokens, tmp_path: Path) -> None:
+    found = {}
+    for name, train in {"frozen": LEARNING.model_copy(update={"lr_factors": 0.0}), "learnt": LEARNING}.items():
+        work, events = task(model, tokens, tmp_path / name, train)
+        scores = train_scores(*work)
+        assert plan_ranks(scores, work.plan).ratio <= 0.6
+        found[name] = sum(event.values["kl"] for event in events if event.stage == "train")
+    assert found["learnt"] < 0.95 * found["frozen"]
+
+
+def test_the_cut_takes_components_as_they_were_learnt(model, tokens, tmp_path: Path) -> None:
+    work, _ = task(model, tokens, tmp_path, LEARNING)
+    scores = train_scores(*work)
+    name, planned = next((n, p) for n, p in plan_ranks(scores, work.plan).layers.items() if not p.dense)
+    layer, spectrum = scores.layers[name], work.subject.spectra[name]
+    P, B = layer.components
+    assert float((P @ B - spectrum.P @ spectrum.B).abs().max()) > 1e-3
+    survivors = kept(layer.importance, planned.rank)
+    expected = (P[:, survivors].double() * layer.scale[survivors].double()) @ B[survivors].double()
+    factors = make_factors(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)[name]
+    torch.testing.assert_close(factors.up.double() @ factors.down.double(), expected, rtol=1e-5, atol=1e-6)
+    never = layer.importance.argmin()  # dead from the first deaths on: it is hardly other than it was
+    lost = (P[:, never, None] * B[never] - spectrum.P[:, never, None] * spectrum.B[never]).norm()
+    assert float(lost) < float((P @ B - spectrum.P @ spectrum.B).norm())
+    scores.save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors").layers[name].components
+    assert all(map(torch.equal, again, (P, B)))
+
+
+def test_learning_components_goes_on_to_the_same_bits(model, tokens, tmp_path: Path) -> None:
+    whole = train_scores(*task(model, tokens, tmp_path / "whole", LEARNING)[0])
+    work, _ = task(model, tokens, tmp_path / "parts", LEARNING)
+
+    def stop(event: Event) -> None:
+        if event.stage == "train" and event.step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_scores(work.subject, work.train, work.plan, replace(work.session, notify=stop))
+    again = train_scores(*work)
+    for name, layer in whole.layers.items():
+        assert all(map(torch.equal, layer.components, again.layers[name].components))
+        assert torch.equal(layer.importance, again.layers[name].importance)
+
+
+def test_components_do_not_learn_in_half_precision() -> None:
+    train = LEARNING.model_copy(update={"factor_dtype": "bfloat16"})
+    with pytest.raises(RecipeError, match="bfloat16"):
+        find_scorer("soco").check(train, PlanSettings(keep_params=0.6))
