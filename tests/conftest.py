@@ -14,12 +14,14 @@ os.environ.update(
 
 import pytest
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.fresh import SEED, examples, seed_all
 
-# How long an example takes says more about the machine's other work than about the code.
-settings.register_profile("unhurried", deadline=None, max_examples=examples(100))
+# How long an example takes, or to draw it, says more about the machine's other work than about the code.
+settings.register_profile(
+    "unhurried", deadline=None, max_examples=examples(100), suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("unhurried")
 
 # A run as short as a run can be that still goes through every stage.

@@ -55,9 +55,23 @@ def cpu_seconds(*command: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_help_takes_less_than_300_ms() -> None:
-    # processor time, best of five: the wall clock of a busy machine says nothing about us
-    assert min(cpu_seconds("-m", "soco_export", "--help") for _ in range(5)) < 0.3
+# Typer's help of one option, as it is without what ours leaves out.
+TYPERS_OWN = """
+import typer
+app = typer.Typer()
+@app.command()
+def verb(steps: int = typer.Option(1, help="how many")) -> None: "One verb."
+app(["--help"])
+"""
+
+
+def test_help_costs_less_than_typers_own() -> None:
+    """Seconds alone say as much about the machine (0.25 and 0.38 of one core when this was written)."""
+    ours, control = (
+        min(cpu_seconds(*command) for _ in range(3))
+        for command in (("-m", "soco_export", "--help"), ("-c", TYPERS_OWN))
+    )
+    assert ours < control
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,7 +2,6 @@ import itertools
 import json
 import shutil
 import sys
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from soco_export.bench import runner
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.memory import high_water_mark, measure_peak_memory
 from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
@@ -69,38 +69,46 @@ def test_latency_of_two_folders(tmp_path):
     assert [event.step for event in events] == [1, 2]
 
 
+class Clock:
+    """A clock that moves only when it is told to, so that no other work of the machine shows in it."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
 @pytest.fixture
-def slowed(monkeypatch):
-    """Make the passes of sessions of one name slower by a counted sleep, as `slowed(name, seconds)`."""
-    repeatable = OnnxDecoder.repeatable
-
-    def slow(name, seconds):
-        def patched(self, ids):
-            run = repeatable(self, ids)
-            return (lambda: (time.sleep(seconds), run())) if self.name == name else run
-
-        monkeypatch.setattr(OnnxDecoder, "repeatable", patched)
-
-    return slow
+def clock(monkeypatch):
+    """Return the clock that passes are timed by."""
+    clock = Clock()
+    monkeypatch.setattr(runner, "time", clock)
+    return clock
 
 
 @pytest.mark.parametrize(("name", "side"), [("dense", 1), ("low-rank", -1)])
-def test_a_session_that_is_made_slower_is_found_so_on_its_side(tmp_path, slowed, name, side):
+def test_a_session_that_is_made_slower_is_found_so_on_its_side(tmp_path, monkeypatch, clock, name, side):
+    """Every pass takes a millisecond, those of one folder 20 more."""
+    repeatable = OnnxDecoder.repeatable
+
+    def timed(self, ids):
+        run, takes = repeatable(self, ids), 0.021 if self.name == name else 0.001
+        return lambda: (clock.passes(takes), run())
+
+    monkeypatch.setattr(OnnxDecoder, "repeatable", timed)
     folders = [folder_with_config(tmp_path, folder, 0) for folder in ("dense", "low-rank")]
-    slowed(name, 0.02)
-    settings = BenchSettings(
-        rounds=10, seconds=0, prefill=(8,), past=16, decode_samples=2, roofline=True, cold_starts=0
-    )
+    settings = BenchSettings(rounds=4, seconds=0, prefill=(8,), past=16, decode_samples=2, roofline=True, cold_starts=0)
     figures = measure_latency(*folders, settings, "CPUExecutionProvider", 1)
     for work in figures.workloads.values():
         slow, fast = (work.dense, work.compressed) if side > 0 else (work.compressed, work.dense)
-        assert fast.p50 + 15 < slow.p50
-        assert (work.speedup.low > 1) if side > 0 else (work.speedup.high < 1)
-        # the median of ratios, and the ratio of medians of microseconds: alike, on a machine that does other work too
-        assert 1 / 3 < work.speedup.value * work.compressed.p50 / work.dense.p50 < 3
+        assert (slow.p50, fast.p50) == pytest.approx((21, 1))
+        assert (work.speedup.low, work.speedup.value, work.speedup.high) == pytest.approx([21.0**side] * 3)
         assert (work.dense_tokens_per_s < work.compressed_tokens_per_s) == (side > 0)
         assert work.dense_tokens_per_s == pytest.approx(1e3 * work.tokens / work.dense.p50)
-        assert 1 / 3 < work.control.value < 3  # the same folder: as slow as the first one, or as fast
+        assert work.control.value == pytest.approx(1)  # the same folder: as slow as the first one, or as fast
     decode = figures.workloads["decode_16"]
     assert figures.roofline["dense"].measured_ms == decode.dense.p50
     assert figures.roofline["compressed"].measured_ms == decode.compressed.p50
@@ -131,12 +139,14 @@ def test_a_prefill_is_timed_on_an_empty_cache_and_a_step_behind_its_own(workload
     assert decoder.past == 0
 
 
-def test_a_series_goes_on_for_its_seconds_and_a_turn_for_its_slice():
-    start = time.perf_counter()
-    first, second = interleave((lambda: time.sleep(0.001), lambda: None), rounds=2, warmup=0, samples=1, seconds=0.2)
-    assert 0.2 <= time.perf_counter() - start < 2
-    assert len(first) == len(second) > 2
-    assert np.median([len(turn) for turn in second]) > np.median([len(turn) for turn in first]) > 1
+def test_a_series_goes_on_for_its_seconds_and_a_turn_for_its_slice(clock):
+    slow, fast = 0.3 * runner.SLICE, 0.06 * runner.SLICE
+    runs = (lambda: clock.passes(slow), lambda: clock.passes(fast))
+    first, second = interleave(runs, rounds=2, warmup=0, samples=1, seconds=10 * runner.SLICE)
+    # the first pass that ends behind the slice is a turn's last, so a round takes 1.2 and 1.02 slices
+    assert [len(turn) for turn in first] == [4] * 5
+    assert [len(turn) for turn in second] == [17] * 5
+    assert np.mean(first) == pytest.approx(1e3 * slow)
 
 
 def test_nobody_always_follows_the_same_one():
@@ -154,7 +164,7 @@ def test_cold_starts_are_of_each_model_and_optional(tmp_path):
     assert set(figures.cold_start) == {"dense", "compressed"}
     for cold in figures.cold_start.values():
         assert (cold.openings, cold.tokens) == (2, 8)
-        assert 0 < cold.first_token_ms < cold.load_ms < 60_000
+        assert min(cold.first_token_ms, cold.load_ms) > 0
     assert figures.workloads["decode_16"].control is None
     assert figures.placement["dense"] == figures.placement["compressed"]
     assert set(figures.placement["dense"]) == {"CPUExecutionProvider"}

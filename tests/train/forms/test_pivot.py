@@ -130,11 +130,13 @@ def test_swaps_keep_the_coefficients_exact():
 
 def test_the_published_size_and_quality_on_a_real_shape():
     """1536 x 576 at keep 0.6 (PIFA's code): 529,911 numbers, error 1.3e-6 in fp32 and 9.8e-4 in fp16, |mix| ≤ 1.13."""
+    start = time.process_time()
     u, sigma, v = torch.linalg.svd(torch.randn(1536, 576), full_matrices=False)
+    control = time.process_time() - start
     factors = StackedFactors(u[:, :291] * sigma[:291].sqrt(), sigma[:291].sqrt()[:, None] * v[:291], None)
-    start = time.perf_counter()
+    start = time.process_time()
     pivoted = pivot_factors(factors)
-    assert time.perf_counter() - start < 2  # about 0.1 s on an idle core
+    assert time.process_time() - start < 10 * control  # about as long as the SVD
     assert pivoted.pivot.numel() + pivoted.mix.numel() == 529_911
     exact = factors.up.double() @ factors.down.double()
     assert relative_error(unpivot(pivoted), exact) < 1.3e-6
