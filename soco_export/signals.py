@@ -18,7 +18,7 @@ from soco_train import stopping
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have it
 ENDINGS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
-_AGAIN = 0.02  # seconds until a signal that was lost is given again: time to leave the callback that lost it
+_AGAIN = 0.02  # seconds until a signal comes again that could not be received where it came
 
 received: list[int] = []
 
@@ -51,8 +51,17 @@ def raising() -> Iterator[None]:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     received.append(number)
-    if not stopping.wish():
+    if _importing(frame):
+        _give_again()
+    elif not stopping.wish():
         raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported: one of C++ that meets an exception there aborts the process."""
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
@@ -61,9 +70,13 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     Python would print it and go on: a traceback, and a command that does not end.
     """
     if received and lost.exc_type is KeyboardInterrupt:
-        threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, received[-1]]).start()
+        _give_again()
     else:
         sys.__unraisablehook__(lost)
+
+
+def _give_again() -> None:
+    threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, received[-1]]).start()
 
 
 def _handle(handler: Any) -> None:

@@ -151,10 +151,30 @@ class Receiving:
 try:
     with signals.raising():
         Receiving()
-        time.sleep(30)
+        time.sleep(200)
 except KeyboardInterrupt:
     print(signals.code())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == (f"{signals.ENDINGS[number]}\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_during_an_import_waits_for_its_end(number: signal.Signals, tmp_path: Path) -> None:
+    """A module of C++ that meets an exception while it is imported ends the process by SIGABRT or SIGSEGV."""
+    (tmp_path / "imported.py").write_text(f"import signal\nsignal.raise_signal({number:d})\nwhole = True\n")
+    start = """
+import time
+from soco_export import signals
+
+try:
+    with signals.raising():
+        import imported
+        time.sleep(200)
+except KeyboardInterrupt:
+    print(imported.whole, signals.code())
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"True {signals.ENDINGS[number]}\n", "")
