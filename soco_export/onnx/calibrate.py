@@ -8,7 +8,7 @@ What is in memory at one time: the model as it is stored, the covariances of a g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from soco_export.files.atomic import remove
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
@@ -59,37 +60,36 @@ class RoundingFigures:
     layers: Mapping[str, LayerRounding]
 
 
-@dataclass
+@dataclass(frozen=True)
 class KeptLevels:
-    """Levels by the name of their tensor, each layer's in a file of its own."""
+    """Levels by the name of their tensor, each tensor's in a file of its own; what lies in `folder` is known."""
 
     folder: Path
-    files: dict[str, Path] = field(default_factory=dict)
 
     def put(self, found: Mapping[str, Levels]) -> None:
         """Keep the levels of one layer's tensors."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, part in found.items():
-            path = self.folder / f"{len(self.files)}.safetensors"
             tensors = {"levels": part.levels.to(torch.uint8), "scales": part.scales, "zeros": part.zeros}
             width = torch.tensor(part.width)
-            save_file({"width": width, **{key: value.contiguous() for key, value in tensors.items()}}, path)
-            self.files[name] = path
+            whole = {"width": width, **{key: value.contiguous() for key, value in tensors.items()}}
+            partial = self._path(name).with_suffix(".partial")
+            save_file(whole, partial)
+            partial.replace(self._path(name))
 
     def remove(self) -> None:
         """Delete the files, and forget the levels."""
-        for path in set(self.files.values()):
-            path.unlink()
-        self.files.clear()
-        if self.folder.exists():
-            self.folder.rmdir()
+        remove(self.folder)
 
     def get(self, name: str) -> Levels | None:
         """Return the levels of the tensor `name`; None if it has none."""
-        if name not in self.files:
+        if not self._path(name).exists():
             return None
-        tensors = load_file(self.files[name])
+        tensors = load_file(self._path(name))
         return Levels(width=int(tensors.pop("width")), **tensors)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def calibrate(
@@ -105,7 +105,7 @@ def calibrate(
 
     model = load_checkpoint(folder).requires_grad_(False)
     open_sites(model)
-    layers = _layers(model, settings)
+    layers = rounded_layers(model, settings)
     _check_tokens(layers, tokens.numel())
     figures: dict[str, LayerRounding] = {}
     few = 0
@@ -119,36 +119,13 @@ def calibrate(
     return RoundingFigures(settings.quantize.rule, tokens.numel(), median(removed or [0.0]), few, figures)
 
 
-def round_layers(
-    model: nn.Module, tokens: torch.Tensor, settings: ExportSettings, kept: KeptLevels
-) -> Iterator[tuple[str, Levels]]:
-    """Yield (name of a tensor, its levels) of every layer of `model` that `calibrate` would round.
-
-    Those of dense layers are kept by their grid: for the next model, which differs elsewhere, they are nearly the same.
-    """
-    layers = _layers(model, settings)
-    dense = {
-        name: f"{name} {grid_of(settings, name)}"
-        for name, layer in layers.items()
-        if not isinstance(layer, FactoredLinear)
-    }
-    for name, key in dense.items():
-        if (known := kept.get(key)) is not None:
-            del layers[name]
-            yield f"{name}.weight", known
-    for name, _, found, _ in _rounded(model, layers, tokens, settings, silent):
-        if name in dense:
-            kept.put({dense[name]: found[f"{name}.weight"]})
-        yield from found.items()
-
-
 def _rounded(
     model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, settings: ExportSettings, notify: Notify
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, Levels], Inputs]]:
     """Yield (layer, its matrices and their levels by the names of their tensors, what it reads)."""
     rule = settings.rounding()
     for name, module, inputs in _with_inputs(model, layers, tokens, notify):
-        chain = _chain(name, module)
+        chain = chain_of(name, module)
         levels = rule.layer(list(chain.values()), grid_of(settings, name), inputs)
         yield name, chain, dict(zip(chain, levels, strict=True)), inputs
 
@@ -159,7 +136,7 @@ def grid_of(settings: ExportSettings, name: str) -> Grid:
     return Grid(BITS[settings.weights_of(name)], how.block_of(name), how.symmetric)
 
 
-def _layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
+def rounded_layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.Linear]:
     """Return what is rounded: Linears and pairs of factors, but for a head that multiplies with the rounded table."""
     shared = shared_table(model, settings)
     found: dict[str, Any] = {}
@@ -207,16 +184,26 @@ def _with_inputs(
 
     Layers that read the same tensor share one factorisation.
     """
+    latest: tuple[torch.Tensor, Curvature] | None = None
+    for name, whole, seen in covariances(model, layers, tokens, notify):
+        covariance = _of_read(layers[name], whole)
+        if latest is None or latest[0] is not covariance:
+            latest = covariance, curvature(covariance)
+        yield name, layers[name], Inputs(covariance, latest[1], seen)
+
+
+def covariances(
+    model: nn.Module, layers: Mapping[str, nn.Linear], tokens: torch.Tensor, notify: Notify = silent
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Yield (layer, E[x xᵀ] of all its inputs in float64, tokens that reach it) of the layers that enough tokens reach.
+
+    Layers that read the same tensor come with the same object.
+    """
     for part in groups(layers, frozenset({"input_covariance"})):
         statistics = collect_statistics(model, part, tokens, frozenset({"input_covariance"}), notify)
-        latest: tuple[torch.Tensor, Curvature] | None = None
         for name, module in part.items():
-            if hardly_seen(name, module, statistics[name]):
-                continue
-            covariance = _of_read(module, cast(torch.Tensor, statistics[name].input_covariance))
-            if latest is None or latest[0] is not covariance:
-                latest = covariance, curvature(covariance)
-            yield name, module, Inputs(covariance, latest[1], statistics[name].tokens)
+            if not hardly_seen(name, module, statistics[name]):
+                yield name, cast(torch.Tensor, statistics[name].input_covariance), statistics[name].tokens
 
 
 def _of_read(module: nn.Module, covariance: torch.Tensor) -> torch.Tensor:
@@ -227,7 +214,7 @@ def _of_read(module: nn.Module, covariance: torch.Tensor) -> torch.Tensor:
     return covariance[read][:, read]
 
 
-def _chain(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+def chain_of(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the matrices that a layer's input goes through, by the names of their tensors, in float32."""
     up = getattr(module, "up", None)
     matrices = {f"{name}.weight": module.weight} | ({f"{name}.up.weight": up.weight} if up is not None else {})

@@ -119,12 +119,19 @@ def _candidates(blocks: torch.Tensor, grid: Grid) -> Iterator[tuple[torch.Tensor
         yield to_half(-above * share), zeros
 
 
-def _column(
-    target: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (levels, values) nearest to a column [m]."""
-    level = to_levels(target[:, None], scale, zero, grid)[:, 0]
-    return level, (level - zero) * scale
+class _Columns:
+    """Rounds a column [m] at a time to fixed grids; what belongs to a block of columns lies together."""
+
+    def __init__(self, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid) -> None:
+        self.grid, self.scales, self.zeros = grid, scales.T.contiguous(), zeros.T.contiguous()
+        self.divisors = torch.where(self.scales == 0, 1, self.scales)
+
+    def nearest(self, j: int, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (levels, values) nearest to `target` in the column j: as to_levels has it."""
+        block = j // self.grid.block
+        zero = self.zeros[block]
+        level = (target / self.divisors[block]).round_().add_(zero).clamp_(0, self.grid.top)
+        return level, (level - zero).mul_(self.scales[block])
 
 
 def _with_feedback(
@@ -132,16 +139,16 @@ def _with_feedback(
 ) -> Levels:
     """Round column after column in the order of `known`, each moved by what the errors before it ask for."""
     m, n = weight.shape
-    columns = known.order.tolist()
+    columns, rounding = known.order.tolist(), _Columns(scales, zeros, grid)
     exact = weight.T[known.order].contiguous()  # [n, m]: what is worked on at one time lies together
     wanted, levels = exact.clone(), exact.new_zeros(scales.shape[1] * grid.block, m)
     for start in range(0, n, _STRIP):
         stop = min(start + _STRIP, n)
         errors = exact.new_zeros(stop - start, m)
         for j in range(start, stop):
-            target, block = wanted[j] + known.feedback[start:j, j] @ errors[: j - start], columns[j] // grid.block
-            levels[columns[j]], value = _column(target, scales[:, block], zeros[:, block], grid)
-            errors[j - start] = exact[j] - value
+            target = wanted[j] + known.feedback[start:j, j] @ errors[: j - start]
+            levels[columns[j]], value = rounding.nearest(columns[j], target)
+            torch.sub(exact[j], value, out=errors[j - start])
         wanted[stop:] += known.feedback[start:stop, stop:].T @ errors
     return Levels(levels.T.reshape(m, -1, grid.block), scales, zeros, n)
 
@@ -151,13 +158,14 @@ def _descended(weight: torch.Tensor, found: Levels, grid: Grid, H: torch.Tensor)
     m, n = weight.shape
     values = found.values().T.contiguous()
     slope, levels = H @ (weight.T - values), found.levels.flatten(1).T.contiguous()
+    rounding, diagonal = _Columns(found.scales, found.zeros, grid), H.diagonal().tolist()
     for start in range(0, n, _STRIP):
         stop = min(start + _STRIP, n)
         moves = values.new_zeros(stop - start, m)
         for j in range(start, stop):
-            best, block = values[j] + (slope[j] - H[j, start:stop] @ moves) / H[j, j], j // grid.block
-            levels[j], value = _column(best, found.scales[:, block], found.zeros[:, block], grid)
-            moves[j - start] = value - values[j]
+            best = (slope[j] - H[j, start:stop] @ moves).div_(diagonal[j]).add_(values[j])
+            levels[j], value = rounding.nearest(j, best)
+            torch.sub(value, values[j], out=moves[j - start])
         slope -= H[:, start:stop] @ moves
         values[start:stop] += moves
     return Levels(levels.T.reshape(m, -1, grid.block), found.scales, found.zeros, n)

@@ -10,8 +10,7 @@ import torch
 
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.export import export_onnx
-from soco_export.onnx.calibrate import KeptLevels
-from soco_export.onnx.rounded import round_as_exported
+from soco_export.onnx.rounded import Rounder, round_as_exported
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from tests.support import fresh
 from tests.support.decoders import Decoder, factor, tiny_model, torch_logits
@@ -33,11 +32,11 @@ def test_the_rounded_model_computes_what_the_graph_does(name: str, rule: str, tm
     tokens = fresh.rng().integers(3, 96, (2, 12))
     mask = np.ones_like(tokens)
     exact, rounded = torch_logits(model, tokens, mask), load_checkpoint(folder, dtype=torch.float32)
-    kept = KeptLevels(tmp_path / "levels")
-    round_as_exported(rounded, text, settings, kept)
+    rounder = Rounder(load_checkpoint(folder, dtype=torch.float32), text, tmp_path / "kept")
+    round_as_exported(rounded, settings, rounder)
     expected = torch_logits(rounded, tokens, mask)
     again = load_checkpoint(folder, dtype=torch.float32)
-    round_as_exported(again, text, settings, kept)
+    round_as_exported(again, settings, Rounder(torch.nn.Module(), text, tmp_path / "kept"))
     assert np.array_equal(torch_logits(again, tokens, mask), expected)
     assert np.abs(Decoder(tmp_path / "onnx").step(tokens, mask) - expected).max() < 1e-3
     assert np.abs(exact - expected).max() > 1e-2
