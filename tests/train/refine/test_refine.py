@@ -371,7 +371,9 @@ def test_a_price_on_bits_leaves_fewer_of_them(subject, cut, tmp_path: Path) -> N
 
 
 def test_a_foretold_token_counts_for_less(subject, cut, tmp_path: Path) -> None:
-    text = replace(subject, tokens=torch.randint(64, (24, 1)) + torch.arange(16) % 5)  # some words always follow others
+    # twelve words of five letters, each in two sequences, and letters by chance: within a word the next is foretold
+    words = 5 * torch.randperm(12).repeat(2)[:, None] + torch.arange(12) % 5
+    text = replace(subject, tokens=torch.cat([words, torch.randint(64, (24, 4))], dim=1))
     task, events = distillation(text, tmp_path, steps=1, evaluate_every=1, easy=0.75)
     distill(text, cut[2], *task)
     last, shares = text.tokens[-4:], EasyPairs.of(text.tokens[:-4]).weights(text.tokens[-4:], 0.75)
