@@ -41,9 +41,9 @@ def test_steps_down_its_gradient_take_fewer_bits(weights: str) -> None:
     for _ in range(20):
         bits_per_weight(weight, how).backward()
         with torch.no_grad():
-            weight -= 0.02 * weight.grad / weight.grad.abs().max()
+            weight -= 0.02 * weight.grad.sign()
         weight.grad = None
-    assert entropy(weight.detach(), how) < before - 0.01
+    assert entropy(weight.detach(), how) < before - 0.1  # 0.3 to 1.4 in 120 draws
 
 
 def test_between_two_levels_the_length_goes_in_a_line() -> None:
