@@ -25,6 +25,7 @@ from soco_export.files.coding import BLOCK, DAMAGED, decode, encode, load_zstand
 from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import check_apart, record_file, walk
 from soco_export.files.replacing import LISTING, replacing_folder
+from soco_export.files.text import one_line
 from soco_train.bounded import open_plain, parse_object
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.events import Event, Notify, silent
@@ -107,8 +108,11 @@ def _files_of(folder: Path) -> dict[str, Path]:
         raise RecipeError(f"{folder} holds no model", fix="give an onnx/ or hf/ folder of a run", where=str(folder))
     found = {path.relative_to(folder).as_posix(): path for path in walk(folder) if path != folder / LISTING}
     for name, path in found.items():
-        if path.is_symlink():
-            raise RecipeError(f"{name} is a link", fix="copy the file in its place", where=str(path))
+        kind = "a link" if path.is_symlink() else "" if path.is_file() else "a pipe or a device"
+        if kind:
+            raise RecipeError(
+                f"{one_line(name)} is {kind}", fix="put the file itself in its place, or move it away", where=str(path)
+            )
     for name, fault in _faults_of_names(found):
         raise RecipeError(f"{name!r} {fault}", fix="rename the file", where=str(folder))
     if len(found) > MOST_FILES:

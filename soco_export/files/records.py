@@ -6,6 +6,7 @@ A file whose size and modification time are those on record is not read again: c
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -49,12 +50,12 @@ def record_files(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
 
 def walk(path: Path) -> Iterator[Path]:
-    """Yield `path` if it is a file or a link, else every file and link below it; no link is followed."""
-    if path.is_symlink() or path.is_file():
-        yield path
-    elif path.is_dir():
+    """Yield `path`, or all that is below it if it is a folder: files, links, pipes, sockets; no link is followed."""
+    if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
             yield from walk(inner)
+    elif os.path.lexists(path):
+        yield path
 
 
 def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[FileRecord]]) -> list[str]:
@@ -67,6 +68,8 @@ def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[File
         name = path.relative_to(root).as_posix()
         if path.is_symlink():
             found.append(f"{name} (a link)")
+        elif not path.is_file():
+            found.append(f"{name} (a pipe or a device)")
         elif name not in known:
             found.append(f"{name} (not written by soco-export)")
         elif not any(record_file(path, record).sha256 == record.sha256 for record in known[name]):

@@ -131,7 +131,7 @@ def _me() -> str:
 def _dead(process: str) -> bool:
     """Tell whether a process of this host, as `_me` names it, has ended."""
     number, _, host = process.partition("@")
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):  # no number, or one that no process has
         return host == socket.gethostname() and not psutil.pid_exists(int(number))
     return False
 

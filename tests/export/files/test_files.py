@@ -44,6 +44,7 @@ class TestReplacingFolder:
             (lambda out: (out / "sub" / "notes").write_text("mine"), r"sub/notes \(not written"),
             (lambda out: (out / "sub" / "weights").write_text("tuned"), r"sub/weights \(changed"),
             (lambda out: (out / "aside").symlink_to(out.parent), r"aside \(a link\)"),
+            (lambda out: os.mkfifo(out / "sub" / "pipe"), r"sub/pipe \(a pipe or a device\)"),
             (lambda out: (out / LISTING).unlink(), r"model.onnx \(not written"),
             (lambda out: (out / LISTING).write_text('{"files": {}, "name": "app"}'), r"model.onnx \(not written"),
         ],
@@ -85,8 +86,13 @@ class TestReplacingFolder:
         for name in (".out.old", ".out.partial", ".out.abcdefgh.old", ".out.abcdefgh.partial"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "precious").write_text("mine")
+        for process in ("9" * 40, "9" * 5000, "-1", "x"):  # none that could have been ours
+            (tmp_path / f".out.a{len(process)}.partial").mkdir()
+            Listing(making=f"{process}@elsewhere").save(tmp_path / f".out.a{len(process)}.partial")
+        Listing(making=f"{'9' * 40}@{socket.gethostname()}").save(tmp_path / ".out.a40.partial")
         make(make(tmp_path / "out"), "new")
         assert len(list(tmp_path.glob(".out.*/precious"))) == 4
+        assert (tmp_path / ".out.a40.partial").exists()
 
     @pytest.mark.parametrize("fails_at", [0, 1])
     def test_the_old_one_outlives_a_rename_that_fails(

@@ -185,6 +185,10 @@ def test_what_is_no_export_is_refused(tmp_path: Path, folder: Path) -> None:
     (folder / "link").symlink_to(tmp_path)
     with pytest.raises(RecipeError, match="is a link"):
         pack_folder(folder, tmp_path / "a")
+    (folder / "link").unlink()
+    os.mkfifo(folder / "inner" / "pipe")
+    with pytest.raises(RecipeError, match="inner/pipe is a pipe or a device"):
+        pack_folder(folder, tmp_path / "a")
 
 
 def test_without_zstandard_it_says_what_to_install(
