@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MOST_PROMPTS, MOST_STOPS = 64, 4  # four stops is OpenAI's own bound
+LONGEST_STOP = 256  # characters: each token's text is held against every beginning of a stop
+MOST_FIELDS = 100  # of a request or a message: some three times as many as there are
+LONGEST_ANSWER = 300  # characters of what a refusal says: names of fields are the client's
 # Parameters of both endpoints that are not implemented, and the values that ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -63,8 +66,10 @@ def _whole(text: str) -> str:
     return text
 
 
+# A list ends at its first fault: a body of 1 MB has half a million, which took seconds and 500 MB.
 Text = Annotated[str, AfterValidator(_whole)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Stop = Annotated[str, Field(max_length=LONGEST_STOP), AfterValidator(_whole)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -77,6 +82,8 @@ def drop_defaults(values: Any, known: dict[str, tuple[Any, ...]]) -> Any:
     """Return `values` without the fields of `known` that ask for nothing; ValueError for one that asks for more."""
     if not isinstance(values, dict):
         return values
+    if len(values) > MOST_FIELDS:
+        raise ValueError(f"{len(values)} fields")
     for name in known.keys() & values.keys():
         value = values[name]
         if value is not None and not any(type(value) is type(default) and value == default for default in known[name]):
@@ -99,7 +106,7 @@ class Options(Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = None
-    stop: Annotated[list[Text], Field(max_length=MOST_STOPS)] | Text | None = None
+    stop: Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # names of clients and their caches: no answer depends on them
@@ -134,9 +141,9 @@ class Completion(Options):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
 
     @property
@@ -157,7 +164,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
     name: Text | None = None
 
     @model_validator(mode="before")
@@ -175,7 +182,7 @@ class Message(Body):
 class Chat(Options):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -198,4 +205,5 @@ def read_body(kind: type[Kind], raw: bytes) -> Kind:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         said = first["msg"].removeprefix("Value error, ")
-        raise Refusal(400, f"{place}: {said}" if place else said, param=place or None) from None
+        message = (f"{place}: {said}" if place else said)[:LONGEST_ANSWER]
+        raise Refusal(400, message, param=place[:LONGEST_ANSWER] or None) from None

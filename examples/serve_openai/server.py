@@ -74,7 +74,7 @@ class Api:
 
     def _check_name(self, name: str | None) -> None:
         if name not in (None, self.card["id"]):
-            message = f"the model {name!r} is not served here, only {self.card['id']!r}"
+            message = f"the model {str(name)[:100]!r} is not served here, only {self.card['id']!r}"
             raise Refusal(404, message, "model", "model_not_found")
 
     async def _ids(self, encode: Callable[[Any], list[int]], prompt: Any) -> list[int]:

@@ -75,6 +75,9 @@ class Worker(threading.Thread):
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation, up to where the assistant speaks; ValueError if its template refuses."""
+        size = sum(len(message["content"]) for message in messages)
+        if max(len(messages), size // CHARACTERS_PER_TOKEN) > self.context:  # before a template goes through them
+            raise ValueError(f"{len(messages)} messages of {size} characters: there is room for {self.context} tokens")
         try:
             text = self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
