@@ -21,15 +21,21 @@ from soco_export.evaluate.settings import CPU
 from soco_train.errors import MachineError
 
 TIMEOUT_S = 1800
+# As `python -m` of this file, but for the working folder, in which Python would look for modules first: it may be a
+# model's, and hold a numpy.py.
+_START = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import _main; _main(*sys.argv[1:])"
 
 
 def measure_peak_memory(folder: Path, provider: str, threads: int, tokens: int) -> PeakMemory:
     """Open `folder` in a fresh process and return its peak memory; raises MachineError if that process fails."""
-    command = [sys.executable, "-m", __name__, str(folder), provider, str(threads), str(tokens)]
+    command = [sys.executable, "-c", _START, str(folder), provider, str(threads), str(tokens)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+        code, reason = done.returncode, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        code, reason = 1, f"it took more than {TIMEOUT_S} s"
+    if code != 0:
         raise MachineError(
             f"the memory of {folder.name} could not be measured: {reason}",
             fix="free memory, or set bench.memory: false",

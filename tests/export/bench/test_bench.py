@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -219,8 +220,10 @@ def test_bandwidth_is_of_this_world():
     assert 1e8 < measure_bandwidth(threads=1) < 1e13
 
 
-def test_peak_memory_is_of_the_model_and_not_of_the_parent(tmp_path):
+def test_peak_memory_is_of_the_model_and_not_of_the_parent(tmp_path, monkeypatch):
     folder = folder_with_config(tmp_path, "toy", 0)
+    (folder / "numpy.py").write_text("raise SystemExit('code that came with the model')")
+    monkeypatch.chdir(folder)
     ballast = np.ones(600 * 2**20, dtype=np.uint8)
     found = measure_peak_memory(folder, "CPUExecutionProvider", 1, 8)
     assert high_water_mark() > ballast.nbytes
@@ -242,6 +245,13 @@ def test_peak_memory_is_measured_on_what_fits_the_context(tmp_path):
 def test_a_measuring_process_that_fails_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(MachineError, match="could not be measured"):
+        measure_peak_memory(tmp_path, "CPUExecutionProvider", 1, 8)
+
+    def forever(command, **_):
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", forever)
+    with pytest.raises(MachineError, match="took more than"):
         measure_peak_memory(tmp_path, "CPUExecutionProvider", 1, 8)
 
 
