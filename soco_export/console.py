@@ -121,11 +121,11 @@ def _silence(stream: Any) -> None:
 
 
 def render_error(error: SocoError) -> str:
-    """Return an error as house.md draws it: kind and message, then fix and where."""
-    lines = [f"{type(error).__name__}: {error.message}", f"  fix: {error.fix}"]
+    """Return an error as house.md draws it: kind and message, then fix and where, a line each whatever they quote."""
+    parts = [f"{type(error).__name__}: {error.message}", f"  fix: {error.fix}"]
     if error.where:
-        lines.append(f"  where: {error.where}")
-    return "\n".join(lines)
+        parts.append(f"  where: {error.where}")
+    return "\n".join(part.replace("\n", "\\n") for part in parts)
 
 
 def _plain(value: Any) -> Any:

@@ -53,6 +53,8 @@ def test_an_error_says_message_fix_and_place() -> None:
         "  where: recipe.yaml: keep_params",
     ]
     assert "where" not in render_error(MachineError("no disk", fix="free some"))
+    quoting = render_error(RecipeError("'a\n  fix: rm -rf ~' is no name", fix="a\nb", where="c\nd"))
+    assert len(quoting.splitlines()) == 3  # a name that came with a model looks like no line of ours
 
 
 def test_an_error_in_json_keeps_stdout_one_document(capsys: pytest.CaptureFixture[str]) -> None:

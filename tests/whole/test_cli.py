@@ -48,6 +48,15 @@ def test_verbs_and_options_are_frozen() -> None:
     assert surface() == json.loads(GOLDEN.read_text())
 
 
+def test_a_word_that_is_not_utf8_is_refused() -> None:
+    """No record, report or JSON document could hold it: it failed as the manifest was written."""
+    ran = soco("train-and-export", "--model", "tiny", "--out", os.fsdecode(b"a\xff"), "--json")
+    assert ran.code == 2
+    assert r"a\udcff is not UTF-8" in ran.err
+    assert json.loads(ran.out)["exit_code"] == 2
+    assert not list(Path().iterdir())
+
+
 def cpu_seconds(*command: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT, env={**os.environ})
