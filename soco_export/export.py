@@ -11,8 +11,10 @@ import torch
 
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.record import planned_types
+from soco_export.files.json import read_generation_config
 from soco_export.files.records import check_apart, folder_bytes
 from soco_export.files.replacing import check_replaceable, replacing_folder
+from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
@@ -68,6 +70,8 @@ def export_onnx(
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
     config = resolve_config(folder, trust_remote_code)
+    check_tokenizer_files(folder)
+    read_generation_config(folder, config.get("vocab_size"))
     settings = settings.planned(*planned_types(config.values))
     architecture = check_architecture(config, settings)
     source = open_weights(folder, architecture)

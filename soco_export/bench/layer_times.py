@@ -11,19 +11,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from soco_train.data.reading import decoded
+from soco_train.bounded import read_text
 from soco_train.errors import DataError
 from soco_train.plan.allocation import Limit
 from soco_train.settings import Storage
 
 Shape = tuple[int, int]
 DIGITS = 10  # a side of a matrix has fewer
+_LARGEST_MULTIPLE = 1024  # far above any step of ranks that is measured
+_MOST_BYTES = 8 << 20  # a hundred shapes in all forms at 20 ranks take a tenth
+_FIX = "give another latency.profile, or delete this one: it is measured anew"
 _NOISE = 0.03  # of a time, beyond which alignment is meant
 _Reals = npt.NDArray[np.float64]
 
@@ -95,17 +99,18 @@ class Profile:
         """Read what `to_json` wrote; DataError if it is something else, or holds what no measurement gives."""
         try:
             found = _Stored.model_validate_json(text, strict=False)
-            layers = {_shape(name): _checked(forms, found.conditions) for name, forms in found.layers.items()}
+            shapes = {name: _shape(name) for name in found.layers}
+            layers = {shapes[name]: _checked(shapes[name], forms, found) for name, forms in found.layers.items()}
         except ValueError as error:
             said = str(error).replace("\n", " ")[:200]
-            raise DataError(f"this is no latency profile: {said}", fix="delete it: it is measured anew") from error
+            raise DataError(f"this is no latency profile: {said}", fix=_FIX) from error
         return Profile(found.conditions, found.multiple, layers)
 
     @staticmethod
     def load(path: Path) -> Profile:
-        """Read a profile's file; DataError if it is none, RecipeError if it cannot be read."""
+        """Read a profile's file; DataError if it is none, or cannot be read."""
         try:
-            return Profile.from_json("".join(decoded(path)))
+            return Profile.from_json(read_text(path, _FIX, _MOST_BYTES))
         except DataError as error:
             raise DataError(error.message, fix=error.fix, where=str(path)) from error
 
@@ -115,7 +120,7 @@ class _Stored(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     conditions: Conditions
-    multiple: int = Field(ge=1)
+    multiple: int = Field(ge=1, le=_LARGEST_MULTIPLE)
     layers: dict[str, dict[Storage, FormTimes]]
 
 
@@ -126,13 +131,16 @@ def _shape(name: str) -> Shape:
     return int(m), int(n)
 
 
-def _checked(forms: Mapping[Storage, FormTimes], conditions: Conditions) -> dict[str, FormTimes]:
-    """Return the times of one shape; ValueError unless each has a time above 0 for each workload at ascending ranks."""
-    workloads = len(conditions.tokens)
+def _checked(shape: Shape, forms: Mapping[Storage, FormTimes], found: _Stored) -> dict[str, FormTimes]:
+    """Return the times of one shape; ValueError unless each has a time above 0 for each workload at ascending ranks.
+
+    No rank is above the full one.
+    """
+    workloads = len(found.conditions.tokens)
     for name, form in forms.items():
         rows = (form.dense, *form.times)
         regular = len(form.times) == len(form.ranks) > 0 and all(len(row) == workloads for row in rows)
-        rising = all(low < high for low, high in zip((0, *form.ranks), form.ranks, strict=False))
+        rising = all(low < high for low, high in pairwise((0, *form.ranks, min(shape) + 1)))
         if not (regular and rising and all(0 < time < math.inf for row in rows for time in row)):
             raise ValueError(f"the times of {name} are not those of {workloads} workloads at ascending ranks")
     return {str(name): form for name, form in forms.items()}

@@ -118,7 +118,7 @@ def _answers(form: str, decoder: Decoder, questions: Questions) -> dict[str, Any
         figures = summarise_readings(read)
         tasks = {}
         for task in questions.settings.tasks:
-            name = task.name or task.path.stem
+            name = task.called
             answers = answer_task(
                 decoder, questions.tokenizer, load_items(task), name, questions.notify, questions.context
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from soco_train.settings import Section
 
@@ -31,6 +32,11 @@ class TaskSettings(Section):
     name: str | None = Field(default=None, description="as it appears in the report; default: the file's name")
     limit: int | None = Field(default=None, ge=1)
 
+    @property
+    def called(self) -> str:
+        """What results call the task."""
+        return self.name or self.path.stem
+
 
 class ValidateSettings(Section):
     """The proof. `runtime`: what runs the ONNX folder in it (soco_export/runtimes/).
@@ -43,3 +49,12 @@ class ValidateSettings(Section):
     threads: int = Field(default=2, ge=1, le=1024)
     parity: ParitySettings = ParitySettings()
     tasks: tuple[TaskSettings, ...] = ()
+
+    @field_validator("tasks")
+    @classmethod
+    def _of_different_names(cls, tasks: tuple[TaskSettings, ...]) -> tuple[TaskSettings, ...]:
+        """Refuse two tasks of one name: results tell of the last alone."""
+        for name, count in Counter(task.called for task in tasks).items():
+            if count > 1:
+                raise ValueError(f"{count} tasks are called {name[:60]!r}; give each a name of its own")
+        return tasks

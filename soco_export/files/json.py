@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ _ROPE = frozenset({"rope_parameters", "rope_scaling"})
 # where a config.json says how many tokens its model reads
 CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_TOKEN = -1  # what older config.json files say for it
 # what a config.json may say at most: far above every published model, far below what fills a machine
 _LARGEST = {
     "num_hidden_layers": 1000,
@@ -83,22 +85,37 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=str(folder / "adapter_config.json"),
         )
     fields = read_json(path, FIX, CONFIG_BYTES)
-    for part in (fields, fields.get("text_config")):
+    inner = fields.get("text_config")
+    for part in (fields, inner):
         check_sizes(part if isinstance(part, dict) else {}, str(path))
+    decoder = {**fields, **inner} if isinstance(inner, dict) else fields
+    named = {key: None if decoder.get(key) == NO_TOKEN else decoder.get(key) for key in SPECIAL_IDS}
+    _check_ids(named, decoder.get("vocab_size"), path)
     return fields
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Return `folder`'s generation_config.json, empty if there is none; DataError for token ids that are none."""
+def read_generation_config(folder: Path, rows: int | None = None) -> dict[str, Any]:
+    """Return `folder`'s generation_config.json, empty if there is none; DataError for token ids that are none.
+
+    rows: how many tokens the model has.
+    """
     path = folder / "generation_config.json"
     fields = read_json(path, FIX) if path.exists() else {}
+    _check_ids(fields, rows, path)
+    return fields
+
+
+def _check_ids(fields: Mapping[str, Any], rows: int | None, path: Path) -> None:
+    """Raise DataError for a special token's id that is no number, or that no model of `rows` tokens ever gives."""
     for key in SPECIAL_IDS:
         value = fields.get(key)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not (type(number) is int and number >= 0):
-                shown = repr(number)[:60]
-                raise DataError(f"{path.name} sets {key} to {shown}", fix=f"{key}: token ids", where=str(path))
-    return fields
+            if number is None or (type(number) is int and 0 <= number < (rows or math.inf)):
+                continue
+            beyond = f", and the model has {rows:,} tokens" if type(number) is int and rows else ""
+            raise DataError(
+                f"{path.name} sets {key} to {repr(number)[:60]}{beyond}", fix=f"{key}: token ids", where=str(path)
+            )
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:

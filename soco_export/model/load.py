@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.files.json import check_sizes, making_a_model, read_generation_config
+from soco_export.files.tokenizer import FIX_TOKENIZER, check_tokenizer_files
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
-from soco_train.bounded import read_bytes, read_json
-from soco_train.errors import DataError, RecipeError
+from soco_train.errors import RecipeError
 
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
 SMALLEST_VOCABULARY = 0.75
-FIX_TOKENIZER = "add the tokenizer.json that was published with the model"
 
 
 def dense_config(recipe: Recipe) -> Any:
@@ -75,22 +74,6 @@ def load_tokenizer(recipe: Recipe) -> Any:
     raise _no_tokenizer(folder, reason) from reason
 
 
-def check_tokenizer_files(folder: Path) -> None:
-    """Raise DataError for a tokenizer's file that is no JSON object of a bearable size, or no file of its own."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).exists():
-            found = read_json(folder / name, FIX_TOKENIZER)
-            length = found.get("model_max_length")
-            if isinstance(length, bool) or not isinstance(length, int | float | type(None)):
-                raise DataError(
-                    f"{name} sets model_max_length to {str(length)[:60]!r}, which is no number",
-                    fix=FIX_TOKENIZER,
-                    where=str(folder / name),
-                )
-    if (folder / "tokenizer.model").exists():
-        read_bytes(folder / "tokenizer.model", FIX_TOKENIZER)
-
-
 def _no_tokenizer(folder: Path, error: Exception) -> RecipeError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     fix = FIX_TOKENIZER
@@ -134,7 +117,7 @@ def check_model(recipe: Recipe) -> Any:
         from soco_export.model.weights import check_weight_files
 
         check_weight_files(fetch_folder(recipe))
-        read_generation_config(fetch_folder(recipe))
+        read_generation_config(fetch_folder(recipe), config.get_text_config().vocab_size)
     return tokenizer
 
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from soco_export.evaluate.settings import CPU
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.inputs import (
+    check_choices,
     check_held_out,
     check_lengths,
     check_mixture,
     check_plan,
+    check_stack,
     check_tasks,
     check_weights,
 )
@@ -44,7 +46,9 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     check_shape(recipe, shape)
     check_tasks(recipe)
     check_room(estimate(recipe, shape, format), look(root), already=bytes_in(root))
-    check_texts(recipe, check_model(recipe))
+    tokenizer = check_model(recipe)
+    check_texts(recipe, tokenizer)
+    check_choices(recipe, tokenizer, shape.context)
     if not root.exists():  # a run that goes on has read its weights
         check_weights(recipe, format)
 
@@ -66,6 +70,7 @@ def check_recipe(recipe: Recipe, format: str) -> None:
             where="recipe: refine.distill.steps",
         )
     check_steps(recipe)
+    check_stack(recipe)
     if recipe.keep_bytes is not None:
         check_bytes(recipe)
     if format == "onnx":

@@ -32,7 +32,10 @@ def check_plan(recipe: Recipe, shape: ModelShape) -> None:
 
 
 def check_lengths(recipe: Recipe, context: int | None) -> None:
-    """Raise RecipeError for blocks of text longer than the model's `context` (in tokens; None: unlimited). Pure."""
+    """Raise RecipeError for blocks of text longer than the model's `context` (in tokens; None: unlimited).
+
+    So is a proof refused that would go on from nothing: as many steps as a block or the context has tokens. Pure.
+    """
     blocks = {"data.block": recipe.data.block, "evaluation.block": recipe.evaluation.block}
     for key, block in blocks.items():
         if context is not None and block > context:
@@ -40,6 +43,16 @@ def check_lengths(recipe: Recipe, context: int | None) -> None:
                 f"{key} is {block} tokens, and the model has positions for {context}",
                 fix=f"{key}: {context}, or less",
                 where=f"recipe: {key}",
+            )
+    parity = recipe.validation.parity
+    steps = {"decode_steps": recipe.evaluation.block} | ({"greedy_tokens": context} if parity.greedy_prompts else {})
+    for key, room in steps.items():
+        if room is not None and getattr(parity, key) >= room:
+            said = "evaluation.block is" if key == "decode_steps" else "the model has positions for"
+            raise RecipeError(
+                f"validate.parity.{key} is {getattr(parity, key)}, and {said} {room}: no token is left to start from",
+                fix=f"validate.parity.{key}: {room - 1}, or less",
+                where=f"recipe: validate.parity.{key}",
             )
 
 
@@ -71,6 +84,37 @@ def check_tasks(recipe: Recipe) -> None:
 
     for task in recipe.validation.tasks:
         load_items(task)
+
+
+def check_choices(recipe: Recipe, tokenizer: Any, context: int | None) -> None:
+    """Raise DataError for a choice of a task that has no token, or more than the model has positions (`context`)."""
+    from soco_export.evaluate.items import load_items
+
+    for task in recipe.validation.tasks:
+        texts = sorted({choice for item in load_items(task) for choice in item.choices})
+        found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for text, ids in zip(texts, found, strict=True):
+            if not ids or (context is not None and len(ids) > context):
+                room = f", and the model has positions for {context}" if ids else ""
+                raise DataError(
+                    f"the choice {text[:60]!r} has {len(ids)} tokens{room}",
+                    fix="leave the item out",
+                    where=str(task.path),
+                )
+
+
+def check_stack(recipe: Recipe) -> None:
+    """Raise RecipeError if `refine.refit` is asked for and the layers lie in more than one stack of blocks."""
+    if not recipe.refine.refit.blocks:
+        return
+    from soco_export.model.load import dense_skeleton
+    from soco_train.modules.sites import open_sites
+    from soco_train.modules.values import ranked_linears
+    from soco_train.refine.refit import decoder_blocks
+
+    model = dense_skeleton(recipe)
+    open_sites(model)
+    decoder_blocks(model, list(ranked_linears(model, recipe.layers, recipe.refine.values)))
 
 
 def check_weights(recipe: Recipe, format: str) -> None:

@@ -133,12 +133,13 @@ class RunContext:
         return self._model_hash
 
     def _weight_files(self) -> dict[str, str]:
+        from soco_export.files.safetensors import weight_files
         from soco_export.model.source import fetch_folder
 
         found = {}
         known = self.folder.manifest.inputs
         source = fetch_folder(self.recipe)
-        for path in sorted([source / "config.json", *source.glob("*.safetensors")]):
+        for path in sorted([source / "config.json", *weight_files(source)]):
             known[str(path)] = record_file(path, known.get(str(path)))
             found[path.name] = known[str(path)].sha256
         return found

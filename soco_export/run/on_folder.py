@@ -82,8 +82,8 @@ def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
     from soco_export.checkpoint.load import load_checkpoint
     from soco_export.checkpoint.writer import save_dense
 
-    model = load_checkpoint(folder, trust_remote_code=recipe.model.trust_remote_code)
-    save_dense(model, _tokenizer(recipe, folder), out)
+    tokenizer = _tokenizer(recipe, folder)  # what is wrong with it is said before weights are read
+    save_dense(load_checkpoint(folder, trust_remote_code=recipe.model.trust_remote_code), tokenizer, out)
 
 
 def _tokenizer(recipe: Recipe, folder: Path) -> Any:

@@ -6,20 +6,10 @@ from pathlib import Path
 
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
 from soco_export.files.json import FIX, read_config
+from soco_export.files.tokenizer import tokenizer_files
 from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
 from soco_train.bounded import read_bytes, read_json
 from soco_train.installed import install_command
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 @runtime("optimum")
@@ -41,9 +31,10 @@ def write_hugging_face_files(source: Path, folder: Path) -> None:
     # The graph holds the factors already: nothing may look for them in safetensors.
     config.pop("quantization_config", None)
     write_json(folder / "config.json", config)
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (source / name).exists():
-            (folder / name).write_bytes(read_bytes(source / name, FIX))  # bounded: it may lead to a device
+    generation = ["generation_config.json"] if (source / "generation_config.json").exists() else []
+    for name in (*generation, *tokenizer_files(source)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(read_bytes(source / name, FIX))  # bounded: it may lead to a device
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists() and (folder / "tokenizer.json").exists():
         write_json(tokenizer, tokenizer_in_both_forms(read_json(tokenizer, FIX)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from soco_export.files.json import SPECIAL_IDS, read_generation_config
+from soco_export.files.json import NO_TOKEN, SPECIAL_IDS, read_generation_config
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.settings import ExportSettings
@@ -135,8 +135,9 @@ def check_opens(name: str) -> None:
 
 def special_tokens(to: Layout) -> dict[str, Any]:
     """The generation config's ids win over the config's; the first end token pads where nothing else does."""
-    generation = read_generation_config(to.source)
-    ids = {key: generation.get(key, to.config.get(key)) for key in SPECIAL_IDS}
+    generation = read_generation_config(to.source, to.config.get("vocab_size"))
+    own = {key: to.config.get(key) for key in SPECIAL_IDS}
+    ids = {key: generation.get(key, None if own[key] == NO_TOKEN else own[key]) for key in SPECIAL_IDS}
     end = ids["eos_token_id"]
     if isinstance(end, list):
         end = end[0] if end else None  # no end token at all

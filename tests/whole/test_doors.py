@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save, save_file
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
 from soco_export.files.safetensors import open_shards, weight_files
+from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.model.load import dense_config
 from soco_export.model.source import BUILTIN_MODEL
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
 from soco_export.run.folder.manifest import Manifest
+from soco_export.runtimes.optimum import write_hugging_face_files
 from soco_train.bounded import parse_object, read_json
 from soco_train.errors import DataError, RecipeError, SocoError
 from soco_train.plan.ranks import LayerPlan, RankPlan
@@ -427,7 +429,10 @@ BEFORE_TRAINING = {
     "a budget below rank 1": ("keep_params=0.001", "keep_params|budget|smallest"),
     "blocks beyond the context": ("evaluation.block=100000", "positions"),
     "all blocks held out": ("refine.distill.held_out_blocks=100000", "held_out_blocks"),
+    "a table in a type without a lookup": ("export.each={'*': int2}", "token table"),
+    "more decode steps than a block has tokens": ("validate.parity.decode_steps=4000", "decode_steps"),
     "a million threads": ("validate.threads=1000000", "threads"),
+    "two tasks of one name": ('validate.tasks=[{"path": "a.jsonl"}, {"path": "b/a.jsonl"}]', "2 tasks are called 'a'"),
 }
 
 
@@ -455,14 +460,50 @@ def changed_model(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[
 
 @pytest.mark.parametrize("case", ["a pipe", "a device", "a folder"])
 def test_a_file_beside_the_model_that_is_none_is_refused(tmp_path: Path, case: str) -> None:
-    from soco_export.runtimes.optimum import write_hugging_face_files
-
     shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
     (tmp_path / "out").mkdir()
     make, words = NO_JSON[case]
     make(tmp_path / "model" / "chat_template.jinja")
     with refused(words):
         write_hugging_face_files(tmp_path / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["a pipe", "a folder", "latin-1"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja", "merges.txt"])
+def test_a_tokenizers_file_that_is_none_is_refused(tmp_path: Path, case: str, name: str) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    NO_JSON[case][0](tmp_path / name)
+    with refused(NO_JSON[case][1].replace("not JSON", "not UTF-8")):
+        check_tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(5, True, [1], ["a"], [{"template": "a"}], [{"name": "a", "template": 1}], {"a": None}, {"../a": "b"}),
+        *([{"name": name, "template": "a"}] for name in ("/a", "..", "", "a/b", ["a"], "a\nb")),
+    ],
+)
+def test_a_chat_template_that_is_none_is_refused(tmp_path: Path, template: Any) -> None:
+    """The name of a template becomes that of a file: transformers 4.57 writes it wherever it leads."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with refused("chat template"):
+        check_tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize("template", [None, "a", {"default": "a"}, [{"name": "tool_use", "template": "a"}]])
+def test_a_chat_template_in_any_form_is_taken(tmp_path: Path, template: Any) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    check_tokenizer_files(tmp_path)
+
+
+def test_named_chat_templates_go_along(tmp_path: Path) -> None:
+    (tmp_path / "model" / "additional_chat_templates").mkdir(parents=True)
+    (tmp_path / "model" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    write_hugging_face_files(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
 
 
 def first(tensors: dict[str, torch.Tensor]) -> str:
@@ -489,6 +530,7 @@ BAD_MODELS: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], 
     "text where a number belongs": (lambda tensors, config: config.update(rms_norm_eps="small"), ""),
     "rope that is none": (lambda tensors, config: config.update(rope_parameters="nan"), ""),
     "heads that do not divide": (lambda tensors, config: config.update(num_attention_heads=7, head_dim=None), ""),
+    "an end that no model has": (lambda tensors, config: config.update(eos_token_id=[1, 10**6]), "eos_token_id"),
     "a kind that is a list": (lambda tensors, config: config.update(model_type=["llama"]), "architecture"),
 }
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from soco_export.files.records import check_apart, record_file
+from soco_export.files.safetensors import weight_files
 from soco_export.recipe.difference import differences
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
@@ -105,7 +106,7 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
 def _check_moved(folder: Path, manifest: Manifest) -> None:
     """Raise RecipeError unless `folder` holds the files, by name and hash, that the run has read as its dense model."""
     known = {Path(name).name: record.sha256 for name, record in manifest.inputs.items()}
-    found = {path.name: path for path in (folder / "config.json", *folder.glob("*.safetensors")) if path.is_file()}
+    found = {path.name: path for path in (folder / "config.json", *weight_files(folder)) if path.is_file()}
     other = [
         name for name in {**known, **found} if name not in found or record_file(found[name]).sha256 != known.get(name)
     ]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from math import lcm
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from soco_export.bench.layer_times import Profile, Shape, limits
 from soco_export.files.atomic import write_atomic
+from soco_export.files.machine import machine_limits
+from soco_export.files.records import check_apart
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.names import PROFILE
 from soco_train.errors import RecipeError
@@ -32,11 +35,8 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
     """
     if recipe.optimise_for == "params":
         return plan_ranks(scores, recipe.plan)
-    from soco_export.bench.layer_timing import Device
-
     path = recipe.latency.profile or folder / PROFILE
-    bias = any(layer.deviation is not None for layer in scores.layers.values())
-    device = Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
+    device = _device(recipe, any(layer.deviation is not None for layer in scores.layers.values()))
     shapes = {name: layer.shape for name, layer in scores.layers.items()}
     profile = read_or_measure(path, set(shapes.values()), recipe.storage, device, notify)
     settings = recipe.plan.model_copy(update={"multiple": lcm(recipe.multiple, profile.multiple)})
@@ -51,13 +51,43 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
         ) from error
 
 
+def check_profile(recipe: Recipe, folder: Path) -> None:
+    """Raise what reading the profile of a run in `folder`, or writing it there, would: asked before it trains.
+
+    DataError or RecipeError for a file that is none or a link, MachineError where it cannot be written.
+    """
+    path = recipe.latency.profile or folder / PROFILE
+    if recipe.optimise_for == "params" or not (recipe.latency.profile or path.exists()):
+        return
+    from soco_export.preflight.cost import measure
+    from soco_train.scores.registry import find_scorer
+
+    kept = _kept(path, _device(recipe, find_scorer(recipe.train.scorer).deviates(recipe.train)))
+    if kept is not None and not kept.lacks(set(measure(recipe).linears), recipe.storage):
+        return
+    check_apart(path, (), where="recipe: latency.profile")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    with machine_limits("latency.profile", path), TemporaryFile(dir=existing):
+        pass  # it can be written, and is gone
+
+
+def _device(recipe: Recipe, bias: bool) -> Device:
+    from soco_export.bench.layer_timing import Device
+
+    return Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
+
+
+def _kept(path: Path, device: Device) -> Profile | None:
+    """Return the profile in `path`, None if there is none that was made under the conditions of `device`."""
+    kept = Profile.load(path) if path.exists() else None
+    return kept if kept is not None and kept.conditions == device.conditions() else None
+
+
 def read_or_measure(path: Path, shapes: set[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
     """Return the profile kept in `path`, completed by what it lacks, or a new one; `path` is written if it grew."""
     from soco_export.bench.layer_timing import measure_profile
 
-    kept = Profile.load(path) if path.exists() else None
-    if kept is not None and kept.conditions != device.conditions():
-        kept = None
+    kept = _kept(path, device)
     missing = shapes if kept is None else kept.lacks(shapes, form)
     if not missing and kept is not None:
         return kept

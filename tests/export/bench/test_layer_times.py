@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from contextlib import suppress
 from fractions import Fraction
 
 import pytest
@@ -24,8 +26,8 @@ from soco_export.bench.layer_timing import (
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.source import StoredForm
 from soco_export.recipe.load import load_recipe
-from soco_export.run.plans.measured_plan import plan_for
-from soco_train.errors import DataError, RecipeError
+from soco_export.run.plans.measured_plan import check_profile, plan_for
+from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.plan.allocation import layer_cost
 from soco_train.plan.ranks import plan_ranks
 from soco_train.settings import PlanSettings
@@ -151,6 +153,64 @@ def test_a_profile_survives_its_file_and_grows():
     assert set(both.layers[300, 200]) == {"stacked", "pivoted"}
     with pytest.raises(DataError):
         Profile.from_json('{"layers": 3}')
+
+
+def edited(**changes: object) -> str:
+    """Return a profile's text with a few keys, of the whole or of its one series, set to something else."""
+    times = FormTimes((36.0, 900.0), (100, 200), ((20.0, 500.0), (41.0, 800.0)))
+    document = json.loads(Profile(CONDITIONS, 8, {(300, 200): {"stacked": times}}).to_json())
+    series = document["layers"]["300x200"]["stacked"]
+    series.update({key: changes.pop(key) for key in list(changes) if key in series})
+    return json.dumps(document | changes)
+
+
+@given(
+    st.sampled_from(["dense", "ranks", "times", "multiple", "conditions", "layers"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**30, 2**63, 1e308]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
+    ),
+)
+def test_any_profile_gives_limits_or_our_error(key, value):
+    with suppress(DataError):
+        profile = Profile.from_json(edited(**{key: value}))
+        if not profile.lacks({(300, 200)}, "stacked"):
+            limits(profile, {"a": (300, 200)}, "stacked", 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ranks": (100, 10**30)}, {"ranks": (100, 201)}, {"multiple": 10**9}, {"dense": (36.0,)}, {"dense": (1e400, 1)}],
+)
+def test_a_profile_that_no_measurement_gives_is_refused(changes):
+    with pytest.raises(DataError, match="no latency profile"):
+        Profile.from_json(edited(**changes))
+
+
+NO_PROFILE = {
+    "a text": (lambda path: path.write_text("notes"), DataError),
+    "a folder": (lambda path: path.mkdir(), DataError),
+    "a pipe": (os.mkfifo, DataError),
+    "a link": (lambda path: path.symlink_to("nowhere"), RecipeError),
+    "below a file": (lambda path: path.parent.rmdir() or path.parent.write_text("mine"), MachineError),
+}
+
+
+@pytest.mark.parametrize("case", NO_PROFILE)
+def test_a_profile_that_cannot_be_kept_is_refused_before_training(tmp_path, case):
+    (tmp_path / "x").mkdir()
+    path, (make, error) = tmp_path / "x" / "p.json", NO_PROFILE[case]
+    make(path)
+    with pytest.raises(error) as raised:
+        check_profile(load_recipe("tiny", ["optimise_for=latency", f"latency.profile={path}"]), tmp_path / "run")
+    assert raised.value.fix
+    check_profile(load_recipe("tiny", [f"latency.profile={path}"]), tmp_path / "run")  # it will not be read
+
+
+def test_a_profile_that_is_new_leaves_nothing_before_it_is_measured(tmp_path):
+    recipe = load_recipe("tiny", ["optimise_for=latency", f"latency.profile={tmp_path / 'p.json'}"])
+    check_profile(recipe, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", [StoredForm(), StoredForm("stacked", 8), StoredForm("pivoted", 8)], ids=str)

@@ -69,7 +69,11 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "[]", "", '{"eos_token_id": "2"}', '{"bos_token_id": [1, -1]}', '{"pad_token_id": 1.5}']
+    "text",
+    [
+        *("null", "[]", "", '{"eos_token_id": "2"}', '{"bos_token_id": [1, -1]}', '{"pad_token_id": 1.5}'),
+        *('{"eos_token_id": 1000000}', '{"bos_token_id": true}'),
+    ],
 )
 def test_a_generation_config_without_token_ids_is_refused_before_training(text: str, folder: Path) -> None:
     (folder / "generation_config.json").write_text(text)

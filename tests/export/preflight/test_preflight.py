@@ -17,7 +17,7 @@ from soco_export.preflight import checks as preflight
 from soco_export.preflight import machine
 from soco_export.preflight.checks import check_everything, check_quantisation
 from soco_export.preflight.cost_card import CostCard, Phase
-from soco_export.preflight.inputs import check_scales
+from soco_export.preflight.inputs import check_choices, check_lengths, check_scales, check_stack
 from soco_export.preflight.machine import Resources, bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
@@ -25,6 +25,7 @@ from soco_export.run.request import Request
 from soco_export.run.verbs import train_and_export
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 from soco_train.numbers.blocks import Grid, nearest
+from tests.support.models import make_tokenizer
 
 
 def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
@@ -44,6 +45,38 @@ def test_a_run_starts_exactly_where_it_fits(memory: int, gpu: int | None, disk: 
     else:
         with pytest.raises(MachineError):
             check_room(card(), free, already=there)
+
+
+@pytest.mark.parametrize(
+    ("setting", "context", "allowed"),
+    [("decode_steps", None, 63), ("greedy_tokens", 40, 39), ("greedy_tokens", None, 10**6)],
+)
+def test_a_proof_that_would_start_from_nothing_is_refused(setting: str, context: int | None, allowed: int) -> None:
+    """It came after the training: blocks of 64 tokens, or positions for 40, leave no token before so many steps."""
+    block = 64 if context is None else 16
+    words = [f"evaluation.block={block}", f"data.block={block}", "validate.parity.decode_steps=1"]
+    check_lengths(load_recipe("tiny", [*words, f"validate.parity.{setting}={allowed}"]), context)
+    if allowed < 10**6:
+        with pytest.raises(RecipeError, match=f"validate.parity.{setting} is {allowed + 1}"):
+            check_lengths(load_recipe("tiny", [*words, f"validate.parity.{setting}={allowed + 1}"]), context)
+
+
+def test_a_choice_that_no_model_could_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"context": "a", "choices": ["b", "c c c c c c c c"], "label": 0}')
+    recipe = load_recipe("tiny", [f"validate.tasks=[{{path: {tmp_path / 't.jsonl'}}}]"])
+    check_choices(recipe, make_tokenizer(), None)
+    with pytest.raises(DataError, match="positions for 5"):
+        check_choices(recipe, make_tokenizer(), 5)
+    with pytest.raises(DataError, match="has 0 tokens"):
+        check_choices(recipe, lambda texts, **_: {"input_ids": [[] for _ in texts]}, None)
+
+
+def test_layers_outside_the_stack_cannot_be_refitted() -> None:
+    sets = ["model.architecture.tie_word_embeddings=false", "layers.include=['*']", "layers.exclude=[]"]
+    sets += ["model.architecture.num_hidden_layers=2"]
+    check_stack(load_recipe("mistral-7b", sets))
+    with pytest.raises(RecipeError, match="one stack"):
+        check_stack(load_recipe("mistral-7b", [*sets, "refine.refit.blocks=4"]))
 
 
 def test_too_small_a_machine_is_told_what_is_missing() -> None:
