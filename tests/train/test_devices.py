@@ -44,24 +44,27 @@ TRAIN = TrainSettings(
 DISTILL = DistillSettings(steps=6, batch_tokens=64, lr=1e-3, teacher_top=32, held_out_blocks=2, evaluate_every=3)
 
 
-def learn(device: str, storage: Storage, folder: Path) -> tuple[Any, Scores, Factors]:
+def learn(device: str, storage: Storage, folder: Path, train: TrainSettings) -> tuple[Any, Scores, Factors]:
     torch.manual_seed(3)
     model = make_model("llama-tied").to(device)
     tokens = torch.randint(model.config.vocab_size, (14, 16))
     plan = PlanSettings(keep_params=0.6, storage=storage)
-    scores = learn_scores(model, tokens, folder, TRAIN, plan)
+    scores = learn_scores(model, tokens, folder, train, plan)
     ranks = plan_ranks(scores, plan)
     return model, scores, cut_factors(model, tokens, scores, ranks, folder, RefineSettings(distill=DISTILL))
 
 
-@pytest.mark.parametrize("storage", ["stacked", "pivoted"])
+@pytest.mark.parametrize(("storage", "lr_factors"), [("stacked", 0.0), ("stacked", 1e-4), ("pivoted", 0.0)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_learns_what_the_cpu_learns(device: str, storage: Storage, tmp_path: Path) -> None:
-    _, expected, _ = learn("cpu", storage, tmp_path / "cpu")
-    model, found, factors = learn(device, storage, tmp_path / "device")
+def test_a_device_learns_what_the_cpu_learns(device: str, storage: Storage, lr_factors: float, tmp_path: Path) -> None:
+    train = TRAIN.model_copy(update={"lr_factors": lr_factors})
+    _, expected, _ = learn("cpu", storage, tmp_path / "cpu", train)
+    model, found, factors = learn(device, storage, tmp_path / "device", train)
     assert {parameter.device.type for parameter in model.parameters()} == {device}, "what was parked is back"
     for name, layer in expected.layers.items():
         assert float((found.layers[name].scale - layer.scale).abs().mean()) < 1e-3
+        for own, cpu in zip(found.layers[name].components or (), layer.components or (), strict=True):
+            assert float((own - cpu).norm() / cpu.norm()) < 1e-3
     for layer in factors.layers.values():
         assert all(tensor.device.type == "cpu" for tensor in vars(layer).values() if tensor is not None)
 
