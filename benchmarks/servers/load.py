@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,13 +103,20 @@ def _request(port: int, figures: Figures, tokens: int, prompt: str) -> None:
     raise ValueError(f"no place within {PATIENCE} s")
 
 
-def _stream(port: int, tokens: int, prompt: str) -> tuple[int, float | None, float, int]:
-    """Return (status, Retry-After, when the first token came, number of tokens); ValueError if the end is missing."""
+def _stream(
+    port: int, tokens: int, prompt: str, begun: threading.Event | None = None
+) -> tuple[int, float | None, float, int]:
+    """Return (status, Retry-After, when the first token came, number of tokens); ValueError if the end is missing.
+
+    begun: is set when the server has begun to answer.
+    """
     connection = HTTPConnection(HOST, port, timeout=PATIENCE)
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
+        if begun:
+            begun.set()
         wait = response.getheader("Retry-After")
         if response.status != 200:
             response.read()
@@ -128,8 +136,9 @@ def _stream(port: int, tokens: int, prompt: str) -> tuple[int, float | None, flo
 
 def _end_in_the_middle(port: int, process: subprocess.Popen[bytes], figures: Figures, tokens: int, prompt: str) -> None:
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(_stream, port, tokens, prompt)
-        time.sleep(0.05)  # the request is on its way, or inside
+        begun = threading.Event()
+        answer = pool.submit(_stream, port, tokens, prompt, begun)
+        begun.wait(PATIENCE)
         code = stop(process)
         try:
             if answer.result()[0] != 200:

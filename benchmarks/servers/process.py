@@ -15,14 +15,21 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 HOST = "127.0.0.1"
-START_SECONDS, STOP_SECONDS = 120, 60
+START_SECONDS, STOP_SECONDS = 300, 60
+_HELD: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
+    """Return a port of the loopback interface that nobody else is given while this process lives.
+
+    It stays bound, by a socket that never listens: a server may share it, as it reuses addresses, and a system that is
+    asked for any free port gives another one.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((HOST, 0))
+    _HELD.append(held)
+    return int(held.getsockname()[1])
 
 
 def request(port: int, path: str, body: Any = None, seconds: float = 600) -> tuple[int, dict[str, str], Any]:

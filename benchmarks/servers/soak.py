@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -111,9 +112,11 @@ def soak(folder: Path, clients: int, seconds: float, seed: int = 0) -> Soak:
 
 
 def _client(port: int, found: Soak, right: Sequence[str], end: float, seed: int) -> None:
-    """Ask until the time is over, and add what was seen to what the others saw."""
+    """Ask once and until the time is over, and add what was seen to what the others saw."""
     luck, seen, errors = random.Random(seed), Counter[str](), Counter[str]()
-    while time.monotonic() < end:
+    for asked in count():
+        if asked and time.monotonic() >= end:
+            break
         number = luck.randrange(len(right))
         try:
             if luck.random() < LEAVING:

@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import onnxruntime
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from benchmarks.servers import run
+from benchmarks.servers import load, run
 from benchmarks.servers.contenders import CONTENDERS, SERVER, Absent, Task
 from benchmarks.servers.load import load_test
 from benchmarks.servers.process import HOST, free_port, request, serving
@@ -33,9 +34,11 @@ from benchmarks.servers.reference import TIE, Answer, Reference
 from benchmarks.servers.triton import repository
 from soco_export.onnx.inspect import read_ports
 from tests.support import fresh
+from tests.support.braked_server import BAD, FATAL, SLOW
 
 pytestmark = pytest.mark.allow_hosts([HOST])
 
+BRAKED = Path(__file__).parents[1] / "support" / "braked_server.py"
 SOME = PROMPTS[::6]  # one of them in other scripts
 TOKENS = 24
 
@@ -64,7 +67,7 @@ def port(tiny_run: Path) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def narrow(tiny_run: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Return a server with one place and no queue; the last test that uses it ends it."""
-    with server(tiny_run / "onnx", "--parallel", "1", "--queue", "0") as found:
+    with server(tiny_run / "onnx", "--parallel", "1", "--queue", "0", script=BRAKED) as found:
         yield found
 
 
@@ -81,6 +84,19 @@ def stream(port: int, tokens: int, **body: Any) -> Iterator[HTTPResponse]:
         yield connection.getresponse()
     finally:
         connection.close()
+
+
+@contextmanager
+def slow(port: int, tokens: int) -> Iterator[HTTPResponse]:
+    """Stream an answer that takes its time and has begun, once there is a place: one is freed behind its answer."""
+    for _ in range(600):
+        with stream(port, tokens, seed=SLOW) as response:
+            if response.status == 200:
+                response.readline()
+                yield response
+                return
+        time.sleep(0.05)
+    pytest.fail("no place was free within half a minute")
 
 
 def events(response: HTTPResponse) -> list[str]:
@@ -213,8 +229,7 @@ def test_a_seed_repeats_a_sample_and_other_seeds_differ(port: int) -> None:
 
 def test_who_finds_no_place_is_told_when_to_come_again(narrow: tuple[int, Any]) -> None:
     port, _ = narrow
-    with stream(port, 900) as response:
-        response.readline()
+    with slow(port, 900):
         status, headers, found = post(port)
         assert status == 429
         assert int(headers["retry-after"]) >= 1
@@ -224,14 +239,12 @@ def test_who_finds_no_place_is_told_when_to_come_again(narrow: tuple[int, Any]) 
 
 def test_a_client_that_leaves_gives_up_its_place(narrow: tuple[int, Any]) -> None:
     port, _ = narrow
-    with stream(port, 1000) as response:
-        response.readline()
-    for _ in range(100):
-        if post(port)[0] == 200:
-            break
+    with slow(port, 900):
+        pass
+    until = time.monotonic() + 20  # seconds, of the 45 that the answer would take
+    while post(port)[0] != 200:
+        assert time.monotonic() < until, "the place is still taken"
         time.sleep(0.05)
-    else:
-        pytest.fail("the place is still taken")
 
 
 def test_an_answer_that_nobody_reads_is_not_computed(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +252,14 @@ def test_an_answer_that_nobody_reads_is_not_computed(tiny_run: Path, monkeypatch
     monkeypatch.syspath_prepend(str(SERVER.parent))
     from worker import Job, Worker
 
+    gone, step = threading.Event(), Worker._step
+
+    def waits(self: Worker, job: Job) -> bool:
+        if job is left and job.max_tokens < 900:  # the second token comes when nobody reads any more
+            gone.wait(60)
+        return step(self, job)
+
+    monkeypatch.setattr(Worker, "_step", waits)
     worker = Worker(tiny_run / "onnx", parallel=1)
     worker.start()
     left, after = (Job(worker.encode(SOME[0]), count, 0.0, 1.0, None) for count in (900, 3))
@@ -247,42 +268,17 @@ def test_an_answer_that_nobody_reads_is_not_computed(tiny_run: Path, monkeypatch
         first = worker.pieces(left)
         await anext(first)
         await first.aclose()
+        gone.set()
         return len([piece async for piece in worker.pieces(after)])
 
     assert asyncio.run(both()) == 3
-    assert left.max_tokens > 450
+    assert left.max_tokens >= 898
     worker.stop()
 
 
-# The server as it is, but for seeds that break what comes after the second token: BAD the request, FATAL the thread.
-BAD, FATAL = 13, 666
-UNLUCKY = f"""
-import sys
-sys.path.insert(0, {str(SERVER.parent)!r})
-import server, worker
-begin = worker.Worker._begin
-class Stream:
-    def __init__(self, error, stream):
-        self.error, self.stream, self.left = error, stream, 2
-    def decode(self, token):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-        return self.stream.decode(token)
-def unlucky(self, job):
-    begin(self, job)
-    error = {{{BAD}: UnicodeError("bad luck"), {FATAL}: SystemExit()}}.get(job.seed)
-    if error is not None:
-        job.stream = Stream(error, job.stream)
-worker.Worker._begin = unlucky
-server.main()
-"""
-
-
 @pytest.fixture
-def unlucky(tiny_run: Path, tmp_path: Path) -> Iterator[int]:
-    (tmp_path / "unlucky.py").write_text(UNLUCKY, encoding="utf-8")
-    with server(tiny_run / "onnx", script=tmp_path / "unlucky.py") as (port, _):
+def unlucky(tiny_run: Path) -> Iterator[int]:
+    with server(tiny_run / "onnx", script=BRAKED) as (port, _):
         yield port
 
 
@@ -298,8 +294,7 @@ def test_a_request_that_fails_spoils_no_other_and_a_dead_thread_is_not_healthy(u
     assert request(unlucky, "/health")[0] == 200
     assert post(unlucky)[2]["choices"][0]["text"] == right
 
-    with stream(unlucky, 900) as other:  # shares the thread with the one that ends it
-        other.readline()
+    with slow(unlucky, 900) as other:  # shares the thread with the one that ends it
         assert post(unlucky, seed=FATAL)[0] == 500
         assert "error" in json.loads(events(other)[-1])
     assert request(unlucky, "/health")[0] == 503
@@ -308,16 +303,21 @@ def test_a_request_that_fails_spoils_no_other_and_a_dead_thread_is_not_healthy(u
 
 def test_sigterm_lets_an_answer_finish(narrow: tuple[int, Any]) -> None:
     port, process = narrow
-    with stream(port, 200) as response:
-        response.readline()
+    with slow(port, 20) as response:
         process.send_signal(signal.SIGTERM)
         *pieces, done = events(response)
     assert done == "[DONE]"
     assert json.loads(pieces[-1])["choices"][0]["finish_reason"] in ("length", "stop")
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.SIGTERM)
 
 
-def test_sixteen_clients_without_an_error(tiny_run: Path, port: int) -> None:
+def test_sixteen_clients_without_an_error(tiny_run: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crowded(command: list[str], port: int, ready: str) -> Any:
+        """In the crowd nobody is answered before somebody has been turned away, however fast the server is."""
+        until = ["--until-full"] if command[-1] != "16" else []
+        return serving([command[0], str(BRAKED), *command[2:], *until], port, ready)
+
+    monkeypatch.setattr(load, "serving", crowded)
     room, crowd = load_test(tiny_run / "onnx", clients=16, requests=1, tokens=8, prompts=PROMPTS)
     assert room.errors == crowd.errors == []
     assert len(room.whole) == len(crowd.whole) == 16
