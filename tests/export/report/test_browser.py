@@ -47,7 +47,7 @@ def look(page: Path, folder: Path, width: int, dark: bool) -> dict[str, object]:
         *(("--force-dark-mode", "--blink-settings=preferredColorScheme=0") if dark else ()),
         (folder / "frame.html").as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     found = re.search(r"PROBE(\{.*\})PROBE", done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

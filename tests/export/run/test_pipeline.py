@@ -40,6 +40,7 @@ def writer(name: str, *files: str) -> Callable[[Log, Path], None]:
     return work
 
 
+PATIENCE = 300  # seconds that a process may take to start: it imports torch
 SPECTRUM = Stage[Log](
     "spectrum", ("model",), ("train.basis",), ("spectrum",), writer("spectrum", "spectrum/a"), cache=True
 )
@@ -356,7 +357,7 @@ class TestFolder:
         holder = spawn.Process(target=hold, args=(tmp_path, held, done))
         holder.start()
         try:
-            assert held.wait(60)
+            assert held.wait(PATIENCE)
             with pytest.raises(RecipeError, match=f"in use by another process \\({holder.pid} on"):
                 run(tmp_path, a_recipe())
         finally:
@@ -369,7 +370,7 @@ class TestFolder:
         held, done = spawn.Event(), spawn.Event()
         holder = spawn.Process(target=hold, args=(tmp_path, held, done))
         holder.start()
-        assert held.wait(60)
+        assert held.wait(PATIENCE)
         holder.kill()
         holder.join()
         assert run(tmp_path, a_recipe()) == ["spectrum", "scores", "plan", "hf", "card"]
@@ -389,7 +390,7 @@ class TestFolder:
 def hold(root: Path, held: multiprocessing.synchronize.Event, done: multiprocessing.synchronize.Event) -> None:
     with open_folder(root, a_recipe()):
         held.set()
-        done.wait(60)
+        done.wait(PATIENCE)
 
 
 def test_a_folder_is_a_value(tmp_path: Path) -> None:
