@@ -8,12 +8,17 @@ The dense rows are `--grids`, rounded by each of `--rules`. The sizes are theirs
 each rule the plan chooses form, rank, type and block of every layer and of the token table, among candidates by their
 KL on blocks held out of the calibration text. `trained` rows are distilled as they are rounded (models.py), dense
 ones in their grid, chosen ones each layer as its plan has it; nothing else is trained. OUT/budget.json has every row as
-soon as it is measured, rows of the same inputs are kept; OUT/budget.md is the table. WORK keeps spectra and damage.
+soon as it is measured, rows of the same inputs are kept; OUT/budget.md is the table. WORK keeps spectra, damage, what
+layers read and how each was rounded: a further size then asks for little.
+
+With `--in-torch` no file is written: the model in PyTorch gets the numbers that the export would leave, and its bytes
+are counted. Such rows cannot be `trained`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -26,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.bits.models import LEARNING, LEARNING_RATES, TRAINED, least_divergence, tokenizer_of
 from benchmarks.bits.models import Subject as Trainable
@@ -33,13 +39,17 @@ from benchmarks.bits.run import blocks_of, key_of, make_parser, rounding, settin
 from soco_export.checkpoint.layers import apply_factors, record_types
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
+from soco_export.evaluate.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
-from soco_export.model.file_bytes import BLOCK_SIZES
+from soco_export.model.file_bytes import BLOCK_SIZES, FileBytes
+from soco_export.onnx.build import count_bytes
+from soco_export.onnx.rounded import round_as_exported
 from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.source import BlankWeights
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.plans.byte_plan import plan_bytes_measured
@@ -96,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(path, json.dumps(found, indent=1) + "\n")
             write_atomic(options.out / "budget.md", markdown(rows, setting))
 
-    for grid, rule in product(options.grids, options.rules):
-        keep(("dense", grid, rule), 0, partial(dense_row, grid, rule, options))
     with tempfile.TemporaryDirectory() as temporary:
         planner = Planner(options, options.work or Path(temporary))
+        for grid, rule in product(options.grids, options.rules):
+            dense = planner.dense if options.in_torch else partial(dense_row, options)
+            keep(("dense", grid, rule), 0, partial(dense, grid, rule))
         for size, rule in product(options.sizes or sizes_of(rows), options.rules):
             keep(("chosen", "", rule), size, partial(planner.row, size, rule))
     print(markdown(rows, setting))
@@ -109,11 +120,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     more = make_parser("python -m benchmarks.bits.budget", grids=GRIDS)
     more.add_argument("--sizes", nargs="*", type=lambda text: round(float(text) * 1e6), default=[], help="MB")
-    more.add_argument("--work", type=Path, help="keep spectra, scores and damage here")
-    return more.parse_args(argv)
+    more.add_argument("--work", type=Path, help="keep spectra, scores, damage and levels here")
+    more.add_argument("--in-torch", action="store_true", help="round and score in PyTorch, count the bytes")
+    options = more.parse_args(argv)
+    if options.in_torch and TRAINED in options.rules:
+        more.error("--in-torch trains nothing")
+    return options
 
 
-def dense_row(grid: str, rule: str, options: argparse.Namespace) -> Row:
+def dense_row(options: argparse.Namespace, grid: str, rule: str) -> Row:
     """Train if asked, round, export and score a dense row."""
     folder, started = options.models[0][1], time.process_time()
     how = settings(grid, "nearest" if rule == TRAINED else rule, options.tokens)
@@ -156,29 +171,42 @@ class Planner:
         self.texts = cache(lambda: hold_out(blocks_of(self.folder, options, "calibration")))
         self.damage = cache(self._damage)
         self.subject = cache(self._subject)
+        self.loss = cache(self._loss)
+
+    def dense(self, grid: str, rule: str) -> Row:
+        """Round a dense row in PyTorch, and score it."""
+        started, how = time.process_time(), settings(grid, rule, self.options.tokens)
+        file, model = FileBytes(self.recipe), copy.deepcopy(self.subject()[0].model)
+        round_as_exported(model, how, self.loss(rule).rounder)
+        size = count_bytes(file.architecture, BlankWeights(file.architecture, file.shapes, {}), how)
+        return self._scored(("dense", grid, rule), size, model, started)
+
+    def _scored(self, name: tuple[str, str, str], size: int, model: nn.Module, started: float) -> Row:
+        seconds = round(time.process_time() - started, 1)
+        found = measure_perplexity(TorchDecoder(model), blocks_of(self.folder, self.options, "evaluation"))
+        return Row(*name, size, found.loss, found.value, found.tokens, seconds)
 
     def row(self, size: int, rule: str) -> Row:
         """Plan, cut, export and score one row."""
         started = time.process_time()
         # Training leaves as little of a rounding's error as calibration does, or less.
         recipe = self._recipe("calibrated" if rule == TRAINED else rule).model_copy(update={"keep_bytes": size})
-        subject, scores = self.subject()
-        loss = PlanLoss(subject, scores, recipe.export, self.texts(), self.work / "candidates")
-        plan = plan_bytes_measured(recipe, self.damage(recipe.export.quantize.rule), loss, self.texts()[1].numel())
+        kind = recipe.export.quantize.rule
+        plan = plan_bytes_measured(recipe, self.damage(kind), self.loss(kind), self.texts()[1].numel())
         assert plan.bytes is not None
+        row = self._row(plan, rule, started)
+        return replace(row, asked=size, chosen=plan.bytes.chosen, measured=plan.bytes.measured, choices=_counted(plan))
+
+    def _row(self, plan: RankPlan, rule: str, started: float) -> Row:
+        assert plan.bytes is not None
+        if self.options.in_torch:
+            return self._scored(("chosen", "", rule), plan.bytes.written, self.loss(rule).model(plan), started)
         with tempfile.TemporaryDirectory() as work:
             where = self._save(plan, Path(work), rule == TRAINED)
             spent = time.process_time() - started
             export = self._recipe("nearest" if rule == TRAINED else rule).export
             row = measure(("chosen", "", rule), where, self.options, export)
-        return replace(
-            row,
-            seconds=round(row.seconds + spent, 1),
-            asked=size,
-            chosen=plan.bytes.chosen,
-            measured=plan.bytes.measured,
-            choices=_counted(plan),
-        )
+        return replace(row, seconds=round(row.seconds + spent, 1))
 
     def _recipe(self, rule: str) -> Recipe:
         how = {"export.quantize.rule": rule, "export.quantize.calibration_tokens": self.options.tokens}
@@ -192,6 +220,10 @@ class Planner:
         train = TrainSettings(scorer="singular-values", basis="two-sided")
         method.make_spectra(subject, train)
         return subject, method.learn_scores(subject, train, PlanSettings(), Session(self.work / "scores"))
+
+    def _loss(self, rule: str) -> PlanLoss:
+        subject, scores = self.subject()
+        return PlanLoss(subject, scores, self._recipe(rule).export, self.texts(), self.work / "candidates" / rule)
 
     def _damage(self, rule: str) -> Damage:
         path = self.work / f"damage-{rule}.safetensors"

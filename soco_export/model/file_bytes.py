@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from soco_export.model.load import dense_config, dense_skeleton
 from soco_export.onnx.build import count_bytes
@@ -18,13 +18,32 @@ from soco_train.forms.registry import planned_forms
 from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
-from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of
+from soco_train.plan.bytes import (
+    Choice,
+    Menu,
+    Packing,
+    Tables,
+    bytes_of,
+    choose_storage,
+    errors_of,
+    menus_of,
+    table_menus,
+)
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, no_damage, types_of
 
 _TRIES = 12
 _NEARLY = 1.01  # times the budget: what is larger is no candidate
 BLOCK_SIZES = (32, 64, 128)  # of blocks: 16 costs more than it gains, 256 pads most layers
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Choices with their error by price."""
+
+    error: float
+    name: str
+    choices: dict[str, Choice]
 
 
 class FileBytes:
@@ -84,43 +103,57 @@ class FileBytes:
         With the token table in each type that it may have: the plan by price, and of the dense models of one type and
         block, which somebody would make without a plan, the one that loses least by the same price.
         """
-        found: list[tuple[float, str, dict[str, Choice]]] = []
+        found: list[_Candidate] = []
+        fixed = self._fixed(damage)
+        menus = {name: menu for name, menu in self._menus(fixed).items() if name in self.linears}
         for table in TYPES:
-            layers = self._with_table(self._fixed(damage), table)
-            if layers is not None:
-                found += self._priced(layers, f"by price, token table in {table}", keep_bytes)
-                uniform = [
-                    candidate
-                    for weights, block in in_blocks(TYPES)
-                    for candidate in self._priced(
-                        self._uniform(layers, weights, block, keep_bytes), _name(weights, block, table), keep_bytes
-                    )
-                ]
-                found += sorted(uniform, key=lambda candidate: candidate[0])[:1]
-        return {name: choices for _, name, choices in sorted(found, key=lambda candidate: candidate[0])}
+            if (layers := self._with_table(fixed, table)) is None:
+                continue
+            whole = menus | table_menus(layers, self.packing, self.tables)
+            if planned := self._priced(whole, layers, f"by price, token table in {table}", keep_bytes):
+                beside = self._beside(whole, planned.choices, damage)
+                found += [planned, *self._best_uniform(layers, table, keep_bytes, beside)]
+        return {one.name: one.choices for one in sorted(found, key=lambda one: one.error)}
 
-    def _priced(self, damage: Damage, name: str, keep_bytes: int) -> list[tuple[float, str, dict[str, Choice]]]:
-        """Return the plan by price with its error and a name, or nothing if none is that small."""
-        menus = self._menus(damage)
+    def _best_uniform(self, damage: Damage, table: WeightType, keep_bytes: int, beside: int) -> Iterator[_Candidate]:
+        """Yield the dense model of one type and block that loses least, if any fits.
+
+        beside: about what a file takes beside its matrices; only what seems best is counted.
+        """
+        found: list[tuple[float, str, dict[str, Menu]]] = []
+        for weights, block in in_blocks(TYPES):
+            menus = self._menus(self._uniform(damage, weights, block, keep_bytes - beside))
+            if bytes_of(menus, _least(menus)) + beside <= keep_bytes * _NEARLY:
+                best = choose_storage(menus, keep_bytes - beside)
+                found.append((errors_of(menus, best), _name(weights, block, table), menus))
+        for _, name, menus in sorted(found, key=lambda one: one[0]):
+            if candidate := self._priced(menus, damage, name, keep_bytes):
+                yield candidate
+                return
+
+    def _priced(self, menus: Mapping[str, Menu], damage: Damage, name: str, keep_bytes: int) -> _Candidate | None:
+        """Return the plan by price, None if none is that small."""
         if self.count(_least(menus), damage) > keep_bytes:
-            return []
+            return None
         choices = self._plan(menus, damage, keep_bytes)[0]
-        return [(errors_of(menus, choices), name, choices)]
+        return _Candidate(errors_of(menus, choices), name, choices)
 
     def _with_table(self, damage: Damage, weights: WeightType) -> Damage | None:
         """Return the damage with the token table in one type alone; None if it may not have that."""
         table = damage.layers[self.tables.table].only(weights)
         return Damage({**damage.layers, self.tables.table: table}) if table.curves else None
 
-    def _uniform(self, damage: Damage, weights: WeightType, block: int, keep_bytes: int) -> Damage:
+    def _uniform(self, damage: Damage, weights: WeightType, block: int, matrices: int) -> Damage:
         """Return the damage with all layers dense, of one type and block alone, or what is smaller if that nearly fits.
 
-        A budget that is another export's size to the byte would else leave that model out for a few bytes of metadata.
+        matrices: bytes that they have, about. A budget that is another export's size to the byte would else leave that
+        model out for a few bytes of metadata.
         """
         names = [*self.linears] if self.tables.tied else [*self.linears, self.tables.head]
         alone = {name: damage.layers[name].alone(DENSE, weights, block) for name in names}
         found = Damage({**damage.layers, **alone})
-        if not keep_bytes < self.count(_least(self._menus(found)), damage) < keep_bytes * _NEARLY:
+        menus = self._menus(found)
+        if not matrices / _NEARLY < bytes_of(menus, _least(menus)) < matrices * _NEARLY:
             return found
         smaller = {name: self._no_larger(damage.layers[name], *alone[name].curves) for name in names}
         return Damage({**damage.layers, **smaller})

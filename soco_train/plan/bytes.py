@@ -6,8 +6,8 @@ scale: all of that is counted. Pure: shapes and errors in, choices out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -103,14 +103,18 @@ class Menu:
     errors: _Reals
 
     @staticmethod
-    def of(offers: Iterator[tuple[Choice, int, float]] | Sequence[tuple[Choice, int, float]]) -> Menu:
+    def of(offers: Iterable[tuple[Choice, int, float]]) -> Menu:
         """Return the menu of (choice, bytes, error): whatever another choice beats in both is left out."""
-        best: list[tuple[Choice, int, float]] = []
-        for offer in sorted(offers, key=lambda offer: (offer[1], offer[2])):
-            if not best or offer[2] < best[-1][2]:
-                best.append(offer)
-        choices, sizes, errors = zip(*best, strict=True)
-        return Menu(tuple(choices), np.array(sizes, np.int64), np.array(errors, np.float64))
+        choices, sizes, errors = zip(*offers, strict=True)
+        return Menu.best(np.array(sizes, np.int64), np.array(errors, np.float64), choices.__getitem__)
+
+    @staticmethod
+    def best(sizes: npt.NDArray[np.int64], errors: _Reals, choice: Callable[[int], Choice]) -> Menu:
+        """Return the same of arrays; `choice` gives the one at an index."""
+        order = np.lexsort((errors, sizes))
+        least = np.minimum.accumulate(errors[order])
+        order = order[np.append(True, errors[order][1:] < least[:-1])]
+        return Menu(tuple(choice(int(index)) for index in order), sizes[order], errors[order])
 
     def at(self, rung: int) -> Menu:
         """Return the menu of one of its choices alone."""
@@ -145,26 +149,29 @@ def _at_one_price(menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
 
 def menus_of(damage: Damage, packing: Packing, multiple: int, tables: Tables) -> dict[str, Menu]:
     """Return what each layer of `damage` can be; ranks are multiples of `multiple`, at most some 128 of them."""
-    found = {
-        name: Menu.of(_offers(layer, packing, multiple))
+    layers = {
+        name: _menu(layer, packing, multiple)
         for name, layer in damage.layers.items()
         if name not in (tables.table, tables.head)
     }
+    return layers | table_menus(damage, packing, tables)
+
+
+def table_menus(damage: Damage, packing: Packing, tables: Tables) -> dict[str, Menu]:
+    """Return what the token table can be, and the head where that is a matrix of its own or needs a copy."""
     table, head = damage.layers[tables.table], damage.layers.get(tables.head)
     m, n = table.shape
     errors = {kind: float(curve[0]) for kind, curve in table.curves.items()}
     whole = _in_one_copy(errors, n) if head is not None and tables.tied else []
     shared = {kind: errors[kind] + float(head.curves[kind][0]) for kind in whole if head and kind in head.curves}
-    found[tables.table] = Menu.of(
-        [
-            (Choice(form, min(m, n), weights, block), packing.table(m, n, weights, block), error)
-            for (form, weights, block), error in (shared or errors).items()
-        ]
-    )
+    offers = [
+        (Choice(form, min(m, n), weights, block), packing.table(m, n, weights, block), error)
+        for (form, weights, block), error in (shared or errors).items()
+    ]
+    found = {tables.table: Menu.of(offers)}
     if head is not None and not shared:
-        found[tables.head] = Menu.of(
-            [offer for offer in _offers(head, packing, 1) if not tables.tied or offer[0].weights != "same"]
-        )
+        rounded = {kind: curve for kind, curve in head.curves.items() if not tables.tied or kind[1] != "same"}
+        found[tables.head] = _menu(replace(head, curves=rounded), packing, 1)
     return found
 
 
@@ -178,15 +185,31 @@ def _in_one_copy(kinds: Collection[StorageKind], width: int) -> list[StorageKind
     return divides if rounded.intersection(divides) or not rounded else []
 
 
-def _offers(layer: LayerDamage, packing: Packing, multiple: int) -> Iterator[tuple[Choice, int, float]]:
+def _menu(layer: LayerDamage, packing: Packing, multiple: int) -> Menu:
     full = min(layer.shape)
     bias = packing.vector(layer.shape[0]) if layer.biased else 0
     step = multiple * max(1, full // (multiple * _RANKS))
-    for (form, weights, block), curve in layer.curves.items():
-        for rank in (full,) if form == DENSE else range(max(multiple, step), full, step):
-            choice = Choice(form, rank, weights, block)
-            error = float(curve[0 if form == DENSE else rank])
-            yield choice, packing.layer(choice, layer.shape) + (0 if form == DENSE else bias), error
+    kinds, sizes, errors = list(layer.curves), [], []
+    ranks = [range(full, full + 1) if kind[0] == DENSE else range(max(multiple, step), full, step) for kind in kinds]
+    for kind, some in zip(kinds, ranks, strict=True):
+        dense = kind[0] == DENSE
+        sizes.append(_sizes(packing, layer.shape, kind, some) + (0 if dense else bias))
+        errors.append(layer.curves[kind][:1].numpy() if dense else layer.curves[kind].numpy()[some.start : full : step])
+    starts = np.cumsum([0, *map(len, ranks)])
+
+    def choice(index: int) -> Choice:
+        at = int(np.searchsorted(starts, index, side="right")) - 1
+        form, weights, block = kinds[at]
+        return Choice(form, ranks[at][index - int(starts[at])], weights, block)
+
+    return Menu.best(np.concatenate(sizes), np.concatenate(errors), choice)
+
+
+@lru_cache(maxsize=4096)
+def _sizes(packing: Packing, shape: tuple[int, int], kind: StorageKind, ranks: range) -> npt.NDArray[np.int64]:
+    """Return the bytes of a layer at each rank: layers of a model have few shapes."""
+    form, weights, block = kind
+    return np.array([packing.layer(Choice(form, rank, weights, block), shape) for rank in ranks], np.int64)
 
 
 def bytes_of(menus: Mapping[str, Menu], choices: Mapping[str, Choice]) -> int:

@@ -10,7 +10,7 @@ from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.plans.byte_plan import plan_bytes, plan_bytes_measured
 from soco_export.run.plans.measured_bytes import hold_out
-from soco_train.plan.bytes import Choice
+from soco_train.plan.bytes import Choice, bytes_of
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings import TABLE_TYPES, TYPES
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
@@ -87,9 +87,10 @@ def test_a_dense_candidate_is_of_one_type_and_block(file: FileBytes, candidates:
 
 
 def test_a_dense_model_that_nearly_fits_is_there_with_a_few_layers_less(file: FileBytes, damage: Damage) -> None:
-    whole = file.plan(file._uniform(damage, "int4", 64, 10**9), 10**9)[0]
-    written = file.count(whole, damage)
-    nearly = file.plan(file._uniform(damage, "int4", 64, written - 1), written - 1)[0]
+    uniform = file._uniform(damage, "int4", 64, 10**9)
+    whole = file.plan(uniform, 10**9)[0]
+    written, matrices = file.count(whole, damage), bytes_of(file._menus(uniform), whole)
+    nearly = file.plan(file._uniform(damage, "int4", 64, matrices), written - 1)[0]
     changed = [layer for layer in file.linears if nearly[layer] != whole[layer]]
     assert file.count(nearly, damage) < written
     assert len(changed) < 5
@@ -111,5 +112,5 @@ def test_nothing_is_measured_on_text_that_prices_come_from() -> None:
     seen, held = hold_out(tokens)
     assert torch.equal(torch.cat([seen, held]), tokens)
     assert len(held) == 5
-    assert len(hold_out(torch.zeros(4000, 512))[1]) == 32
+    assert len(hold_out(torch.zeros(4000, 512))[1]) == 8
     assert torch.equal(*hold_out(tokens[:1]))
