@@ -44,15 +44,13 @@ def soco(*arguments: Any) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
-def soco_process(*arguments: Any, folder: Path) -> subprocess.Popen[str]:
-    """Start one command in a process of its own, working in `folder`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "soco_export", *map(str, arguments)],
+def python(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, working in `folder`, with what this checkout holds."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
         text=True,
         # whoever started the tests in the background may have made them, and so their children, deaf to interrupts
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

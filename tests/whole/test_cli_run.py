@@ -6,13 +6,12 @@ import hashlib
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.support.cli import Ran, contents, soco, soco_process
+from tests.support.cli import Ran, contents, python, soco
 
 SETTINGS = ("--model", "tiny", "--set", "gates.max_ppl_ratio=null")
 
@@ -228,7 +227,11 @@ class TestFolders:
         assert "FAILED max_export_kl" in wrong.out
 
     def test_bench_two_folders(self, tiny_run: Path) -> None:
-        few = ("--set", "bench.rounds=2", "--set", "bench.prefill=[16]", "--set", "bench.past=16")
+        few = [
+            word
+            for key in ("rounds=2", "seconds=0", "cold_starts=1", "prefill=[16]", "past=16")
+            for word in ("--set", f"bench.{key}")
+        ]
         ran = soco("bench", tiny_run / "onnx", "--against", tiny_run / "onnx-dense", *few, "--json")
         assert ran.code == 0, ran.err
         assert set(json.loads(ran.out)["latency"]["workloads"]) == {"prefill_16", "decode_16"}
@@ -252,28 +255,36 @@ class TestFolders:
 
 SMALL = (
     *("--model", "smollm2-135m", "--tiny", "--set", "data.blocks=4", "--set", "train.statistics_blocks=2"),
-    *("--set", "train.start=ones", "--set", "train.steps=150", "--set", "train.checkpoint_every=1"),
+    *("--set", "train.start=ones", "--set", "train.steps=8", "--set", "train.checkpoint_every=1"),
 )
 RUN = Path("runs", "smollm2-135m-tiny")
 
 
-def kill_at_a_checkpoint(folder: Path, end: signal.Signals) -> tuple[int, str]:
-    """Start a training in `folder`, send `end` to it after its first checkpoint; return exit code and stderr."""
-    process = soco_process("train", *SMALL, folder=folder)
-    until = time.monotonic() + 300
-    while not list(folder.glob(f"{RUN}/unfinished/scores.*/work/*.safetensors")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until, "no checkpoint was written"
-        time.sleep(0.02)
-    process.send_signal(end)
-    err = process.communicate(timeout=60)[1]
+# The command line of a process that sends itself a signal when its third checkpoint is about to be put in its place.
+ENDS = """
+import os, pathlib, sys
+number, checkpoints = int(sys.argv.pop(1)), []
+def watch(event, arguments):
+    if event == "os.rename" and pathlib.Path(arguments[1]).match("unfinished/scores.*/work/*.safetensors"):
+        checkpoints.append(arguments)
+        if len(checkpoints) == 3:
+            os.kill(os.getpid(), number)
+sys.addaudithook(watch)
+from soco_export.__main__ import main
+main()
+"""
+
+
+def end_at_a_checkpoint(folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """Train in `folder` until the third checkpoint, whose training gets the signal; return exit code and stderr."""
+    done = python("-c", ENDS, int(number), "train", *SMALL, folder=folder)
     assert not (folder / RUN / "scores.safetensors").exists()
-    return process.returncode, err
+    return done.returncode, done.stderr
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _ = kill_at_a_checkpoint(tmp_path, signal.SIGKILL)
+    code, _ = end_at_a_checkpoint(tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert json.loads((RUN / "manifest.json").read_text())["stages"]["scores"]["status"] == "running"
     resumed = soco("train", *SMALL)
@@ -289,7 +300,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch:
 
 
 def test_an_interrupt_says_that_the_run_can_go_on(tmp_path: Path) -> None:
-    code, err = kill_at_a_checkpoint(tmp_path, signal.SIGINT)
+    code, err = end_at_a_checkpoint(tmp_path, signal.SIGINT)
     assert code == 130
     assert "Traceback" not in err
     assert "goes on from the last checkpoint" in err

@@ -51,60 +51,72 @@ def two_processes(folder: Path, *command: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Return exit code and folder of the run that one process makes."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    return soco(*arguments(folder), "-q").code, folder
+
+
 @pytest.mark.parametrize("shard", ["false", "true"])
-def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(shard: str, tmp_path: Path) -> None:
-    code = soco(*arguments(tmp_path / "one"), "-q").code
+def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(
+    shard: str, alone: tuple[int, Path], tmp_path: Path
+) -> None:
+    code, folder = alone
     settings = ("--set", f"refine.distill.shard={shard}")
     done = two_processes(tmp_path, "-m", "soco_export", *arguments(tmp_path / "two"), *settings, "--json")
     assert done.returncode == code, done.stderr
     assert json.loads(done.stdout)["run"] == str(tmp_path / "two")
-    one, two = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("one", "two"))
+    one, two = (Scores.load(path / "scores.safetensors") for path in (folder, tmp_path / "two"))
     for name, layer in one.layers.items():
         other = two.layers[name]
         torch.testing.assert_close(other.scale, layer.scale, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.importance, layer.importance, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.deviation, layer.deviation, rtol=0, atol=1e-5)
-    ones, twos = (Factors.load(tmp_path / name / "factors.safetensors").layers for name in ("one", "two"))
+    ones, twos = (Factors.load(path / "factors.safetensors").layers for path in (folder, tmp_path / "two"))
     for name, layer in ones.items():
         torch.testing.assert_close(twos[name].up, layer.up, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(twos[name].down, layer.down, rtol=1e-3, atol=1e-5)
     assert max(float((layer.scale - 1).abs().max()) for layer in one.layers.values()) > 0.1, "nothing was learnt"
 
 
+# Both processes of one launch leave every case behind at its third step.
 WORKER = """
 import json, sys
 from pathlib import Path
 from tests.support.sharing import Interrupted, small_distillation
 from soco_train import parallel
 with parallel.group():
-    try:
-        small_distillation(Path(sys.argv[1]), until=3, shard=True, **json.loads(sys.argv[2]))
-    except Interrupted:
-        print("interrupted", flush=True)
+    for case, changes in json.loads(sys.argv[2]).items():
+        try:
+            small_distillation(Path(sys.argv[1], case), until=3, shard=True, **changes)
+        except Interrupted:
+            print("interrupted", flush=True)
 """
+CASES = {"rounded": {"optimiser": "adamw", "rounding": {"weights": "int4", "block": 16}}}
+if hasattr(torch.optim, "Muon"):  # PyTorch has it from 2.9 on
+    CASES["muon"] = {"optimiser": "muon"}
+NEAR = {"rounded": 1e-5, "muon": 1e-4}  # muon makes matrices orthogonal in bf16
 
 
-AS_ROUNDED = {"optimiser": "adamw", "rounding": {"weights": "int4", "block": 16}}
-MUON = pytest.param(
-    {"optimiser": "muon"},
-    1e-4,  # it makes matrices orthogonal in bf16
-    marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on"),
-)
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which two sharded processes left every case."""
+    folder = tmp_path_factory.mktemp("left")
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    done = two_processes(folder, str(folder / "worker.py"), str(folder), json.dumps(CASES))
+    assert done.stdout.count("interrupted") == 2 * len(CASES), done.stderr
+    return folder
 
 
-@pytest.mark.parametrize(("changes", "near"), [(AS_ROUNDED, 1e-5), MUON], ids=["rounded", "muon"])
-def test_what_two_sharded_processes_left_one_process_finishes(
-    changes: dict[str, object], near: float, tmp_path: Path
-) -> None:
-    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
-    done = two_processes(tmp_path, str(tmp_path / "worker.py"), str(tmp_path / "work"), json.dumps(changes))
-    assert done.stdout.count("interrupted") == 2, done.stderr
-    found, steps = small_distillation(tmp_path / "work", **changes)
+@pytest.mark.parametrize("case", CASES)
+def test_what_two_sharded_processes_left_one_process_finishes(case: str, left: Path, tmp_path: Path) -> None:
+    found, steps = small_distillation(left / case, **CASES[case])
     assert steps[0] == 3
-    expected, _ = small_distillation(tmp_path / "alone", **changes)
+    expected, _ = small_distillation(tmp_path / "alone", **CASES[case])
     for name, layer in expected.items():
-        torch.testing.assert_close(found[name].up, layer.up, rtol=1e-3, atol=near)
-        torch.testing.assert_close(found[name].down, layer.down, rtol=1e-3, atol=near)
+        torch.testing.assert_close(found[name].up, layer.up, rtol=1e-3, atol=NEAR[case])
+        torch.testing.assert_close(found[name].down, layer.down, rtol=1e-3, atol=NEAR[case])
 
 
 def test_shares_are_a_partition_and_their_weights_sum_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
