@@ -12,10 +12,13 @@ M, SIZE, TOKENS = 24, 8, 300
 
 def drawn(heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o_proj's weight, its inputs [tokens, heads · SIZE], their covariance, and an output curvature."""
-    mix = torch.randn(heads * SIZE, heads * SIZE, dtype=torch.float64)
-    inputs = torch.randn(TOKENS, heads * SIZE, dtype=torch.float64) @ mix
+    width = heads * SIZE
+    # channels that differ tenfold: of a mixture by chance some are so nearly singular that no digit is left to compare
+    left, right = (torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0] for _ in range(2))
+    mix = width**0.5 * left * torch.logspace(-1, 0, width, dtype=torch.float64) @ right
+    inputs = torch.randn(TOKENS, width, dtype=torch.float64) @ mix
     gradients = torch.randn(TOKENS, M, dtype=torch.float64) * torch.rand(M)
-    weight = torch.randn(M, heads * SIZE, dtype=torch.float64)
+    weight = torch.randn(M, width, dtype=torch.float64)
     return weight, inputs, inputs.T @ inputs / TOKENS, gradients.T @ gradients / TOKENS
 
 
