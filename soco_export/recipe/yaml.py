@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +67,20 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], Origins]:
         return {}, {}
     if not isinstance(values, dict):
         raise RecipeError("the recipe is no mapping of keys to values", fix="see `recipes show`", where=shown)
-    return values, dict(_lines(node, "", shown))
+    return deepcopy(values), dict(_lines(node, "", shown))
 
 
 def read_yaml_value(text: str, where: str) -> Any:
     """Return the YAML value of one override; RecipeError if it does not parse."""
-    return _parsed(text, where)[0]
+    return deepcopy(_parsed(text, where)[0])
 
 
+@lru_cache(maxsize=128)  # to find the recipe of a model's folder all are read, and each reads the ones it extends
 def _parsed(text: str, where: str) -> tuple[Any, yaml.Node | None]:
-    """Return (value, node) of a YAML text without aliases, of bounded depth and length; RecipeError for any other."""
+    """Return (value, node) of a YAML text without aliases, of bounded depth and length; RecipeError for any other.
+
+    Both belong to the cache: who changes the value takes a copy.
+    """
     try:
         _check_events(text, where)
         loader = _Loader(text)
