@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from soco_export.cli import run
 
@@ -36,10 +37,11 @@ class Ran:
     err: str
 
 
-def soco(*arguments: Any) -> Ran:
-    """Run one command in this process."""
+def soco(*arguments: Any, plots: bool = False) -> Ran:
+    """Run one command in this process; where nobody looks at the plots, a third of a short run's time is saved."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    drawn = contextlib.nullcontext() if plots else patch("soco_export.report.html.draw_plots", lambda *given: ([], ""))
+    with drawn, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([str(argument) for argument in arguments])
     return Ran(code, out.getvalue(), err.getvalue())
 

@@ -19,7 +19,7 @@ SWEEP = ("--keep-params", "0.8", "--weights", "same,int8", *QUICK)
 def swept(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of a finished run at 0.6 that was swept at 0.8 in two types."""
     run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("swept") / "tiny"))
-    ran = soco("sweep", run, *SWEEP)
+    ran = soco("sweep", run, *SWEEP, plots=True)
     assert ran.code == 0, ran.err
     return run
 
