@@ -19,7 +19,7 @@ from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchang
 from soco_export.run.folder.names import LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
-from soco_export.run.stages.artefacts import PLAN, SIZES_STAGE, artefacts
+from soco_export.run.stages.artefacts import PLAN, PRICE, SIZES_STAGE, artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
 from soco_export.run.stages.training import SCORES, TRAINING
@@ -72,7 +72,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
     check(request, changed, root, notify)
-    advance(request, changed, root, stages, notify, trained_in(run, recipe))
+    advance(request, changed, root, stages, notify, {**trained_in(run, recipe), **_priced_in(run, recipe, changed)})
     return run_outcome(root)
 
 
@@ -84,6 +84,13 @@ def trained_in(run: Path, recipe: Recipe) -> Homes:
     """Return what a run that cuts the scores of `run` anew has there."""
     once = (*TRAINING, SIZES_STAGE) if recipe.refine.distill.sizes else TRAINING
     return {stage.name: (run, recipe) for stage in once}
+
+
+def _priced_in(run: Path, recipe: Recipe, changed: Recipe) -> Homes:
+    """Return where the price of bytes lies: in the run itself, for all its sizes, unless this one rounds otherwise."""
+    keys = differences(recipe, changed)
+    otherwise = any(f"{key}.".startswith(f"{one}.") for key in keys for one in PRICE.settings)
+    return {} if changed.keep_bytes is None or otherwise else {PRICE.name: (run, recipe)}
 
 
 def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:

@@ -61,7 +61,7 @@ def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path |
     if not (run / DAMAGE).is_file():
         raise RecipeError(
             f"{run} has not measured what its layers lose",
-            fix="plan it for bytes once: soco-export export RUN --keep-bytes 90MB, and ask the folder that this writes",
+            fix="cut the trained run to bytes once: soco-export export RUN --keep-bytes 90MB; then ask RUN again",
             where=str(run / DAMAGE),
         )
     if out:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from soco_export.onnx.build import STAMP
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.on_run import _priced_in
 from soco_export.run.verbs import Request, export, plan
 from soco_train.errors import RecipeError
 from soco_train.plan.ranks import RankPlan
@@ -52,10 +54,20 @@ def test_the_checkpoint_alone_gives_the_same_files(recut: Path, tmp_path: Path) 
 
 
 def test_other_sizes_are_planned_from_what_was_measured(recut: Path, tmp_path: Path) -> None:
-    shutil.copy(recut.parent / "run" / "scores.safetensors", recut)
-    outcome = plan(Request(out=tmp_path), recut, byte_sizes="1.2MB,1.6MB,2.4MB")
+    trained = recut.parent / "run"
+    assert not (recut / "damage.safetensors").exists()
+    outcome = plan(Request(out=tmp_path), trained, byte_sizes="1.2MB,1.6MB,2.4MB")
     found = [document["bytes"]["written"] for document in outcome.document["plans"]]
     assert found == sorted(found)
     assert all(0.97 * asked <= size <= asked for asked, size in zip((1.2e6, 1.6e6, 2.4e6), found, strict=True))
     with pytest.raises(RecipeError, match="smallest"):
-        plan(Request(), recut, byte_sizes="0.1MB")
+        plan(Request(), trained, byte_sizes="0.1MB")
+
+
+def test_the_price_is_measured_once_for_all_sizes(recut: Path) -> None:
+    run = recut.parent / "run"
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert "damage.safetensors" in manifest["stages"]["damage"]["outputs"]
+    recipe = read_lock(run)
+    for setting, shared in ({"keep_bytes": 1_200_000}, True), ({"export.quantize.rule": "calibrated"}, False):
+        assert bool(_priced_in(run, recipe, recipe.replace({"keep_bytes": ASKED, **setting}))) == shared

@@ -26,6 +26,7 @@ from soco_train import parallel
 from soco_train.bounded import read_json
 
 if TYPE_CHECKING:
+    from soco_export.onnx.settings import ExportSettings
     from soco_train.plan.ranks import RankPlan
     from soco_train.settings import RefineSettings
 
@@ -40,29 +41,46 @@ def cut_plan(context: RunContext, out: Path) -> None:
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
 
-def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
-    """Measure what each layer loses in each size and type, then choose for the recipe's bytes, by price and by KL."""
+def price_layers(context: RunContext, out: Path) -> None:
+    """Measure what each layer loses in each size and type: the price list that plans for any number of bytes share."""
     from soco_export.model.file_bytes import BLOCK_SIZES
-    from soco_export.run.plans.byte_plan import plan_bytes_measured
-    from soco_export.run.plans.measured_bytes import PlanLoss, hold_out
-    from soco_train.numbers.rules import find_rounding
+    from soco_export.run.plans.measured_bytes import hold_out
     from soco_train.scores.damage import RoundedInBlocks, measure_damage
     from soco_train.store.scores import Scores
 
-    recipe = context.recipe
     subject = context.subject(context.path("spectrum", "spectrum"))
     scores = Scores.load(context.path("scores", "scores.safetensors"))
-    seen, held = hold_out(subject.tokens)
-    export = recipe.export
-    if (trained := recipe.refine.distill.rounding).weights == "planned":
-        left = {"rule": find_rounding(trained.rule).once_trained}
-        export = export.model_copy(update={"quantize": export.quantize.model_copy(update=left)})
-    blocks = RoundedInBlocks(BLOCK_SIZES, export.quantize.symmetric, export.quantize.rule)
-    damage = measure_damage(subject, scores, seen[: recipe.train.statistics_blocks], blocks, context.notify)
-    damage.save(out / DAMAGE)
-    loss = PlanLoss(subject, scores, export, (seen, held), out / "work")
-    plan = plan_bytes_measured(recipe, damage, loss, held.numel())
+    quantize = _as_left(context.recipe).quantize
+    seen = hold_out(subject.tokens)[0][: context.recipe.train.statistics_blocks]
+    blocks = RoundedInBlocks(BLOCK_SIZES, quantize.symmetric, quantize.rule)
+    measure_damage(subject, scores, seen, blocks, context.notify).save(out / DAMAGE)
+
+
+def cut_plan_by_bytes(context: RunContext, out: Path) -> None:
+    """Choose for the recipe's bytes, by the price of what each layer loses, and among a few plans by their KL."""
+    from soco_export.run.plans.byte_plan import plan_bytes_measured
+    from soco_export.run.plans.measured_bytes import PlanLoss, hold_out
+    from soco_train.store.damage import Damage
+    from soco_train.store.scores import Scores
+
+    subject = context.subject(context.path("spectrum", "spectrum"))
+    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    texts = hold_out(subject.tokens)
+    loss = PlanLoss(subject, scores, _as_left(context.recipe), texts, out / "work")
+    damage = Damage.load(context.path("damage", DAMAGE))
+    plan = plan_bytes_measured(context.recipe, damage, loss, texts[1].numel())
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+
+
+def _as_left(recipe: Recipe) -> ExportSettings:
+    """Return the export by the rule that leaves of a layer about what the run will: training leaves little, too."""
+    from soco_train.numbers.rules import find_rounding
+
+    trained, export = recipe.refine.distill.rounding, recipe.export
+    if trained.weights != "planned":
+        return export
+    left = {"rule": find_rounding(trained.rule).once_trained}
+    return export.model_copy(update={"quantize": export.quantize.model_copy(update=left)})
 
 
 def make_factors(context: RunContext, out: Path) -> None:
@@ -212,6 +230,13 @@ def write_evidence(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+PRICE = Stage(
+    "damage",
+    ("model", "calibration", "spectrum", "scores"),
+    ("layers", "train.statistics_blocks", "export.quantize", "refine.distill.rounding"),
+    (DAMAGE,),
+    price_layers,
+)
 PLAN = Stage("plan", ("scores",), (*PLAN_KEYS, "optimise_for", "latency", "export"), ("plan.json",), cut_plan)
 FACTORS = Stage(
     "factors",
@@ -256,10 +281,9 @@ def artefacts(recipe: Recipe, format: Format) -> tuple[Stage[RunContext], ...]:
         return ARTEFACTS[format]
     plan = replace(
         PLAN,
-        reads=("model", "calibration", "spectrum", "scores"),
+        reads=("model", "calibration", "spectrum", "scores", "damage"),
         settings=(*PLAN.settings, "keep_bytes", "layers"),
-        writes=("plan.json", DAMAGE),
         work=cut_plan_by_bytes,
     )
     instead = {"plan": plan, "checkpoint": replace(CHECKPOINT, reads=("model", "factors", "plan"))}
-    return tuple(instead.get(stage.name, stage) for stage in ARTEFACTS[format])
+    return (PRICE, *(instead.get(stage.name, stage) for stage in ARTEFACTS[format]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,24 @@ def test_the_rounded_model_computes_what_the_graph_does(name: str, rule: str, tm
     round_as_exported(rounded, settings, rounder)
     expected = torch_logits(rounded, tokens, mask)
     again = load_checkpoint(folder, dtype=torch.float32)
+    shutil.rmtree(tmp_path / "kept" / "inputs", ignore_errors=True)  # levels are kept, what they were found from is not
     round_as_exported(again, settings, Rounder(torch.nn.Module(), text, tmp_path / "kept"))
     assert np.array_equal(torch_logits(again, tokens, mask), expected)
     assert np.abs(Decoder(tmp_path / "onnx").step(tokens, mask) - expected).max() < 1e-3
     assert np.abs(exact - expected).max() > 1e-2
+
+
+def test_levels_are_kept_by_rank_and_only_for_what_calibration_helps(tmp_path: Path) -> None:
+    text = torch.from_numpy(fresh.rng().integers(3, 96, (16, 32)))
+    how = QuantizeSettings(rule="calibrated")
+    settings = ExportSettings(weights="int4", each={"*.k_proj": "int8", "lm_head": "int8"}, quantize=how)
+    small, large = (
+        load_checkpoint(factor(tiny_model("llama"), tmp_path / f"{rank}", {"q_proj": ("stacked", rank)}))
+        for rank in (13, 21)
+    )
+    kept = Rounder(large, text, tmp_path / "kept", most_bits=4)
+    assert not [name for name, _ in kept.levels(large, settings) if "k_proj" in name or "lm_head" in name]
+    found = dict(kept.levels(small, settings))
+    for name, expected in Rounder(large, text, tmp_path / "other", most_bits=4).levels(small, settings):
+        if "q_proj" in name:
+            assert torch.equal(found[name].values(), expected.values())
