@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # What moves a cursor, hides or reorders text, or cannot be encoded: C0 and C1 controls, the marks that change the
 # direction of writing (Unicode annex 9), characters without width, line and paragraph separators, half surrogate pairs.
@@ -25,6 +26,17 @@ def one_line(text: str) -> str:
     r"""Return `text` in one line of bounded length, so that a value cannot look like a line of ours."""
     shown = visible(text.replace("\n", "\\n").replace("\t", "\\t"))
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+
+
+def as_yaml(values: Mapping[str, Any], dumper: Any, **options: Any) -> str:
+    """Return `values` as YAML in their order; where one holds what a terminal would obey, in ASCII with escapes."""
+    import yaml
+
+    def written(readable: bool) -> str:
+        return str(yaml.dump(dict(values), Dumper=dumper, sort_keys=False, allow_unicode=readable, **options))
+
+    text = written(readable=True)
+    return written(readable=False) if UNSEEN.search(text) else text
 
 
 def folded(line: str, width: int = _COLUMNS) -> str:

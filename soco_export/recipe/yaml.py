@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from soco_export.files.text import as_yaml
 from soco_train.bounded import read_text
 from soco_train.errors import DataError, RecipeError
 
@@ -52,7 +53,7 @@ for _side in (_Loader, _Dumper):
 
 def write_yaml(values: dict[str, Any]) -> str:
     """Return the values as YAML, in their order; `read_yaml` of it gives the equal values."""
-    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    return as_yaml(values, _Dumper, width=110)
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], Origins]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from xml.etree import ElementTree
 
+from soco_export.files.text import visible
 from soco_export.report.gates import Verdict
 from soco_export.report.schema import Results
 from soco_export.report.sentences import figures_sentence
@@ -33,16 +34,19 @@ def render_junit(results: Results, command: str = "") -> str:
         "skipped": str(states.count("skipped")),
         "time": f"{sum(_seconds(results).values()):.3f}",
     }
-    name = f"soco-export gates: {_clean(results.model.name)}"
+    name = f"soco-export gates: {results.model.name}"
     root = ElementTree.Element("testsuites", {"name": name, **counts})
-    started = _clean(str(results.provenance.get("started", "")))
+    started = str(results.provenance.get("started", ""))
     when = {"timestamp": started.partition("+")[0]} if started else {}
     suite = ElementTree.SubElement(root, "testsuite", {"name": name, **counts, **when, "hostname": "localhost"})
     properties = ElementTree.SubElement(suite, "properties")
     for key, value in _properties(results, command).items():
-        ElementTree.SubElement(properties, "property", {"name": key, "value": _clean(value)})
+        ElementTree.SubElement(properties, "property", {"name": key, "value": value})
     for verdict in results.verdicts:
         _add_case(suite, results, verdict)
+    for element in root.iter():
+        element.attrib = {name: _clean(value) for name, value in element.attrib.items()}
+        element.text = _clean(element.text or "")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -80,7 +84,7 @@ def _outcome(verdict: Verdict) -> str:
 
 def _add_case(suite: ElementTree.Element, results: Results, verdict: Verdict) -> None:
     attributes = {
-        "classname": f"soco-export.{_clean(results.model.name)}",
+        "classname": f"soco-export.{results.model.name}",
         "name": verdict.name,
         "time": f"{_time(results, verdict):.3f}",
     }
@@ -88,11 +92,11 @@ def _add_case(suite: ElementTree.Element, results: Results, verdict: Verdict) ->
     figure = "not measured" if verdict.figure is None else repr(verdict.figure)
     detail = f"{verdict.source} = {figure}, threshold {verdict.name} = {verdict.threshold!r}"
     outcome = _outcome(verdict)
-    about = {} if outcome == "system-out" else {"message": _clean(f"{verdict_words(verdict)} [{verdict.message}]")}
+    about = {} if outcome == "system-out" else {"message": f"{verdict_words(verdict)} [{verdict.message}]"}
     if outcome in ("failure", "error"):
         about["type"] = "gate"
-    ElementTree.SubElement(case, outcome, about).text = _clean(detail)
+    ElementTree.SubElement(case, outcome, about).text = detail
 
 
 def _clean(text: str) -> str:
-    return _FORBIDDEN.sub("?", text)
+    return _FORBIDDEN.sub("?", visible(text))

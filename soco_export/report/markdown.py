@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import yaml
 
-from soco_export.files.text import fence, markdown
+from soco_export.files.text import as_yaml, fence, markdown
 from soco_export.report.frontier import frontier_table
 from soco_export.report.material import Material
 from soco_export.report.rendering import Row, Table
@@ -47,7 +47,7 @@ def render_table(table: Table) -> str:
 
 def render_recipe(results: Results) -> str:
     """Return the recipe as YAML, ending in a newline."""
-    return str(yaml.safe_dump(dict(results.recipe), sort_keys=False, allow_unicode=True))
+    return as_yaml(results.recipe, yaml.SafeDumper)
 
 
 def _first_screen(results: Results) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from soco_export.checkpoint.card import CardSummary, format_cell, render_card, summarise_layers
 from soco_export.checkpoint.layers import apply_factors, count_parameters
+from soco_export.files.text import visible
 from soco_export.recipe.load import load_recipe
 from soco_export.run.stages.model_card import model_card, summary_json
 from soco_train.forms.pivoted import PivotedFactors
@@ -56,6 +57,13 @@ def test_the_header_is_yaml_and_names_only_hub_ids(summary: CardSummary) -> None
         assert yaml.safe_load(card.split("---")[1]).get("base_model") == expected
         assert "/home/me" not in card
         assert "Measured" not in card
+
+
+def test_what_is_said_of_its_origin_is_no_markup(summary: CardSummary) -> None:
+    card = render_card("", None, dataclasses.replace(summary, provenance={"text": "a\n# b\x1b[2J<script>"}))
+    assert visible(card) == card
+    assert "\n# b" not in card
+    assert "<script>" not in card.replace("\\<script\\>", "")
 
 
 def test_a_dense_card_asks_for_nothing_to_be_installed(summary: CardSummary) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from soco_export.files.text import fence, markdown, one_line, visible
+from soco_export.files.text import as_yaml, fence, markdown, one_line, visible
 
 ANY = st.text(st.characters(exclude_categories=()), max_size=40)
 
@@ -23,6 +24,14 @@ def test_nothing_unseen_is_left(text: str) -> None:
     )
     assert "\n" not in one_line(text)
     assert visible(shown) == shown
+
+
+@given(ANY)
+@example("\x1b[2J\u202eevil\u2069\ud800\x85\u2028")
+def test_yaml_holds_it_and_shows_nothing_unseen(text: str) -> None:
+    written = as_yaml({"a": text}, yaml.SafeDumper)
+    assert visible(written) == written
+    assert yaml.safe_load(written) == {"a": text}
 
 
 @given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), exclude_characters="\xad"), max_size=40))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ from soco_export.bench.stats import paired_ratio, summarise_rounds
 from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepParity, TaskComparison, TaskFigures
 from soco_export.evaluate.forgetting import compare_readings, compare_texts
 from soco_export.evaluate.perplexity import Readings
-from soco_export.files.text import human_bytes
+from soco_export.files.text import human_bytes, visible
 from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
 from soco_export.report.gates import GateSettings, Verdict
@@ -403,7 +404,11 @@ def test_junit_has_one_case_per_gate_and_names_figure_and_threshold(results):
 
 def test_junit_survives_what_xml_does_not_allow(results):
     strange = results.model_copy(update={"model": results.model.model_copy(update={"name": 'a"<\x00&\x1b'})})
-    ElementTree.fromstring(render_junit(strange.judged(GATES)))
+    versions = dataclasses.replace(results.machine, versions={"torch": "\x1b[2J", "a\x00": "b"})
+    strange = strange.model_copy(update={"machine": versions, "provenance": {"started": "\x07+"}})
+    text = render_junit(strange.judged(GATES), command="soco-export \x1b[2J\u202e")
+    ElementTree.fromstring(text)
+    assert visible(text) == text
 
 
 def test_comparing_a_result_with_itself_recovers_all_of_it(results):
