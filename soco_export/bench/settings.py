@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from soco_train.settings import Section
 
 
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, int) else value
+
+
+def _file_name(path: Path) -> Path:
+    if not str(path).isprintable():
+        raise ValueError(f"{str(path)[:60]!r} is no name of a file")
+    return path
 
 
 class BenchSettings(Section):
@@ -46,4 +52,4 @@ class LatencySettings(Section):
     """
 
     tokens: tuple[PositiveInt, ...] = Field(default=(1, 512), min_length=1)
-    profile: Path | None = None
+    profile: Annotated[Path, AfterValidator(_file_name)] | None = None

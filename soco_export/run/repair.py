@@ -36,11 +36,11 @@ from soco_train.events import Notify
 def repair_run(request: Request, root: Path, notify: Notify) -> Outcome:
     """Make the lost one of manifest.json and recipe.lock.yaml of the run in `root` again, or say why it cannot be."""
     manifest, locked = (root / MANIFEST).is_file(), (root / LOCK).is_file()
-    if not manifest and not locked:
-        read_lock(root)  # says that this is no run
-    if manifest and locked:
-        read_lock(root)
+    if manifest:
         Manifest.load(root)
+    if locked or not manifest:
+        read_lock(root)  # where nothing of ours is, that is said before a file is held there
+    if manifest and locked:
         text = f"{root} has its {MANIFEST} and its {LOCK}: nothing to repair"
         return Outcome({"run": str(root), "written": None}, text)
     quiet_transformers()

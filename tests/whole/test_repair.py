@@ -144,6 +144,14 @@ def test_without_results_the_flags_must_give_the_manifest_s_keys(run: Path, tiny
     assert load_recipe(run / LOCK) == load_recipe(tiny_run / LOCK)
 
 
+def test_another_program_s_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"name": "app"}')
+    before = contents(tmp_path)
+    with pytest.raises(RecipeError, match="not a manifest"):
+        repair(Request(), tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_what_is_whole_or_no_run_is_said_to_be(run: Path, tmp_path: Path) -> None:
     before = contents(run)
     assert repair(Request(), run).document["written"] is None
