@@ -36,8 +36,7 @@ _LARGEST = {
     "vocab_size": 10_000_000,
     "max_position_embeddings": 1_000_000_000,
     "num_labels": 1_000_000,
-    "num_local_experts": 100_000,
-    "num_experts": 100_000,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4096),
 }
 
 

@@ -14,6 +14,7 @@ from soco_export.evaluate.settings import CPU
 from soco_export.preflight.cost import estimate, measure
 from soco_export.preflight.inputs import (
     check_choices,
+    check_depth,
     check_held_out,
     check_lengths,
     check_mixture,
@@ -41,6 +42,7 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     if format == "onnx":
         check_onnxruntime(recipe)
         check_opens(recipe.validation.runtime)
+    check_depth(recipe)
     # room first: checking a model of the hub downloads it
     shape = measure(recipe)
     check_shape(recipe, shape)

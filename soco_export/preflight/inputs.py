@@ -103,6 +103,25 @@ def check_choices(recipe: Recipe, tokenizer: Any, context: int | None) -> None:
                 )
 
 
+def check_depth(recipe: Recipe) -> None:
+    """Raise DataError if config.json says more layers than the files here hold tensors: nothing so deep is built."""
+    from soco_export.files.safetensors import open_shards, weight_files
+    from soco_export.model.load import dense_config
+    from soco_export.model.source import find_folder
+
+    folder = None if recipe.model.weights == "random" else find_folder(recipe)
+    if folder is None:  # of the hub: its files are looked at when they are here
+        return
+    layers = getattr(dense_config(recipe).get_text_config(), "num_hidden_layers", 0)
+    held = len(open_shards(weight_files(folder)))
+    if held < layers:
+        raise DataError(
+            f"config.json says {layers} layers, and the files hold {held} tensors",
+            fix="give the config.json that belongs to the weights",
+            where=str(folder),
+        )
+
+
 def check_stack(recipe: Recipe) -> None:
     """Raise RecipeError if `refine.refit` is asked for and the layers lie in more than one stack of blocks."""
     if not recipe.refine.refit.blocks:
