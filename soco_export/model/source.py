@@ -13,7 +13,7 @@ from typing import Any
 
 from soco_export.files.json import making_a_model, plain_floats, read_config
 from soco_export.recipe.recipe import Recipe
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
 
 BUILTIN_MODEL = Path(__file__).parents[2] / "soco_train" / "builtin" / "tiny"
 # what must agree for a folder to be a recipe's model
@@ -28,6 +28,7 @@ PROVENANCE = (
 )
 # what a config.json of several models may say of its language model outside
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_MOST_VALUES = 5000  # of a dense config.json, all of which a run keeps in its lock; published ones have up to 500
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout
 HUB_COPIES = ("consolidated*", "original/*", "onnx/*")
@@ -48,7 +49,19 @@ def read_architecture(folder: Path) -> dict[str, Any]:
             where=str(folder / "config.json"),
         )
     fields = language_model(fields) or fields
+    if _values(fields) > _MOST_VALUES:
+        raise DataError(
+            f"config.json holds more than {_MOST_VALUES:,} values",
+            fix="leave out what says nothing of the model (id2label)",
+            where=str(folder / "config.json"),
+        )
     return _with_plain_rope({key: value for key, value in fields.items() if key not in PROVENANCE})
+
+
+def _values(value: Any) -> int:
+    """Return how many values there are in `value`, which is no deeper than a file of JSON may be."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_values, inner))
 
 
 def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
