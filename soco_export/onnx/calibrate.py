@@ -203,7 +203,7 @@ def covariances(
         statistics = collect_statistics(model, part, tokens, frozenset({"input_covariance"}), notify)
         for name, module in part.items():
             if not hardly_seen(name, module, statistics[name]):
-                yield name, cast(torch.Tensor, statistics[name].input_covariance), statistics[name].tokens
+                yield name, cast(torch.Tensor, statistics[name].input_covariance), statistics[name].tokens or 0
 
 
 def _of_read(module: nn.Module, covariance: torch.Tensor) -> torch.Tensor:

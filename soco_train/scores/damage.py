@@ -74,7 +74,7 @@ class RoundedInBlocks:
         if not rule.calibrates:
             return 1.0
         covariance = present(statistics.input_covariance)
-        inputs = Inputs(covariance, curvature(covariance), statistics.tokens)
+        inputs = Inputs(covariance, curvature(covariance), statistics.tokens or 0)
         rows, grid = weight[:: -(-len(weight) // _ROWS)].float(), Grid(4, self.middle, self.symmetric)
         found = rule.layer([rows], grid, inputs)[0], rule.rows(rows, grid)
         ours, plain = (float(row_errors(rows, part.values(), inputs.known.covariance).sum()) for part in found)

@@ -35,7 +35,7 @@ SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Means over the calibration text, for a layer with weight [m, n] that `tokens` tokens reach; None: nobody asked.
+    """Means over the calibration text, for a layer with weight [m, n] that `tokens` tokens reach; None: not asked for.
 
     input_covariance: E[x xᵀ] [n, n]; input_magnitude: E|x| [n]; output_curvature: E[δ δᵀ] [m, m] with δ the gradient of
     the summed cross entropy with respect to the layer's output at one token that reaches it; row_fisher:
@@ -50,12 +50,13 @@ class LayerStatistics:
     row_fisher: torch.Tensor | None = None
     column_fisher: torch.Tensor | None = None
     weight_fisher: torch.Tensor | None = None
-    tokens: int = 0
+    tokens: int | None = None
 
 
 def hardly_seen(name: str, linear: nn.Linear, statistics: LayerStatistics) -> bool:
     """Tell whether the layer is an expert's that fewer tokens reach than it has components to rank."""
-    return EXPERT.search(name) is not None and statistics.tokens < min(linear.weight.shape)
+    tokens = statistics.tokens
+    return EXPERT.search(name) is not None and tokens is not None and tokens < min(linear.weight.shape)
 
 
 def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:

@@ -119,3 +119,10 @@ def test_an_expert_that_the_text_hardly_visits_stays_dense_and_the_scores_say_so
     assert set(dense) == {f"model.layers.1.mlp.experts.{number}.{part}.weight" for number in few for part in parts}
     assert all("hardly visits" in reason for _, reason in dense.values())
     assert len(experts_of(scores.layers)) == 3 * (8 - len(few))
+
+
+def test_a_basis_that_reads_no_text_leaves_no_expert_out(tmp_path: Path) -> None:
+    model, tokens = mixture("qwen3_moe"), torch.randint(3, 90, (1, 4))
+    scores = api.learn_scores(model, tokens, tmp_path, TrainSettings(scorer="singular-values", basis="plain"))
+    assert len(experts_of(scores.layers)) == 3 * 4
+    assert not experts_of(scores.provenance["left_out"])
