@@ -37,9 +37,9 @@ def apply_factors(
 ) -> None:
     """Replace each layer that `factors` names, keeping its mode, and its dtype and device unless they are given.
 
-    Mixtures whose experts are among them stay open (modules/experts.py). A layer of full rank becomes one dense module.
-    On the device `meta` layers have shapes alone; `replacement` gives the values. Raises DataError, with the model
-    untouched, if a name is not a Linear of the model or a shape differs.
+    Mixtures are open afterwards if experts are among them (modules/experts.py), else closed. A layer of full rank
+    becomes one dense module. On the device `meta` layers have shapes alone; `replacement` gives the values. Raises
+    DataError, with the model untouched, if a name is not a Linear of the model or a shape differs.
     """
     layers = factors.layers if isinstance(factors, Factors) else factors
     forms = forms_of(layers)
@@ -54,9 +54,10 @@ def apply_factors(
         weight = cast(torch.Tensor, replaced.weight)
         module = replacement(layer, dtype or weight.dtype, device or weight.device, type(replaced))
         replace_module(model, name, module.train(replaced.training))
-    for _, experts in open_mixtures(model):
-        for parameter in experts.parameters():  # a view of a turned stack: transformers saves no such thing
-            parameter.data = parameter.data.contiguous()
+    if str(device) != "meta":  # what is streamed stays in its file
+        for _, experts in open_mixtures(model):
+            for parameter in experts.parameters():  # a view of a turned stack: transformers saves no such thing
+                parameter.data = parameter.data.contiguous()
     record_layers(model)
 
 
@@ -79,12 +80,20 @@ def replacement(
 
 
 def open_mixtures_of(model: nn.Module, names: Iterable[str]) -> None:
-    """Open the mixtures of `model` if layers of their experts are among `names`.
+    """Have the mixtures of `model` open if layers of their experts are among `names`, else closed.
 
-    Files of such a model have the names that it has in memory: what transformers 5 would merge is none of its tensors.
+    Files of an open model have the names that it has in memory: what transformers 5 would merge is none of its tensors.
     """
     if open_experts(model, names):
         model._weight_conversions = []  # type: ignore[assignment]
+    else:
+        _close(model)
+
+
+def _close(model: nn.Module) -> None:
+    """Put stacks back in the place of open mixtures that can be closed; files then have their publisher's names."""
+    if close_experts(model):
+        model.__dict__.pop("_weight_conversions", None)
 
 
 def _check_same_layer(name: str, module: nn.Module | None, layer: LayerFactors) -> None:
@@ -114,8 +123,7 @@ def merge_dense(model: nn.Module) -> None:
     """
     for name, module in factored_layers(model).items():
         replace_module(model, name, dense_module(module))
-    if close_experts(model):
-        model.__dict__.pop("_weight_conversions", None)
+    _close(model)
     record_layers(model)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import StoredTensor, open_shards, weight_files
+from soco_export.model.apart import names_apart, read_apart
 from soco_train.errors import DataError
 from soco_train.numbers.faults import number_fault
 
@@ -81,12 +82,14 @@ def language_names(names: Collection[str]) -> dict[str, str]:
 
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     stored = open_shards(weight_files(folder))
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     reading: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with _quiet(), making_a_model(folder):
-        if inside := language_names(stored):
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model, report = kind.from_pretrained(None, state_dict=_decoder_of(stored, inside), **reading)
+        if names := _own_names(kind, config, stored):
+            model, report = read_apart(kind, state_dict=_views(stored, names), **reading)
             model.name_or_path = str(folder)
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=trust_remote_code, **reading
@@ -95,14 +98,26 @@ def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtyp
     return model.eval()
 
 
-def _decoder_of(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the decoder's tensors among those of several models, views of their files, under names of its own."""
+def _own_names(kind: Any, config: Any, stored: Collection[str]) -> dict[str, str]:
+    """Return tensor names of the files → the model's own; empty where transformers reads the files as they are."""
+    if kind is None:  # a class that comes with its folder
+        return {}
+    if inside := language_names(stored):
+        return {
+            name: alone + name.removeprefix(before)
+            for name in stored
+            for before, alone in inside.items()
+            if name.startswith(f"{before}.")
+        }
+    return names_apart(kind, config, stored)
+
+
+def _views(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors that `names` has, views of their files, under their new names."""
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        for inside, alone in names.items():
-            if name.startswith(f"{inside}."):
-                with safe_open(str(tensor.file), framework="pt") as file:
-                    found[alone + name.removeprefix(inside)] = file.get_tensor(name)
+    for path in sorted({stored[name].file for name in names}):
+        with safe_open(str(path), framework="pt") as file:  # one mapping for all of a file
+            found |= {new: file.get_tensor(name) for name, new in names.items() if stored[name].file == path}
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from soco_export.recipe.recipe import Recipe
-from soco_train.cost import BYTES, DENSE_BYTES, ModelShape, ValueShape
+from soco_train.cost import DENSE_BYTES, ModelShape, ValueShape
 from soco_train.settings import ValueSettings
 from soco_train.spectra.statistics import EXPERT
 
@@ -117,10 +117,9 @@ def _others(recipe: Recipe) -> list[str]:
 def host(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of a host that passes weights on: a few at a time, for all others are pages of their files.
 
-    Random weights have no file, and transformers 5 puts the experts of a mixture together in memory.
+    Random weights have no file.
     """
-    width = DENSE_BYTES if recipe.model.weights == "random" else BYTES[recipe.model.dtype] if shape.idle else 0
-    model = width * shape.parameters
+    model = DENSE_BYTES * shape.parameters if recipe.model.weights == "random" else 0
     return BASE_HOST + model + WEIGHTS_AT_ONCE * DENSE_BYTES * shape.largest
 
 

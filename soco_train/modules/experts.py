@@ -103,17 +103,23 @@ def _with_parameters(stack: Any, parameters: dict[str, Any]) -> Any:
 
 
 def open_experts(model: nn.Module, names: Iterable[str]) -> bool:
-    """Open every mixture of `model` if one of `names` is a layer inside an expert's; tell whether that was so.
+    """See that every mixture of `model` is open if one of `names` is a layer inside an expert's; tell whether one is.
 
     All or none: then a file has all experts in one way.
     """
-    stacks = {name: module for name, module in model.named_modules() if is_stack(module)}
-    inside = tuple(f"{name}." for name in stacks)
+    mixtures = {name: m for name, m in model.named_modules() if is_stack(m) or isinstance(m, OpenExperts)}
+    inside = tuple(f"{name}." for name in mixtures)
     if not any(name.startswith(inside) for name in names):
         return False
-    for name, module in stacks.items():
-        model.set_submodule(name, OpenExperts(module))
+    open_stacks(model)
     return True
+
+
+def open_stacks(model: nn.Module) -> None:
+    """Open every mixture of `model` that is not open yet."""
+    for name, module in list(model.named_modules()):
+        if is_stack(module):
+            model.set_submodule(name, OpenExperts(module))
 
 
 def open_mixtures(model: nn.Module) -> Iterator[tuple[str, OpenExperts]]:
