@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
@@ -155,6 +157,26 @@ def check_weights(recipe: Recipe, format: str) -> None:
     if format == "onnx":
         check_scales(model, recipe.export)
     check_ties(model, recipe)
+    if format == "onnx":
+        check_names(model, recipe.export)
+
+
+def check_names(model: Any, export: ExportSettings) -> None:
+    """Raise RecipeError for a setting of single layers whose name or glob no layer of `model` has; opens its sites."""
+    from soco_train.modules.sites import open_sites
+
+    open_sites(model)
+    names = [name for name, _ in model.named_modules()]
+    how = export.quantize
+    given: dict[str, Iterable[str]] = {"each": export.each, "quantize.blocks": how.blocks, "quantize.keep": how.keep}
+    for key, globs in given.items():
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise RecipeError(
+                    f"export.{key} names {glob!r}, and no layer of this model is called that",
+                    fix=f"a layer's name, as {names[-1]}, or a glob, as '*.down_proj'",
+                    where=f"recipe: export.{key}",
+                )
 
 
 def check_scales(model: Any, export: ExportSettings) -> None:
