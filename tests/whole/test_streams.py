@@ -20,6 +20,11 @@ from tests.support.cli import ROOT, soco
 STRANGE = "vérité ✓ → \x1b[31m \ud800"
 
 
+def hearing() -> None:
+    """Have Python's own handler of SIGINT, which whoever runs the tests in the background has taken away."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings.pop("env", {})}
     return subprocess.run([sys.executable, "-m", "soco_export", *arguments], env=environment, **settings)
@@ -131,7 +136,7 @@ def test_a_signal_in_the_first_second_leaves_no_traceback(
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=hearing,
         ) as process:
             assert process.stdout
             process.stdout.read(1)
@@ -161,7 +166,14 @@ except KeyboardInterrupt:
     print(signals.code())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=hearing,
+    )
     assert (done.stdout, done.stderr) == (f"{signals.ENDINGS[number]}\n", "")
 
 
@@ -181,5 +193,12 @@ except KeyboardInterrupt:
     print(imported.whole, signals.code())
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=hearing,
+    )
     assert (done.stdout, done.stderr) == (f"True {signals.ENDINGS[number]}\n", "")
