@@ -15,8 +15,8 @@ from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, check_folder, read_lock
 from soco_export.run.folder.held import open_folder, read_folder
-from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
-from soco_export.run.folder.names import LOCK, MANIFEST, REPORT_FILES, Format
+from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, digest, stage_key
+from soco_export.run.folder.names import DAMAGE, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.artefacts import PLAN, PRICE, SIZES_STAGE, artefacts
@@ -88,9 +88,33 @@ def trained_in(run: Path, recipe: Recipe) -> Homes:
 
 def _priced_in(run: Path, recipe: Recipe, changed: Recipe) -> Homes:
     """Return where the price of bytes lies: in the run itself, for all its sizes, unless this one rounds otherwise."""
+    own = changed.keep_bytes is not None and not _priced_otherwise(recipe, changed)
+    return {PRICE.name: (run, recipe)} if own else {}
+
+
+def _priced_otherwise(recipe: Recipe, changed: Recipe) -> list[str]:
+    """Return the keys in which two recipes differ that the price of bytes depends on."""
     keys = differences(recipe, changed)
-    otherwise = any(f"{key}.".startswith(f"{one}.") for key in keys for one in PRICE.settings)
-    return {} if changed.keep_bytes is None or otherwise else {PRICE.name: (run, recipe)}
+    return [key for key in keys if any(f"{key}.".startswith(f"{one}.") for one in PRICE.settings)]
+
+
+def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:
+    """Raise RecipeError if the price that lies in `run`, whose recipe is `recipe`, is not that of what is `asked`.
+
+    What no manifest knows is taken as it is.
+    """
+    manifest = Manifest.load(run)
+    stages = manifest.stages if manifest else {}
+    price, scores = stages.get(PRICE.name), stages.get(SCORES.name)
+    other = _priced_otherwise(recipe, asked)
+    if price and scores and price.inputs.get(SCORES.name) != digest(scores):
+        other = ["the scores"]
+    if other:
+        raise RecipeError(
+            f"what layers lose was measured in {run.name} with other values of {', '.join(other)}",
+            fix="measure with these once: soco-export export RUN --keep-bytes 90MB, with the same --set and an --out",
+            where=str(run / DAMAGE),
+        )
 
 
 def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:

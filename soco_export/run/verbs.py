@@ -52,9 +52,13 @@ def plan(
     from soco_export.run.plan_table import plan_byte_sizes, plan_sizes
 
     root = find_run(run, request)
-    recipe = read_lock(root).override(request.overrides)
+    own = read_lock(root)
+    recipe = own.override(request.overrides)
     check_unchanged(root, ["scores.safetensors"])
     if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
+        from soco_export.run.on_run import check_priced
+
+        check_priced(root, own, recipe)
         return plan_byte_sizes(root, recipe, parse_byte_sizes(byte_sizes, recipe.keep_bytes), request.out)
     wanted = parse_sizes(sizes, recipe.keep_params)
     return plan_sizes(root / "scores.safetensors", recipe, wanted, request.out, notify)

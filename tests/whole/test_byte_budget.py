@@ -64,6 +64,18 @@ def test_other_sizes_are_planned_from_what_was_measured(recut: Path, tmp_path: P
         plan(Request(), trained, byte_sizes="0.1MB")
 
 
+def test_a_plan_from_what_was_measured_otherwise_is_refused(recut: Path, tmp_path: Path) -> None:
+    for setting in ("export.quantize.symmetric=false", 'layers.exclude=["*.down_proj"]'):
+        with pytest.raises(RecipeError, match=r"other values of (export\.quantize\.symmetric|layers\.exclude)"):
+            plan(Request(set_=[setting]), recut.parent / "run", byte_sizes="1.6MB")
+    run = shutil.copytree(recut.parent / "run", tmp_path / "run")
+    found = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    found["stages"]["damage"]["inputs"]["scores"] = "0" * 64  # as after another training
+    (run / "manifest.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(RecipeError, match="other values of the scores"):
+        plan(Request(), run, byte_sizes="1.6MB")
+
+
 def test_the_price_is_measured_once_for_all_sizes(recut: Path) -> None:
     run = recut.parent / "run"
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
