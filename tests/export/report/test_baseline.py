@@ -150,6 +150,13 @@ def test_results_that_were_edited_are_refused(run):
     assert load_results(copy).perplexity.ratio == 1.0
 
 
+def test_a_run_that_is_not_done_is_called_that(run):
+    (run / RESULTS_FILE).unlink()
+    with pytest.raises(RecipeError, match="has no results yet") as refused:
+        load_results(run)
+    assert "goes on" in refused.value.fix
+
+
 def test_another_schema_is_refused_with_its_version(run):
     path = run.parent / "later.json"
     path.write_text('{"schema_version": 7, "unknown": 1}', encoding="utf-8")
