@@ -11,25 +11,16 @@ for the final size.
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from benchmarks.any_size import by_way
-from soco_export.checkpoint.layers import apply_factors
-from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.model.load import load_model, load_tokenizer
-from soco_export.recipe.load import load_recipe
+from benchmarks.ways import BATCH, Ground, Row, options, write
 from soco_export.recipe.recipe import Recipe
-from soco_export.runtimes.open import torch_decoder
 from soco_train import method
-from soco_train.data.corpus import load_blocks
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, kept, plan_ranks
@@ -40,50 +31,25 @@ from soco_train.store.spectra import Spectrum
 
 SIZE, LARGER = 0.6, 0.8
 METHOD = (f"keep_params={SIZE}", "train.basis=two-sided", "train.start=spectrum", "train.deviation=false")
-BATCH = 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} tokens, for each way")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    rows = []
-    for seed in given.seeds:
-        recipe = load_recipe("tiny", [*METHOD, f"train.seed={seed}", *given.settings])
-        with tempfile.TemporaryDirectory() as folder:
-            rows += [{"seed": seed, **row} for row in measure(recipe, given.steps, Path(folder))]
-    command = f"python -m benchmarks.together --steps {given.steps} --seeds {' '.join(map(str, given.seeds))}"
-    command += "".join(f" --set {setting}" for setting in given.settings)
-    document = {"command": command, "tokens": given.steps * BATCH, "rows": list(by_way(rows))}
-    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    given = options(__doc__, steps=100).parse_args()
+    command = f"python -m benchmarks.together --steps {given.steps}"
+    write(command, given, METHOD, partial(measure, steps=given.steps), tokens=given.steps * BATCH)
 
 
-def measure(recipe: Recipe, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each way: perplexity on held-out text, and its ratio to the dense model's."""
-    model, tokenizer = load_model(recipe)[0], load_tokenizer(recipe)
-    calibration = load_blocks(tokenizer, recipe.data, "calibration").tokens
-    evaluation = load_blocks(tokenizer, recipe.evaluation, "evaluation").tokens
-    subject = method.open_subject(model, recipe.layers, calibration, folder / "spectrum")
-    method.make_spectra(subject, recipe.train)
-    work = Work(recipe, subject, folder)
+def measure(recipe: Recipe, folder: Path, steps: int) -> list[Row]:
+    """Return a row for each way to spend `steps`."""
+    ground = Ground.open(recipe, folder)
+    work = Work(recipe, ground.subject, folder)
     ways: Mapping[str, Callable[[int], Factors]] = {
         "distilled": work.distilled,
         "scores, then factors": work.one_after_the_other,
         "together": work.together,
         "learnt again": work.learnt_again,
     }
-    dense = measure_perplexity(torch_decoder(model, "dense"), evaluation).value
-    rows = []
-    for way, make in ways.items():
-        pruned = load_model(recipe)[0]
-        apply_factors(pruned, make(steps).layers)
-        value = measure_perplexity(torch_decoder(pruned, way), evaluation).value
-        rows.append({"way": way, "size": SIZE, "perplexity": value, "ratio": value / dense})
-        print(rows[-1], flush=True)
-    return rows
+    return [ground.row(way, SIZE, make(steps)) for way, make in ways.items()]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,10 +14,11 @@ import typer
 from soco_export import signals
 from soco_export.console import NORMAL, QUIET, VERBOSE, Console
 from soco_export.files.machine import machine_limits
+from soco_export.files.text import one_line
 from soco_export.help import Verb
 from soco_export.options import Json, Quiet, Verbose
 from soco_train import parallel
-from soco_train.errors import ExitCode, SocoError
+from soco_train.errors import ExitCode, RecipeError, SocoError
 
 # what several processes under torchrun do together; any other verb is the leading one's alone
 SHARED_VERBS = ("train", "train_and_export", "export")
@@ -73,6 +75,14 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         for line in outcome.undecided:
             console.warn(f"{'failed' if strict else 'warning'}: {line}")
     raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
+
+
+def check_encoding(arguments: Sequence[str]) -> None:
+    """Raise RecipeError for a word that is not UTF-8, as the names of files may be: no record could hold it."""
+    for word in arguments:
+        if re.search("[\ud800-\udfff]", word):
+            fix = "rename it, or the folder it lies in: what is written of a run is UTF-8"
+            raise RecipeError(f"{one_line(word)} is not UTF-8", fix=fix, where="command line")
 
 
 def _interrupted(console: Console, fresh: bool) -> int:

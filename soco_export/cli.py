@@ -10,7 +10,6 @@ Exit codes: 0 fine, 1 crash, 2 usage or recipe, 3 a gate failed, 4 the machine; 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,9 +19,8 @@ from typing import Annotated, Literal
 import typer
 
 from soco_export import signals
-from soco_export.calling import verb
+from soco_export.calling import check_encoding, verb
 from soco_export.console import Console, say, tolerate_streams
-from soco_export.files.text import one_line
 from soco_export.help import MODEL
 from soco_export.options import (
     Aim,
@@ -314,19 +312,11 @@ def doctor() -> None:
     """Say what this machine can run, and what is missing."""
 
 
-def _check_encoding(arguments: Sequence[str]) -> None:
-    """Raise RecipeError for a word that is not UTF-8, as the names of files may be: no record could hold it."""
-    for word in arguments:
-        if re.search("[\ud800-\udfff]", word):
-            fix = "rename it, or the folder it lies in: what is written of a run is UTF-8"
-            raise RecipeError(f"{one_line(word)} is not UTF-8", fix=fix, where="command line")
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; with `--json` a usage error or a crash is a document too."""
     console = Console("--json" in arguments)
     try:
-        _check_encoding(arguments)
+        check_encoding(arguments)
         code = int(app(list(arguments), prog_name="soco-export", standalone_mode=False) or 0)
         return signals.code() if code == signals.INTERRUPTED else code  # typer knows no other interruption
     except (typer.Abort, KeyboardInterrupt):

@@ -80,7 +80,7 @@ class Laboratory:
         wanted = {"evaluation": recipe.evaluation, **texts}
         evaluation = {name: load_blocks(tokenizer, text, "evaluation") for name, text in wanted.items()}
         calibration = load_blocks(tokenizer, recipe.data, "calibration")
-        tasks = {task.name or task.path.stem: load_items(task) for task in recipe.validation.tasks}
+        tasks = {task.called: load_items(task) for task in recipe.validation.tasks}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.to(device).requires_grad_(False)
         return cls(model, tokenizer, calibration, evaluation, work, tasks, models, notify)

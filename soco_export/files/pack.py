@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from soco_export.files.coding import BLOCK, DAMAGED, decode, encode, load_zstandard, plane_lengths
 from soco_export.files.names import MODEL_FILE
-from soco_export.files.records import check_apart, record_file, walk
+from soco_export.files.records import check_apart, no_file, record_file, walk
 from soco_export.files.replacing import LISTING, replacing_folder
 from soco_export.files.text import one_line
 from soco_train.bounded import open_plain, parse_object
@@ -108,8 +108,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
         raise RecipeError(f"{folder} holds no model", fix="give an onnx/ or hf/ folder of a run", where=str(folder))
     found = {path.relative_to(folder).as_posix(): path for path in walk(folder) if path != folder / LISTING}
     for name, path in found.items():
-        kind = "a link" if path.is_symlink() else "" if path.is_file() else "a pipe or a device"
-        if kind:
+        if kind := no_file(path):
             raise RecipeError(
                 f"{one_line(name)} is {kind}", fix="put the file itself in its place, or move it away", where=str(path)
             )

@@ -58,6 +58,11 @@ def walk(path: Path) -> Iterator[Path]:
         yield path
 
 
+def no_file(path: Path) -> str:
+    """Return what `path` is where it is no file of its own, "" where it is one."""
+    return "a link" if path.is_symlink() else "" if path.is_file() else "a pipe or a device"
+
+
 def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[FileRecord]]) -> list[str]:
     """Return the files under `names` that are not as `known` has them, each with why: these must not be touched.
 
@@ -66,10 +71,8 @@ def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[File
     found = []
     for path in sorted(path for name in names for path in walk(root / name)):
         name = path.relative_to(root).as_posix()
-        if path.is_symlink():
-            found.append(f"{name} (a link)")
-        elif not path.is_file():
-            found.append(f"{name} (a pipe or a device)")
+        if kind := no_file(path):
+            found.append(f"{name} ({kind})")
         elif name not in known:
             found.append(f"{name} (not written by soco-export)")
         elif not any(record_file(path, record).sha256 == record.sha256 for record in known[name]):

@@ -154,10 +154,9 @@ def check_weights(recipe: Recipe, format: str) -> None:
     model = open_model(recipe)
     half = "float16" in (recipe.model.dtype, recipe.export.dtype if format == "onnx" else "")
     check_finite(model, recipe.name, torch.float16 if half else None)
-    if format == "onnx":
-        check_scales(model, recipe.export)
     check_ties(model, recipe)
     if format == "onnx":
+        check_scales(model, recipe.export)
         check_names(model, recipe.export)
 
 

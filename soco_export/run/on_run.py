@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +94,13 @@ def _priced_in(run: Path, recipe: Recipe, changed: Recipe) -> Homes:
 
 def _priced_otherwise(recipe: Recipe, changed: Recipe) -> list[str]:
     """Return the keys in which two recipes differ that the price of bytes depends on."""
-    keys = differences(recipe, changed)
-    return [key for key in keys if any(f"{key}.".startswith(f"{one}.") for one in PRICE.settings)]
+    return _within(differences(recipe, changed), PRICE.settings)
+
+
+def _within(keys: Iterable[str], sections: Iterable[str]) -> list[str]:
+    """Return the dotted keys that are one of `sections` or lie in one."""
+    roots = tuple(f"{section}." for section in sections)
+    return [key for key in keys if f"{key}.".startswith(roots)]
 
 
 def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:
@@ -120,7 +125,7 @@ def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:
 def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
     fixed = {key for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
     fixed |= distilled | {"model", "data"}
-    wrong = [key for key in keys if any(f"{key}.".startswith(f"{one}.") for one in fixed) and key != "model.dtype"]
+    wrong = [key for key in _within(keys, fixed) if key != "model.dtype"]
     if wrong:
         raise RecipeError(
             f"{', '.join(wrong)} cannot change after training",

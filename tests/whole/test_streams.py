@@ -25,6 +25,20 @@ def hearing() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def said_by(script: str, *modules: Path) -> tuple[str, str]:
+    """Return what a script writes to stdout and stderr; `modules`: folders that it imports from, beside ours."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *modules)))}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=hearing,
+    )
+    return done.stdout, done.stderr
+
+
 def run(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings.pop("env", {})}
     return subprocess.run([sys.executable, "-m", "soco_export", *arguments], env=environment, **settings)
@@ -165,16 +179,7 @@ try:
 except KeyboardInterrupt:
     print(signals.code())
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", start],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=hearing,
-    )
-    assert (done.stdout, done.stderr) == (f"{signals.ENDINGS[number]}\n", "")
+    assert said_by(start) == (f"{signals.ENDINGS[number]}\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -192,13 +197,4 @@ try:
 except KeyboardInterrupt:
     print(imported.whole, signals.code())
 """
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run(
-        [sys.executable, "-c", start],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=hearing,
-    )
-    assert (done.stdout, done.stderr) == (f"True {signals.ENDINGS[number]}\n", "")
+    assert said_by(start, tmp_path) == (f"True {signals.ENDINGS[number]}\n", "")

@@ -1,0 +1,96 @@
+"""Ways to spend a training on the built-in model, side by side: what the benchmarks that compare them share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soco_export.checkpoint.layers import apply_factors
+from soco_export.evaluate.perplexity import measure_perplexity
+from soco_export.model.load import load_model, load_tokenizer
+from soco_export.recipe.load import load_recipe
+from soco_export.recipe.recipe import Recipe
+from soco_export.runtimes.open import torch_decoder
+from soco_train import method
+from soco_train.data.corpus import load_blocks
+from soco_train.modules.subject import Subject
+from soco_train.store.factors import Factors
+
+BATCH = 1024  # tokens of a step
+FIGURES = {"mean": "perplexity", "ratio": "ratio"}
+Row = Mapping[str, Any]
+
+
+def options(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """Return the command line of a benchmark of ways, which may add to it; `steps`: how many are taken by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {BATCH} tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def write(
+    command: str,
+    given: argparse.Namespace,
+    settings: Sequence[str],
+    measure: Callable[[Recipe, Path], Sequence[Row]],
+    **said: Any,
+) -> None:
+    """Measure every seed and write `given.out`: the command, what is `said`, and a row for each way and size."""
+    rows: list[Row] = []
+    for seed in given.seeds:
+        recipe = load_recipe("tiny", [*settings, f"train.seed={seed}", *given.settings])
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [{"seed": seed, **row} for row in measure(recipe, Path(folder))]
+    command += "".join(f" --set {setting}" for setting in given.settings)
+    command += f" --seeds {' '.join(map(str, given.seeds))}"
+    document = {"command": command, **said, "rows": list(_by_way(rows))}
+    given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _by_way(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way and size: the mean over seeds, and its ratio to the dense model."""
+    for way, size in dict.fromkeys((row["way"], row["size"]) for row in rows):
+        own = [row for row in rows if (row["way"], row["size"]) == (way, size)]
+        means = {name: sum(row[key] for row in own) / len(own) for name, key in FIGURES.items()}
+        seeds = {str(row["seed"]): row["perplexity"] for row in own}
+        yield {"method": way, "keep": size, "texts": {"evaluation": {**means, "seeds": seeds}}}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The dense model of a recipe with its spectra, a held-out text [n, t], and the dense model's perplexity on it."""
+
+    recipe: Recipe
+    subject: Subject
+    evaluation: torch.Tensor
+    dense: float
+
+    @staticmethod
+    def open(recipe: Recipe, folder: Path) -> Ground:
+        """Load the model and its texts, and make its spectra in `folder`."""
+        model, tokenizer = load_model(recipe)[0], load_tokenizer(recipe)
+        calibration = load_blocks(tokenizer, recipe.data, "calibration").tokens
+        evaluation = load_blocks(tokenizer, recipe.evaluation, "evaluation").tokens
+        subject = method.open_subject(model, recipe.layers, calibration, folder / "spectrum")
+        method.make_spectra(subject, recipe.train)
+        dense = measure_perplexity(torch_decoder(model, "dense"), evaluation).value
+        return Ground(recipe, subject, evaluation, dense)
+
+    def row(self, way: str, size: float, factors: Factors) -> Row:
+        """Return, and print, the perplexity of the model with `factors` and its ratio to the dense model's."""
+        pruned = load_model(self.recipe)[0]
+        apply_factors(pruned, factors.layers)
+        value = measure_perplexity(torch_decoder(pruned, way), self.evaluation).value
+        row = {"way": way, "size": size, "perplexity": value, "ratio": value / self.dense}
+        print(row, flush=True)
+        return row
