@@ -6,8 +6,8 @@ methods as rows and sizes as columns:
     <!-- figures: benchmarks/quality/results/tiny/results.json evaluation -->
 
 A figure in a sentence is bound by an entry of claims.yaml. A figure agrees if it is the measured one, rounded to the
-digits shown. Any other number with a decimal point has to be a setting (`settings` there): what is asked for, a
-version, a constant of the method, and no measurement.
+digits shown. Any other number with a decimal point or a unit of what is measured (%, ×, bytes, time, tokens) has to be
+a setting (`settings` there): what is asked for, a version, a constant of the method, and no measurement.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ PAGES = (
 )
 MARKER = re.compile(r"<!-- figures: (\S+) (\S+) -->\n((?:\|.*\n)+)")
 NUMBER = re.compile(r"(?<![\w.-])-?\d+\.\d+(?![\w.]*\d)")
+WHOLE = r"(?<![\w.,/-])\d+(?= ?(?:%|×|[kMG]i?B\b|k tokens|(?:bytes|milliseconds|seconds|minutes|hours|ms|s)\b))"
+FIGURE = re.compile(f"{NUMBER.pattern}|{WHOLE}")
 # What is printed, typed or linked to: commands, their output (tools/tour.py), addresses.
 CODE = re.compile(r"```.*?```|^ {4}[^\n]*$|`[^`\n]+`|\]\([^)]*\)|arXiv:? ?\d{4}\.\d{4,5}", re.DOTALL | re.MULTILINE)
 DOCUMENT: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
@@ -74,7 +76,7 @@ def unbound(page: str, text: str) -> list[str]:
     for setting in DOCUMENT["settings"]:
         text = _pattern(setting, lead=r"(?<![\w.-])").sub(_blank, text)
     return [
-        f"{page}:{number}: {found}" for number, line in enumerate(text.split("\n"), 1) for found in NUMBER.findall(line)
+        f"{page}:{number}: {found}" for number, line in enumerate(text.split("\n"), 1) for found in FIGURE.findall(line)
     ]
 
 
@@ -91,7 +93,7 @@ def _read(file: str) -> Any:
 
 def _pattern(words: str, lead: str = "") -> re.Pattern[str]:
     """Return words with {} for a figure, … for anything within the line, and any space or line break between them."""
-    found = re.escape(words).replace(r"\{\}", f"({NUMBER.pattern})").replace("…", "[^\n]*?")
+    found = re.escape(words).replace(r"\{\}", r"(-?\d+(?:\.\d+)?)").replace("…", "[^\n]*?")
     return re.compile(f"{lead}{found.replace(chr(92) + ' ', chr(92) + 's+')}(?![\\w.]*\\d)")
 
 

@@ -12,6 +12,7 @@ from typer.main import get_command
 from soco_export.cli import app
 from soco_export.recipe.recipe import Recipe, keys
 from soco_export.recipe.yaml import read_yaml_value
+from soco_export.report.baseline import RULES
 from soco_train import refine, scores
 from soco_train.settings import RefineSettings, TrainSettings
 
@@ -48,6 +49,18 @@ def test_every_default_in_the_table_is_that_of_the_code() -> None:
             assert found == value, key
             compared += 1
     assert compared > 70
+
+
+def test_every_allowance_beside_a_baseline_is_that_of_the_code() -> None:
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    told = page.partition("| figure | may be worse by |\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \| ([\d.]+)( %)?", told, re.MULTILINE)
+    documented = {
+        name: (float(value) / 100 if percent else float(value), bool(percent))
+        for names, value, percent in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    assert documented == {rule.figures: (rule.allowed, rule.relative) for rule in RULES}
 
 
 def test_every_verb_and_flag_is_documented_and_no_other() -> None:
