@@ -2,20 +2,21 @@
 
 Run from the root of the repository: python -m benchmarks.any_size --out benchmarks/results/any-size.json
 
-On the built-in model, from one set of scores. `each`: a distillation for every size, T tokens each. `one`: mixed-rank,
-as many tokens as all of `each` together, in steps that see a batch twice (all components, and fewer); `largest`: the
-distillation of the largest size alone, with as many tokens, its factors cut afterwards (post-hoc, in score order);
-`none`: the cut without distillation.
+From one set of scores, by default on the built-in model. `each`: a distillation for every size, T tokens each. `one`:
+mixed-rank, as many tokens as all of `each` together, in steps that see a batch twice (all components, and fewer);
+`largest`: the distillation of the largest size alone, with as many tokens, its factors cut afterwards (post-hoc, in
+score order); `none`: the cut without distillation.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ways import BATCH, Ground, Row, options, write
+from benchmarks.ways import Ground, Row, options, write
 from soco_export.recipe.recipe import Recipe
 from soco_train import method
 from soco_train.forms.stacked import StackedFactors
@@ -32,13 +33,12 @@ def main() -> None:
     parser = options(__doc__, steps=30)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     given = parser.parse_args()
-    command = f"python -m benchmarks.any_size --steps {given.steps} --sizes {' '.join(map(str, given.sizes))}"
-    measured = partial(measure, sizes=given.sizes, steps=given.steps)
-    write(command, given, ["train.deviation=false"], measured, tokens_a_size=given.steps * BATCH)
+    write(given, ["train.deviation=false"], partial(measure, given), tokens_a_size=given.steps * given.batch)
 
 
-def measure(recipe: Recipe, folder: Path, sizes: list[float], steps: int) -> list[Row]:
-    """Return a row for each size and way; `steps` are for each size."""
+def measure(given: argparse.Namespace, recipe: Recipe, folder: Path) -> list[Row]:
+    """Return a row for each size and way; `given.steps` are for each size."""
+    sizes, steps = given.sizes, given.steps
     ground = Ground.open(recipe, folder)
     subject = ground.subject
     seed = recipe.train.seed
@@ -48,8 +48,8 @@ def measure(recipe: Recipe, folder: Path, sizes: list[float], steps: int) -> lis
         return plan_ranks(scores, recipe.plan.model_copy(update={"keep_params": size}))
 
     def refine(steps: int, **more: Any) -> RefineSettings:
-        given = {**recipe.refine.distill.model_dump(), "steps": steps, "batch_tokens": BATCH, **more}
-        return RefineSettings.model_validate({"distill": given})
+        own = {**recipe.refine.distill.model_dump(), "steps": steps, "batch_tokens": given.batch, **more}
+        return RefineSettings.model_validate({"distill": own})
 
     def one_size(steps: int) -> Callable[[float], Factors]:
         def make(size: float) -> Factors:
@@ -58,18 +58,19 @@ def measure(recipe: Recipe, folder: Path, sizes: list[float], steps: int) -> lis
 
         return make
 
-    ends, together = (min(sizes), max(sizes)), steps * len(sizes)
-    session = Session(folder / "sizes", fingerprint="sizes", seed=seed)
-    mixed = method.distill_sizes(subject, scores, planner, refine(together, sizes=ends), session)
-    session = Session(folder / "largest", fingerprint="largest", seed=seed)
-    largest = _all_components(subject, scores, planner, refine(together, sizes=ends), session)
+    def all_sizes(name: str, make: Callable[..., Factors]) -> Callable[[float], Factors]:
+        settings = refine(steps * len(sizes), sizes=(min(sizes), max(sizes)))
+        session = Session(folder / name, fingerprint=name, seed=seed)
+        made = cache(partial(make, subject, scores, planner, settings, session))
+        return lambda size: cut_to(made(), planner(size))
+
     ways: Mapping[str, Callable[[float], Factors]] = {
         "none": one_size(0),
         "each": one_size(steps),
-        "one": lambda size: cut_to(mixed, planner(size)),
-        "largest": lambda size: cut_to(largest, planner(size)),
+        "one": all_sizes("sizes", method.distill_sizes),
+        "largest": all_sizes("largest", _all_components),
     }
-    return [ground.row(way, size, make(size)) for way, make in ways.items() for size in sizes]
+    return [ground.row(way, size, ways[way](size)) for way in given.ways or ways for size in sizes]
 
 
 def _all_components(

@@ -2,15 +2,16 @@
 
 Run from the root of the repository: python -m benchmarks.together --out benchmarks/results/together.json
 
-On the built-in model, on the two-sided basis, no deviation, `--steps` batches of 1024 tokens for each way:
+On the two-sided basis, no deviation, `--steps` batches for each way; the built-in model, if no other is said:
 `distilled`: ranks by price, and all tokens for the factors (the control). `scores, then factors`: half for each.
 `together`: half for scores and components in the same steps (`train.lr_factors`), half for the factors that are left.
-`learnt again`: two fifths for the factors of a larger size by price, one fifth for scores of what is left of them, two
-for the final size.
+`learnt again`: two fifths for the factors of the size halfway to 1 by price, one fifth for scores of what is left of
+them, two for the final size.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.ways import BATCH, Ground, Row, options, write
+from benchmarks.ways import Ground, Row, options, write
 from soco_export.recipe.recipe import Recipe
 from soco_train import method
 from soco_train.forms.stacked import StackedFactors
@@ -29,27 +30,27 @@ from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import Spectrum
 
-SIZE, LARGER = 0.6, 0.8
-METHOD = (f"keep_params={SIZE}", "train.basis=two-sided", "train.start=spectrum", "train.deviation=false")
+METHOD = ("train.basis=two-sided", "train.start=spectrum", "train.deviation=false")
 
 
 def main() -> None:
-    given = options(__doc__, steps=100).parse_args()
-    command = f"python -m benchmarks.together --steps {given.steps}"
-    write(command, given, METHOD, partial(measure, steps=given.steps), tokens=given.steps * BATCH)
+    parser = options(__doc__, steps=100)
+    parser.add_argument("--size", type=float, default=0.6, help="keep_params")
+    given = parser.parse_args()
+    write(given, [f"keep_params={given.size}", *METHOD], partial(measure, given), tokens=given.steps * given.batch)
 
 
-def measure(recipe: Recipe, folder: Path, steps: int) -> list[Row]:
-    """Return a row for each way to spend `steps`."""
+def measure(given: argparse.Namespace, recipe: Recipe, folder: Path) -> list[Row]:
+    """Return a row for each way to spend `given.steps`."""
     ground = Ground.open(recipe, folder)
-    work = Work(recipe, ground.subject, folder)
+    work = Work(recipe, ground.subject, folder, given.batch)
     ways: Mapping[str, Callable[[int], Factors]] = {
         "distilled": work.distilled,
         "scores, then factors": work.one_after_the_other,
         "together": work.together,
         "learnt again": work.learnt_again,
     }
-    return [ground.row(way, SIZE, make(steps)) for way, make in ways.items()]
+    return [ground.row(way, given.size, ways[way](given.steps)) for way in given.ways or ways]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Work:
     recipe: Recipe
     subject: Subject
     folder: Path
+    batch: int
 
     def distilled(self, steps: int) -> Factors:
         """Cut by price, then distil."""
@@ -79,9 +81,8 @@ class Work:
         """Distil a larger size, learn scores of what it kept, cut to the size, and distil on."""
         first, middle = 2 * steps // 5, steps // 5
         prices = self._by_price()
-        larger = plan_ranks(
-            prices, self.recipe.plan.model_copy(update={"keep_params": LARGER, "allocation": "lagrangian"})
-        )
+        own = {"keep_params": (1 + self.recipe.plan.keep_params) / 2, "allocation": "lagrangian"}
+        larger = plan_ranks(prices, self.recipe.plan.model_copy(update=own))
         factors = method.cut_factors(self.subject, prices, larger, self._refine(first), self._session("larger"))
         subject = replace(self.subject, spectra=self._left_of(factors, prices, larger))
         scores = method.learn_scores(subject, self._train(middle), self.recipe.plan, self._session("again"))
@@ -112,10 +113,10 @@ class Work:
         return method.cut_factors(subject, scores, plan, self._refine(steps), self._session(f"distil {name}")).made()
 
     def _train(self, steps: int) -> TrainSettings:
-        return self.recipe.train.model_copy(update={"steps": steps, "batch_tokens": BATCH})
+        return self.recipe.train.model_copy(update={"steps": steps, "batch_tokens": self.batch})
 
     def _refine(self, steps: int) -> RefineSettings:
-        given = {**self.recipe.refine.distill.model_dump(), "steps": steps, "batch_tokens": BATCH}
+        given = {**self.recipe.refine.distill.model_dump(), "steps": steps, "batch_tokens": self.batch}
         return RefineSettings.model_validate({"distill": given})
 
     def _session(self, name: str) -> Session:

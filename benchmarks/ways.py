@@ -1,9 +1,11 @@
-"""Ways to spend a training on the built-in model, side by side: what the benchmarks that compare them share."""
+"""Ways to spend a training on one model, side by side: what the benchmarks that compare them share."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from soco_train.data.corpus import load_blocks
 from soco_train.modules.subject import Subject
 from soco_train.store.factors import Factors
 
-BATCH = 1024  # tokens of a step
 FIGURES = {"mean": "perplexity", "ratio": "ratio"}
 Row = Mapping[str, Any]
 
@@ -31,28 +32,29 @@ Row = Mapping[str, Any]
 def options(description: str | None, steps: int) -> argparse.ArgumentParser:
     """Return the command line of a benchmark of ways, which may add to it; `steps`: how many are taken by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help=f"of {BATCH} tokens")
+    parser.add_argument("--model", default="tiny", help="a recipe")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=1024, help="tokens of a step")
+    parser.add_argument("--ways", nargs="+", help="some of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
+    parser.add_argument("--work", type=Path, help="keep spectra and checkpoints here: the same command goes on")
     parser.add_argument("--out", type=Path, required=True)
     return parser
 
 
 def write(
-    command: str,
-    given: argparse.Namespace,
-    settings: Sequence[str],
-    measure: Callable[[Recipe, Path], Sequence[Row]],
-    **said: Any,
+    given: argparse.Namespace, settings: Sequence[str], measure: Callable[[Recipe, Path], Sequence[Row]], **said: Any
 ) -> None:
     """Measure every seed and write `given.out`: the command, what is `said`, and a row for each way and size."""
     rows: list[Row] = []
     for seed in given.seeds:
-        recipe = load_recipe("tiny", [*settings, f"train.seed={seed}", *given.settings])
+        recipe = load_recipe(given.model, [*settings, f"train.seed={seed}", *given.settings])
         with tempfile.TemporaryDirectory() as folder:
-            rows += [{"seed": seed, **row} for row in measure(recipe, Path(folder))]
-    command += "".join(f" --set {setting}" for setting in given.settings)
-    command += f" --seeds {' '.join(map(str, given.seeds))}"
+            work = given.work / str(seed) if given.work else Path(folder)
+            rows += [{"seed": seed, **row} for row in measure(recipe, work)]
+    module = Path(sys.argv[0]).stem
+    command = f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}"
     document = {"command": command, **said, "rows": list(_by_way(rows))}
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
