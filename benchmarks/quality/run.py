@@ -45,7 +45,10 @@ METHODS = {
         *("soco-plain", "soco-activation", "soco-fisher-rows", "soco-two-sided", "soco-published"),
     ),
     "ladder": ("fisher", "fisher-compensated", "two-sided", "two-sided-refit", "soco-stopping"),
-    "tfwsvd": ("svd", "fwsvd", "fwsvd-outputs", "tfwsvd", "two-sided", "two-sided-refit", "two-sided-fisher-refit"),
+    "tfwsvd": (
+        *("svd", "fwsvd", "fwsvd-outputs", "sparsity-aware", "tfwsvd"),
+        *("two-sided", "two-sided-refit", "two-sided-fisher-refit"),
+    ),
     "easy": ("two-sided-distilled", "two-sided-distilled-easy", "two-sided-distilled-hard"),
     "adapters": ("two-sided", "two-sided-lora", "two-sided-alore", "two-sided-distilled"),
     "relatives": ("fwsvd", "fwsvd-outputs", "acip", "acip-merged"),

@@ -124,6 +124,16 @@ def fisher_inputs(statistics: LayerStatistics, roots: Roots) -> Metric:
     return Metric(right=_diagonal(statistics.column_fisher, roots.ridge))
 
 
+@basis("sparsity", needs=("column_survivors",))
+def sparsity(statistics: LayerStatistics, roots: Roots) -> Metric:
+    """Inputs weighted by the root of how many of their numbers first-order pruning would keep (LPAF, arXiv 2306.14152).
+
+    Sparsity-aware SVD: the paper weights the rows of a pruned W by the numbers left in them. The weight that is
+    decomposed is the whole one, pruning is foretold at one half and not trained, rows are inputs as in FWSVD [ours].
+    """
+    return Metric(right=_diagonal(statistics.column_survivors, roots.ridge))
+
+
 @basis("activation", needs=("input_magnitude",))
 def activation(statistics: LayerStatistics, roots: Roots) -> Metric:
     """Columns scaled by E|x| to the power 1/2 (ASVD, arXiv 2312.05821)."""

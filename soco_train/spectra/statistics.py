@@ -25,7 +25,8 @@ from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
 # these take a backward pass
-OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher", "weight_fisher"})
+OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher", "weight_fisher", "column_survivors"})
+_BY_NUMBER = frozenset({"weight_fisher", "column_survivors"})  # these take a sum for each number of the weight
 TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
@@ -40,8 +41,9 @@ class LayerStatistics:
     input_covariance: E[x xᵀ] [n, n]; input_magnitude: E|x| [n]; output_curvature: E[δ δᵀ] [m, m] with δ the gradient of
     the summed cross entropy with respect to the layer's output at one token that reaches it; row_fisher:
     Σ_j E[(δ_i x_j)²] [m], the empirical Fisher information of each row of the weight, token by token; column_fisher:
-    Σ_i E[(δ_i x_j)²] [n], that of each column; weight_fisher: E[(δ_i x_j)²] [m, n], that of each number. All float64;
-    zeros for an expert that no token reaches.
+    Σ_i E[(δ_i x_j)²] [n], that of each column; weight_fisher: E[(δ_i x_j)²] [m, n], that of each number;
+    column_survivors: how many numbers of each column [n] are in the half of the weight with the largest
+    E[(δ_i x_j)²] W_ij², what first-order pruning would keep. All float64; zeros for an expert that no token reaches.
     """
 
     input_covariance: torch.Tensor | None = None
@@ -50,6 +52,7 @@ class LayerStatistics:
     row_fisher: torch.Tensor | None = None
     column_fisher: torch.Tensor | None = None
     weight_fisher: torch.Tensor | None = None
+    column_survivors: torch.Tensor | None = None
     tokens: int | None = None
 
 
@@ -63,8 +66,9 @@ def sums_bytes(shape: tuple[int, int], needs: frozenset[str]) -> int:
     """Return the bytes of the sums behind `needs` of a layer with weight [m, n] that shares none of them."""
     m, n = shape
     sizes = {"input_covariance": n * n, "output_curvature": m * m}
-    sizes |= {"row_fisher": m, "column_fisher": n, "weight_fisher": m * n}
-    return _DOUBLE_BYTES * (n + sum(size for name, size in sizes.items() if name in needs))
+    sizes |= {"row_fisher": m, "column_fisher": n}
+    numbers = m * n if needs & _BY_NUMBER else 0
+    return _DOUBLE_BYTES * (n + numbers + sum(size for name, size in sizes.items() if name in needs))
 
 
 def groups(
@@ -155,7 +159,7 @@ class _Listener:
         self.curvature = _zeros(linear, m, m) if "output_curvature" in needs else None
         self.fisher = _zeros(linear, m) if "row_fisher" in needs else None
         self.columns = _zeros(linear, linear.in_features) if "column_fisher" in needs else None
-        self.numbers = _zeros(linear, m, linear.in_features) if "weight_fisher" in needs else None
+        self.numbers = _zeros(linear, m, linear.in_features) if needs & _BY_NUMBER else None
 
     def __call__(self, linear: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         x = _rows(args[0])
@@ -202,9 +206,16 @@ class _Listener:
             output_curvature=self.curvature,
             row_fisher=None if self.fisher is None else self.fisher / tokens,
             column_fisher=None if self.columns is None else self.columns / tokens,
-            weight_fisher=None if self.numbers is None else self.numbers / tokens,
+            weight_fisher=self.numbers / tokens if self.numbers is not None and "weight_fisher" in self.needs else None,
+            column_survivors=self._survivors() if "column_survivors" in self.needs else None,
             tokens=inputs.tokens,
         )
+
+    def _survivors(self) -> torch.Tensor:
+        assert self.numbers is not None
+        saliency = self.numbers * self.linear.weight.detach().double().square()
+        half = saliency.flatten().kthvalue(saliency.numel() // 2 + 1).values
+        return ((saliency >= half) & (saliency > 0)).sum(0).double()
 
 
 class _Readers:

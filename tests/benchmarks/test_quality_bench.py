@@ -104,7 +104,8 @@ def test_the_key_names_settings_and_inputs_and_nothing_else() -> None:
 def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
     recipe = load_recipe("smollm2-135m", overlay=Path("methods") / method)
     whole = training_tokens(load_recipe("smollm2-135m", overlay=Path("methods/soco")))
-    certain = ("svd", "fwsvd", "fwsvd-outputs", "asvd", CONTROL, "two-sided", "two-sided-refit", *REFITTED)
+    weighted = ("fwsvd", "fwsvd-outputs", "sparsity-aware", "asvd")
+    certain = ("svd", *weighted, CONTROL, "two-sided", "two-sided-refit", *REFITTED)
     untrained = (*certain, "fisher", "fisher-compensated")
     scores_alone = recipe.train.scorer == "soco" and recipe.refine.distill.steps == 0
     expected = 0 if method in untrained else whole / 2 if scores_alone else whole
@@ -114,8 +115,9 @@ def test_every_method_sees_as_many_tokens_as_its_rivals(method: str) -> None:
         assert training_tokens(recipe) == expected
     train = recipe.train
     closed_form = train.scorer == "fisher" or (train.scorer == "soco" and train.start == "fisher")
+    by_gradient = ("two-sided", "fisher", "fisher-inputs", "sparsity")
     assert (saliency_tokens(recipe, 400) > 0) == (
-        closed_form or recipe.train.basis in ("two-sided", "fisher", "fisher-inputs") or method in REFITTED
+        closed_form or recipe.train.basis in by_gradient or method in REFITTED
     )
     assert saliency_tokens(recipe, 400) >= saliency_tokens(recipe, 1)
     assert is_random(recipe) == (method not in certain)

@@ -166,7 +166,7 @@ def test_the_model_is_in_fp32_where_there_is_no_gpu(shape: ModelShape, dtype: st
 
 
 @by_property
-@given(shape=shapes, basis=st.sampled_from(["plain", "fisher", "fisher-inputs", "activation", "whitened", "two-sided"]))
+@given(shape=shapes, basis=st.sampled_from(["plain", "fisher", "sparsity", "activation", "whitened", "two-sided"]))
 def test_the_sums_are_those_of_the_largest_group(shape: ModelShape, basis: str) -> None:
     needs = find_basis(basis).needs
     largest = max(sum(sums_bytes(pair, needs) for pair in part) for part in parts_of(shape, basis)) if needs else 0

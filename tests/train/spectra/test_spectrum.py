@@ -18,7 +18,7 @@ from soco_train.spectra.decompose import decompose, decompose_layers, decompose_
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
 from soco_train.store.spectra import SpectrumStore
 
-BASES = ["plain", "fisher", "fisher-inputs", "activation", "whitened", "two-sided"]
+BASES = ["plain", "fisher", "fisher-inputs", "sparsity", "activation", "whitened", "two-sided"]
 SHAPES = [(24, 24), (40, 16), (16, 40), (1, 7), (7, 1)]
 RIDGE = 1e-6
 
@@ -37,6 +37,7 @@ def statistics_of(m: int, n: int) -> LayerStatistics:
         output_curvature=covariance(m),
         row_fisher=torch.rand(m, dtype=torch.float64) + 0.01,
         column_fisher=torch.rand(n, dtype=torch.float64) + 0.01,
+        column_survivors=torch.randint(m + 1, (n,), dtype=torch.float64),
         tokens=4 * n,
     )
 
@@ -53,10 +54,9 @@ def metric_matrices(name: str, statistics: LayerStatistics, m: int, n: int) -> t
     left, right = torch.eye(m, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     if name == "fisher":
         left = damp(statistics.row_fisher)
-    if name == "fisher-inputs":
-        right = damp(statistics.column_fisher)
-    if name == "activation":
-        right = damp(statistics.input_magnitude)
+    by_input = {"fisher-inputs": "column_fisher", "sparsity": "column_survivors", "activation": "input_magnitude"}
+    if name in by_input:
+        right = damp(getattr(statistics, by_input[name]))
     if name in ("whitened", "two-sided"):
         right = root(statistics.input_covariance)
     if name == "two-sided":

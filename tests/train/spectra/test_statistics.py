@@ -97,6 +97,22 @@ def test_matches_sums_over_stored_activations(make):
             )
 
 
+def test_survivors_are_the_half_that_first_order_pruning_keeps():
+    """Counted by sorting every number of the weight by what losing it costs; a number that no token reads is lost."""
+    model, tokens = tiny_llama(), torch.randint(64, (5, 33))
+    linears = select_linears(model, LayerSettings())
+    expected = reference(model, linears, tokens)
+    weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    found = collect_statistics(model, linears, tokens, frozenset({"column_survivors"}))
+    for name, statistics in found.items():
+        assert statistics.weight_fisher is None
+        saliency = expected[name].weight_fisher * weights[name].square()
+        best = saliency.flatten().argsort(descending=True)[: saliency.numel() // 2]
+        kept = torch.zeros(saliency.numel()).index_fill(0, best, 1).view_as(saliency)
+        assert statistics.column_survivors.sum() == saliency.numel() // 2
+        torch.testing.assert_close(statistics.column_survivors, kept.sum(0).double(), rtol=0, atol=1)
+
+
 def test_outer_products_wider_than_a_strip():
     """Sums of any width are whole and symmetric."""
     linear, x = nn.Linear(700, 3), torch.randn(4, 50, 700)
