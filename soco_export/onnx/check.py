@@ -17,13 +17,15 @@ def check_architecture(config: Config, settings: ExportSettings) -> Architecture
     """Return the description that an export will build from, None if the model will be traced.
 
     Raises RecipeError for a config key that the description does not know, and for settings that a flavour or the
-    tracer cannot serve, the rule of rounding or the token table; MachineError if the tracer is not installed.
+    tracer cannot serve, the rule of rounding or the token table, or of layers that the model lacks; MachineError if the
+    tracer is not installed.
     """
     rule = settings.rounding()
     for grid in settings.grids():
         rule.check(grid)
     architecture = describe(config)
     if architecture is not None:
+        settings.check_layers([*architecture.linears(), architecture.tensors.embed])
         settings.table_of(architecture.tensors.embed)
     if settings.cache != "same" and (architecture is None or settings.flavour != "contrib"):
         raise RecipeError(

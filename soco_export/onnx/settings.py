@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
@@ -25,6 +25,17 @@ Value = TypeVar("Value")
 def named(values: Mapping[str, Value], name: str) -> Value | None:
     """Return the value of a layer by its name, or that of the first glob which it matches, or None."""
     return values.get(name) or next((value for glob, value in values.items() if fnmatchcase(name, glob)), None)
+
+
+def check_named(globs: Iterable[str], names: Collection[str], key: str) -> None:
+    """Raise RecipeError for a glob of the setting `key` that matches none of the layers' `names`. Pure."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise RecipeError(
+                f"{key} names {glob!r}, and no layer of this model is called that",
+                fix=f"a layer's name, as {next(iter(names), 'none')}, or a glob, as '*.down_proj'",
+                where=f"recipe: {key}",
+            )
 
 
 class QuantizeSettings(Section):
@@ -119,6 +130,13 @@ class ExportSettings(Section):
         sizes = {name: block for name, block in blocks.items() if named(how.blocks, name) is None}
         quantize = how.model_copy(update={"blocks": {**how.blocks, **sizes}})
         return self.model_copy(update={"each": {**self.each, **each}, "quantize": quantize})
+
+    def check_layers(self, names: Collection[str]) -> None:
+        """Raise RecipeError for a setting of single layers that names none of `names`: the table and all Linears."""
+        how = self.quantize
+        check_named(self.each, names, "export.each")
+        check_named(how.blocks, names, "export.quantize.blocks")
+        check_named(how.keep, names, "export.quantize.keep")
 
     @property
     def rounded_to(self) -> WeightType:

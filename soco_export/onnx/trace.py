@@ -75,7 +75,7 @@ def check_fallback(config: Config, settings: ExportSettings) -> None:
             fix="export --format hf or dense instead",
             where=f"{config.where}: {keys[0]}",
         )
-    for key, value in (("flavour", "standard"), ("weights", "same"), ("pack", False)):
+    for key, value in (("flavour", "standard"), ("weights", "same"), ("each", {}), ("pack", False)):
         if getattr(settings, key) != value:
             raise RecipeError(
                 f"export.{key} is {getattr(settings, key)!r}, but {config['model_type']} has no description for the "

@@ -19,6 +19,7 @@ from soco_export.preflight.inputs import (
     check_lengths,
     check_mixture,
     check_plan,
+    check_rounded_layers,
     check_stack,
     check_tasks,
     check_weights,
@@ -73,6 +74,7 @@ def check_recipe(recipe: Recipe, format: str) -> None:
         )
     check_steps(recipe)
     check_stack(recipe)
+    check_rounded_layers(recipe)
     if recipe.keep_bytes is not None:
         check_bytes(recipe)
     if format == "onnx":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from fractions import Fraction
+from glob import escape
 from typing import Any
 
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import ExportSettings, check_named
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import ModelShape
 from soco_train.errors import DataError, RecipeError
@@ -157,25 +156,37 @@ def check_weights(recipe: Recipe, format: str) -> None:
     check_ties(model, recipe)
     if format == "onnx":
         check_scales(model, recipe.export)
-        check_names(model, recipe.export)
 
 
-def check_names(model: Any, export: ExportSettings) -> None:
-    """Raise RecipeError for a setting of single layers whose name or glob no layer of `model` has; opens its sites."""
+def check_rounded_layers(recipe: Recipe) -> None:
+    """Raise RecipeError for a layer that is trained as rounded by name, and that the model does not have.
+
+    `each`, and in a plan's types `blocks`, are filled in from the plan: what a recipe says there is not read.
+    """
+    trained = recipe.refine.distill.rounding
+    planned = trained.weights == "planned"
+    if trained.each or (planned and trained.blocks):
+        key = "each" if trained.each else "blocks"
+        raise RecipeError(
+            f"refine.distill.rounding.{key} is what a plan for bytes fills in, and a recipe does not choose it",
+            fix="leave it out; export.each gives single layers a type",
+            where=f"recipe: refine.distill.rounding.{key}",
+        )
+    if trained.blocks or trained.keep:
+        names = _matrices(recipe)
+        check_named(map(escape, trained.blocks), names, "refine.distill.rounding.blocks")  # by name, not by glob
+        check_named(trained.keep, names, "refine.distill.rounding.keep")
+
+
+def _matrices(recipe: Recipe) -> list[str]:
+    """Return the names of the modules of the dense model that hold a matrix, a shared one too."""
+    from soco_export.model.load import dense_skeleton
     from soco_train.modules.sites import open_sites
 
+    model = dense_skeleton(recipe)
     open_sites(model)
-    names = [name for name, _ in model.named_modules()]
-    how = export.quantize
-    given: dict[str, Iterable[str]] = {"each": export.each, "quantize.blocks": how.blocks, "quantize.keep": how.keep}
-    for key, globs in given.items():
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise RecipeError(
-                    f"export.{key} names {glob!r}, and no layer of this model is called that",
-                    fix=f"a layer's name, as {names[-1]}, or a glob, as '*.down_proj'",
-                    where=f"recipe: export.{key}",
-                )
+    found = model.named_parameters(remove_duplicate=False)
+    return [name.removesuffix(".weight") for name, weight in found if weight.ndim > 1]
 
 
 def check_scales(model: Any, export: ExportSettings) -> None:

@@ -173,7 +173,12 @@ def test_what_a_flavour_cannot_do_is_said_before_anything_is_trained(tmp_path: P
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"flavour": "contrib"}, "flavour"), ({"weights": "int4"}, "weights"), ({"pack": True}, "pack")],
+    [
+        ({"flavour": "contrib"}, "flavour"),
+        ({"weights": "int4"}, "weights"),
+        ({"pack": True}, "pack"),
+        ({"each": {"*": "int8"}}, "each"),
+    ],
 )
 def test_the_traced_route_says_what_it_lacks_before_anything_is_trained(settings, key, tmp_path: Path) -> None:
     unknown = config_of(tmp_path, model_type="xglm")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from soco_export.model.which import shrink
 from soco_export.onnx.settings import ExportSettings
 from soco_export.preflight import checks as preflight
 from soco_export.preflight import machine
-from soco_export.preflight.checks import check_everything, check_quantisation
+from soco_export.preflight.checks import check_everything, check_quantisation, check_recipe
 from soco_export.preflight.cost_card import CostCard, Phase
-from soco_export.preflight.inputs import check_choices, check_lengths, check_names, check_scales, check_stack
+from soco_export.preflight.inputs import check_choices, check_lengths, check_scales, check_stack
 from soco_export.preflight.machine import Resources, bytes_in, check_onnxruntime, check_room, look
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
@@ -26,7 +25,7 @@ from soco_export.run.request import Request
 from soco_export.run.verbs import train_and_export
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError, SocoError
 from soco_train.numbers.blocks import Grid, nearest
-from tests.support.models import make_tokenizer, small_llama
+from tests.support.models import make_tokenizer
 
 
 def card(device: int = 10, host: int = 5, disk: int = 100) -> CostCard:
@@ -211,21 +210,35 @@ def test_a_matrix_without_scales_in_its_type_is_named_before_training(size: floa
         assert bool(nearest(model[1].weight.detach(), Grid(4, 32, True)).scales.any()) == (size > 0)
 
 
+ROUNDED = "refine.distill.rounding"
+
+
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     ("setting", "known"),
     [
-        ({"each": {"*.down_proj": "int8"}}, True),
-        ({"each": {"*.down_prj": "int8"}}, False),
-        ({"quantize": {"keep": ["lm_head"]}}, True),
-        ({"quantize": {"keep": ["lm_haed"]}}, False),
-        ({"quantize": {"blocks": {"model.layers.0.mlp.up_proj": 64}}}, True),
-        ({"quantize": {"blocks": {"model.layers.9.mlp.up_proj": 64}}}, False),
+        ("export.each={'*.down_proj': int8}", True),
+        ("export.each={'*.down_prj': int8}", False),
+        ("export.each={model.layers.0: int8}", False),
+        ("export.each={model.layers.9.mlp.up_proj: int8}", False),
+        ("export.quantize.keep=[lm_head, '*embed_tokens']", True),
+        ("export.quantize.keep=[lm_head, lm_haed]", False),
+        ("export.quantize.blocks={model.layers.0.mlp.up_proj: 64}", True),
+        ("export.quantize.blocks={'model.layers.*.mlp': 64}", False),
+        (f"{ROUNDED}.keep=['*.up_proj']", True),
+        (f"{ROUNDED}.keep=['*.up_prj']", False),
+        (f"{ROUNDED}.keep=[model.layers.0]", False),
+        (f"{ROUNDED}.blocks={{model.layers.0.mlp.up_proj: 64}}", True),
+        (f"{ROUNDED}.blocks={{'*.up_proj': 64}}", False),
+        (f"{ROUNDED}.each={{model.layers.0.mlp.up_proj: int8}}", False),
     ],
 )
-def test_a_setting_of_a_layer_that_the_model_lacks_is_refused(setting: dict[str, Any], known: bool) -> None:
-    settings = ExportSettings.model_validate({"weights": "int4", **setting})
-    with nullcontext() if known else pytest.raises(RecipeError, match="no layer of this model"):
-        check_names(small_llama(), settings)
+def test_a_setting_of_a_layer_that_the_model_lacks_is_refused_by_whatever_looks(setting: str, known: bool) -> None:
+    """A run, a dry run and `--tiny` all ask this; a block is no layer."""
+    key = setting.partition("=")[0]
+    recipe = shrink(load_recipe("tiny", ["export.weights=int4", setting]))
+    with nullcontext() if known else pytest.raises(RecipeError, match=key):
+        check_recipe(recipe, "hf" if key.startswith(ROUNDED) else "onnx")
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
