@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soco_export.files.rope import check_rope, is_base, is_from_zero
 from soco_train.bounded import read_json
 from soco_train.errors import DataError, SocoError
 
 CONFIG_BYTES = 16 << 20
 FIX = "give the folder of a Hugging Face model"
-# fields of which every model needs a number, and those that are tables
+# fields of which every model needs a number
 EPSILONS = frozenset({"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"})
-_ROPE = frozenset({"rope_parameters", "rope_scaling"})
-_MOST = 1e30  # of a number that no array counts by
-_ABOVE_ZERO = frozenset({"rope_theta", "factor"})  # of these in a table or, of the first, beside it
+_BASES = frozenset({"rope_theta", "rope_local_base_freq"})
 # where a config.json says how many tokens its model reads
 CONTEXT_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -131,11 +130,9 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
 
     Not every version of transformers looks before it computes.
     """
-    for key in _ROPE & fields.keys():
-        if fields[key] is not None and not isinstance(fields[key], dict):
-            raise DataError(f"config.json sets {key} to {repr(fields[key])[:60]}", fix=f"{key}: a table", where=where)
-    for table in (fields, *(fields[key] or {} for key in _ROPE & fields.keys())):
-        _check_numbers(table, where)
+    numbers = plain_floats(fields)
+    check_rope(numbers, where)
+    _check_numbers(numbers, where)
     for key, most in _LARGEST.items():
         value = fields.get(key)
         for number in value if isinstance(value, list) else [value]:
@@ -146,14 +143,12 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
                 )
 
 
-def _check_numbers(table: Mapping[str, Any], where: str) -> None:
-    """Raise DataError for an epsilon or a rope's base or factor that is no number, or none above 0 (an epsilon: 0)."""
-    for key in (EPSILONS | _ABOVE_ZERO) & table.keys():
-        value = plain_floats(table[key])
-        if value is None or (isinstance(value, list) and key in _ABOVE_ZERO):  # one a layer
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and (0 < value < _MOST or (value == 0 and key in EPSILONS))):
+def _check_numbers(fields: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for an epsilon or a rope's base that is no number, or none above 0 (an epsilon: 0)."""
+    for key in (EPSILONS | _BASES) & fields.keys():
+        value = fields[key]
+        holds = is_base(value) if key in _BASES else is_from_zero(value)
+        if value is not None and not holds:
             raise DataError(
                 f"config.json sets {key} to {repr(value)[:60]}", fix=f"{key}: a number above 0", where=where
             )

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,13 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from transformers import LlamaConfig
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
+from soco_export.files.rope import check_rope
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.model.load import dense_config
 from soco_export.model.source import BUILTIN_MODEL
+from soco_export.onnx.describe.config import Config
+from soco_export.onnx.families import describe
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
@@ -108,6 +112,20 @@ def test_infinity_in_either_form_is_a_number(tmp_path: Path) -> None:
     assert plain_floats(read_config(tmp_path)) == {"a": float("inf"), "b": float("-inf"), "c": [{"d": 1}]}
 
 
+# (field of a rotary table, value that it cannot have)
+_BAD_ROPE: list[tuple[str, Any]] = [
+    ("rope_type", 5),
+    ("factor", True),
+    ("attention_factor", float("nan")),
+    ("mscale", -1),
+    ("beta_slow", "1"),
+    ("truncate", 1),
+    ("partial_rotary_factor", 2),
+    ("original_max_position_embeddings", 64.5),
+    *(("long_factor", value) for value in ("a", ["a", "a"], [[1.0], [1.0]], [1.0, -1.0], [1.0, float("nan")], [1.0])),
+]
+
+
 @pytest.mark.transformers
 @pytest.mark.parametrize(
     "fields",
@@ -124,13 +142,36 @@ def test_infinity_in_either_form_is_a_number(tmp_path: Path) -> None:
         {"rope_theta": 0},
         {"rope_theta": 10**400},
         {"rope_theta": float("nan")},
+        {"rope_local_base_freq": [1e4, -1]},
         {"rope_scaling": {"rope_type": "linear", "factor": -2.0}},
+        *({"rope_parameters": {"full_attention": {key: value}}} for key, value in _BAD_ROPE),
     ],
 )
 def test_sizes_beyond_all_models_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with refused("config.json sets"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"long_factor": [1.0] * 3}, "long_factor"),
+        ({"low_freq_factor": 4.0, "high_freq_factor": 1.0}, "low_freq_factor"),
+    ],
+)
+def test_fields_of_a_rotary_table_fit_together(changes: dict[str, Any], words: str | None) -> None:
+    table = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": None}
+    with refused(words) if words else nullcontext():
+        check_rope({"rope_scaling": {**table, **changes}, "rope_parameters": None}, "here")
+
+
+def test_a_config_that_a_family_cannot_be_read_from_is_refused_by_name() -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}
+    fields = {**LlamaConfig().to_dict(), "rope_parameters": rope}
+    with refused("KeyError, 'low_freq_factor'"):
+        describe(Config(fields, fields, frozenset(fields), "here"))
 
 
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
+from soco_train.errors import DataError
 
 Describe = Callable[[Config], Architecture]
 FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
@@ -39,7 +40,8 @@ def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
 def describe(config: Config) -> Architecture | None:
     """Return the description of `config`, None if its family has none.
 
-    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand.
+    Raises RecipeError for a key that changes the mathematics and that the family's description does not understand,
+    DataError for fields from which it cannot be made.
     """
     entry = FAMILIES.get(str(config.get("model_type")))
     if entry is None:
@@ -49,7 +51,14 @@ def describe(config: Config) -> Architecture | None:
     for key, value in config.values.items():
         if key not in known and _matters(key, value, config.defaults):
             raise config.refuse(key, f"the description of {config['model_type']} does not know it")
-    return describer(config)
+    try:
+        return describer(config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise DataError(
+            f"config.json describes no graph of a {config['model_type']}: {type(error).__name__}, {str(error)[:200]}",
+            fix="give the config.json that was published with the model; --format hf or dense needs no description",
+            where=config.where,
+        ) from error
 
 
 def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
