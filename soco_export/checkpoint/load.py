@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from soco_export.checkpoint.reader import check_checkpoint
-from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import REPAIR
+from soco_export.files.json import making_a_model, read_config
+from soco_export.files.safetensors import REPAIR, StoredTensor, renamed_views
+from soco_export.files.wrapped import language_model, language_names
 from soco_train.errors import DataError
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
-    """Return the causal LM of `folder`, pruned or dense, in evaluation mode.
+    """Return the causal LM of `folder`, pruned or dense, in evaluation mode; of several models the decoder alone.
 
     dtype: "auto" as stored. trust_remote_code: whether code that lies in the folder may run; never asked on stdin.
     Raises DataError, naming the file, if the folder is damaged, needs code that may not run, or holds no value for one
     of the model's weights.
     """
-    check_checkpoint(folder)
-    from transformers import AutoModelForCausalLM
-
+    stored = check_checkpoint(folder)
+    reading = {"dtype": dtype, "output_loading_info": True}
     with making_a_model(folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )
+        model, report = _decoder(folder, stored, **reading) or _as_it_is(folder, trust_remote_code, **reading)
     for problem in ("missing_keys", "unexpected_keys"):
         names = sorted(report[problem])
         if names:
@@ -40,3 +35,24 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
                 where=str(folder),
             )
     return model
+
+
+def _as_it_is(folder: Path, trust_remote_code: bool, **reading: Any) -> Any:
+    """Return (model, report) as transformers reads the folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **reading
+    )
+
+
+def _decoder(folder: Path, stored: Mapping[str, StoredTensor], **reading: Any) -> Any:
+    """Return (model, report) of the decoder among several models, None where the folder is of one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    inner = language_model(read_config(folder))
+    if inner is None:
+        return None
+    config = AutoConfig.for_model(**inner)
+    views = renamed_views(stored, language_names(stored))
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=views, **reading)

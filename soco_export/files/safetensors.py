@@ -1,4 +1,4 @@
-"""The weights of a model's folder: which files they are, and what these say they hold; no number is read.
+"""The weights of a model's folder: which files they are, what these say they hold, and views of it; no number is read.
 
 One rule says which files a folder's weights are, for whoever checks them and whoever loads them: those that the index
 names, else model.safetensors.
@@ -6,13 +6,17 @@ names, else model.safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soco_train.bounded import read_json
 from soco_train.errors import DataError, RecipeError
 from soco_train.store.header import read_header
+
+if TYPE_CHECKING:
+    import torch
 
 REPAIR = "copy or write the checkpoint again"
 SINGLE = "model.safetensors"
@@ -85,3 +89,14 @@ def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
         for file in map(Path, files)
         for name, (dtype, shape) in read_header(file, REPAIR).tensors.items()
     }
+
+
+def renamed_views(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors that `names` has, views of their files, under their new names."""
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted({stored[name].file for name in names}):
+        with safe_open(str(path), framework="pt") as file:  # one mapping for all of a file
+            found |= {new: file.get_tensor(name) for name, new in names.items() if stored[name].file == path}
+    return found

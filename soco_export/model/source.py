@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import making_a_model, plain_floats, read_config
+from soco_export.files.json import plain_floats, read_config
+from soco_export.files.wrapped import MODEL_SIZES, language_model
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import DataError, RecipeError
 
 BUILTIN_MODEL = Path(__file__).parents[2] / "soco_train" / "builtin" / "tiny"
-# what must agree for a folder to be a recipe's model
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # fields of a config.json that say how it was made, not what the model is
 PROVENANCE = (
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -26,8 +25,6 @@ PROVENANCE = (
     "quantization_config",  # only null gets this far
     "soco_export",  # how a plan would have an export write it
 )
-# what a config.json of several models may say of its language model outside
-_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _MOST_VALUES = 20_000  # of a dense config.json: a run keeps all of them in its lock, at 0.2 ms each until it begins
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # a second copy of the weights in another framework's layout
@@ -64,25 +61,6 @@ def _values(value: Any) -> int:
     return 1 + sum(map(_values, inner))
 
 
-def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the fields of the decoder inside a config.json of several models, None if it is of one.
-
-    Such a file leaves out what its class says already: sizes that a recipe is compared with are filled in.
-    """
-    inner = fields.get("text_config")
-    if not isinstance(inner, Mapping) or "model_type" not in inner:
-        return None
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
-
-    if inner["model_type"] not in DECODERS:
-        return None
-    inner = {**{key: fields[key] for key in _SHARED if key in fields}, **inner}
-    with making_a_model("model.architecture"):
-        filled = AutoConfig.for_model(**inner)
-    return {**inner, **{key: getattr(filled, key) for key in _SIZES if key not in inner and hasattr(filled, key)}}
-
-
 def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
     """Undo transformers 5's `rope_parameters`: 4.57 passes over it in silence and takes the default theta."""
     rope = fields.get("rope_parameters")
@@ -99,7 +77,7 @@ def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
 
 def disagreement(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Name the first size in which two architectures differ, or return nothing."""
-    for key in ("model_type", *_SIZES):
+    for key in ("model_type", *MODEL_SIZES):
         if key in expected and expected[key] != found.get(key, expected[key] if key == "num_key_value_heads" else None):
             return f"{key} is {found.get(key)}, not {expected[key]}"
     return "" if expected else "no architecture"

@@ -18,13 +18,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 from transformers.utils import logging
 
 from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import StoredTensor, open_shards, weight_files
+from soco_export.files.safetensors import open_shards, renamed_views, weight_files
+from soco_export.files.wrapped import language_names
 from soco_export.model.apart import names_apart, read_apart
 from soco_train.errors import DataError
 from soco_train.numbers.faults import number_fault
 
-# how files of several models call the decoder among them, and what transformers calls it alone
-_INSIDE = (("language_model.model", "model"), ("model.language_model", "model"), ("language_model.lm_head", "lm_head"))
 # half precisions by their name in a safetensors header
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -75,18 +74,13 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
     return model
 
 
-def language_names(names: Collection[str]) -> dict[str, str]:
-    """Return what the decoder's tensors start with in files of several models → what they start with alone."""
-    return {inside: alone for inside, alone in _INSIDE if any(name.startswith(f"{inside}.") for name in names)}
-
-
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     stored = open_shards(weight_files(folder))
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     reading: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     with _quiet(), making_a_model(folder):
         if names := _own_names(kind, config, stored):
-            model, report = read_apart(kind, state_dict=_views(stored, names), **reading)
+            model, report = read_apart(kind, state_dict=renamed_views(stored, names), **reading)
             model.name_or_path = str(folder)
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -102,23 +96,7 @@ def _own_names(kind: Any, config: Any, stored: Collection[str]) -> dict[str, str
     """Return tensor names of the files → the model's own; empty where transformers reads the files as they are."""
     if kind is None:  # a class that comes with its folder
         return {}
-    if inside := language_names(stored):
-        return {
-            name: alone + name.removeprefix(before)
-            for name in stored
-            for before, alone in inside.items()
-            if name.startswith(f"{before}.")
-        }
-    return names_apart(kind, config, stored)
-
-
-def _views(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the tensors that `names` has, views of their files, under their new names."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted({stored[name].file for name in names}):
-        with safe_open(str(path), framework="pt") as file:  # one mapping for all of a file
-            found |= {new: file.get_tensor(name) for name, new in names.items() if stored[name].file == path}
-    return found
+    return language_names(stored) or names_apart(kind, config, stored)
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:

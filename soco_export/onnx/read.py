@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.record import QUANT_METHOD
 from soco_export.files.json import read_config
 from soco_export.files.safetensors import open_shards, weight_files
+from soco_export.files.wrapped import language_names
 from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.source import Place, Renamed, Shapes, StoredForm, places
@@ -64,9 +66,10 @@ class CheckpointWeights:
         self._stored = open_shards(weight_files(folder))
         check_layer_tensors(self._stored, layers)
         self._places: dict[str, Place] = {}
-        for name, stored in self._stored.items():
-            before = "" if name.startswith(HEADS) else prefix
-            self._places |= places(name, tuple(stored.shape), renamed, before, turned)
+        for name, alone in (language_names(self._stored) or dict(zip(self._stored, self._stored, strict=True))).items():
+            before = "" if alone.startswith(HEADS) else prefix
+            found = places(alone, tuple(self._stored[name].shape), renamed, before, turned)
+            self._places |= {one: replace(place, name=name) for one, place in found.items()}
         self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
 
     def _shape(self, name: str) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ OPSET = 20
 RECURRENT = re.compile(
     r"^(mamba|ssm_|state_size|lru_width|linear_conv|linear_num|conv_L_cache|time_step|conv_kernel|rescale_every)"
 )
+# Keys of a model that reads images or sounds beside text.
+_SEVERAL = ("vision_config", "audio_config", "text_config")
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -69,6 +71,12 @@ def _cache(past: list[_Pair]) -> Any:
 
 def check_fallback(config: Config, settings: ExportSettings) -> None:
     """Raise unless a traced graph can be what the settings ask for, and the tracer is installed."""
+    if several := next((key for key in _SEVERAL if config.get(key)), None):
+        raise RecipeError(
+            f"{config['model_type']} is several models in one folder, and the decoder among them is not known alone",
+            fix="save the decoder as a model of its own (save_pretrained of its language model, with a head)",
+            where=f"{config.where}: {several}",
+        )
     if keys := sorted(key for key in config.values if RECURRENT.search(key) and config.get(key)):
         raise RecipeError(
             f"{config['model_type']} keeps a state beside keys and values ({keys[0]}): no graph can be made of it",

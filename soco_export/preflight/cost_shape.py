@@ -103,15 +103,11 @@ def participation_notes(recipe: Recipe) -> list[str]:
 def _others(recipe: Recipe) -> list[str]:
     """Return what stays behind of a folder that holds several models."""
     from soco_export.files.json import read_config
-    from soco_export.model.source import find_folder, language_model
+    from soco_export.files.wrapped import left_behind
+    from soco_export.model.source import find_folder
 
     folder = find_folder(recipe) if recipe.model.weights != "random" else None
-    whole = read_config(folder) if folder else {}
-    inner = language_model(whole)
-    kind = whole.get("model_type")
-    return (
-        [f"of the {kind} model the decoder alone is taken ({inner['model_type']}): it reads text only"] if inner else []
-    )
+    return left_behind(read_config(folder) if folder else {})
 
 
 def host(recipe: Recipe, shape: ModelShape) -> int:

@@ -17,6 +17,7 @@ from soco_export.files.json import context_length, read_config
 from soco_export.files.records import check_apart
 from soco_export.files.replacing import check_replaceable
 from soco_export.files.text import aligned, one_line
+from soco_export.files.wrapped import left_behind
 from soco_export.recipe.difference import flatten
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
@@ -45,19 +46,20 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
             where=str(folder),
         )
     _check_out(out, folder, request.fresh)
+    notes = left_behind(read_config(folder))
     if request.format == "dense":
         _write_dense(recipe, folder, out)
-        return Outcome({"folder": str(out)}, str(out))
+        return Outcome({"folder": str(out), "notes": notes}, "\n".join([str(out), *notes]))
     from soco_export.export import export_onnx
 
     trusted = recipe.model.trust_remote_code
     calibration = partial(_calibration, recipe, folder)
     summary = export_onnx(folder, out, recipe.export, notify, calibration, trust_remote_code=trusted)
     proof = prove_folders(recipe, folder, out, notify)
-    document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, **proof.document}
+    document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, "notes": notes, **proof.document}
     if summary.rounding:
         document["rounding"] = asdict(summary.rounding)
-    return Outcome(document, f"{out}\n{proof.text}", proof.code)
+    return Outcome(document, "\n".join([str(out), *notes, proof.text]), proof.code)
 
 
 def _calibration(recipe: Recipe, folder: Path) -> torch.Tensor:

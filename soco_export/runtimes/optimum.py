@@ -7,6 +7,7 @@ from pathlib import Path
 from soco_export.checkpoint.versions import tokenizer_in_both_forms
 from soco_export.files.json import FIX, read_config
 from soco_export.files.tokenizer import tokenizer_files
+from soco_export.files.wrapped import language_model
 from soco_export.runtimes.registry import Layout, Runtime, runtime, write_json
 from soco_train.bounded import read_bytes, read_json
 from soco_train.installed import install_command
@@ -28,6 +29,7 @@ class Optimum(Runtime):
 def write_hugging_face_files(source: Path, folder: Path) -> None:
     """Copy config, generation config and tokenizer of an HF folder, without what concerns weights."""
     config = read_config(source)
+    config = language_model(config) or config
     # The graph holds the factors already: nothing may look for them in safetensors.
     config.pop("quantization_config", None)
     write_json(folder / "config.json", config)

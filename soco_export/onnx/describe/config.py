@@ -9,6 +9,7 @@ from typing import Any
 
 from soco_export.files.json import making_a_model
 from soco_export.files.json import read_config as read_fields
+from soco_export.files.wrapped import language_model
 from soco_train.errors import DataError, RecipeError
 
 
@@ -63,13 +64,20 @@ class Config:
 
 
 def resolve_config(folder: Path, trust_remote_code: bool = False) -> Config:
-    """Read `folder`/config.json; DataError if it is missing, no configuration, or one of code that may not run."""
+    """Read `folder`/config.json; DataError if it is missing, no configuration, or one of code that may not run.
+
+    Of a model that reads images or sounds as well it is that of its decoder.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"
     written = read_fields(folder)
+    inner = language_model(written)
     with making_a_model(folder):
-        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if inner is None:
+            resolved = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        else:
+            resolved, written = AutoConfig.for_model(**inner), inner
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     return as_config(resolved, str(path), rope)
