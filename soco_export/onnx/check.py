@@ -87,7 +87,8 @@ def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[
     needed: Shapes = {f"{names.embed}.weight": table, **architecture.norms(), **architecture.corrections()}
     if names.positions:
         needed[f"{names.positions}.weight"] = (architecture.context + names.position_offset, architecture.hidden)
-    allowed: Shapes = {f"{names.head}.weight": table} if architecture.tied else {}
+    tied: Shapes = {f"{names.head}.weight": table, f"{names.head}.bias": table[:1]}
+    allowed = tied if architecture.tied else {}
     for name, (m, n) in architecture.linears().items():
         if architecture.tied and name == names.head:
             continue

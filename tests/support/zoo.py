@@ -54,6 +54,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}),
     "phi": _of("phi", BASE, num_key_value_heads=4, qk_layernorm=True,
                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    "phi-tied": _of("phi", BASE, tie_word_embeddings=True),
     "phi3": _of("phi3", BASE, sliding_window=9),
     "phi4-mini": _of("phi3", BASE, tie_word_embeddings=True, original_max_position_embeddings=30, rope_parameters={
         **LONGROPE, "partial_rotary_factor": 0.75}),
@@ -87,6 +88,8 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": _of("arcee", BASE, head_dim=16, mlp_bias=True),
     "exaone4": _of("exaone4", BASE, WINDOW),
     "hunyuan_v1_dense": _of("hunyuan_v1_dense", BASE, head_dim=16),
+    "hunyuan-alpha": _of("hunyuan_v1_dense", BASE, head_dim=16, max_position_embeddings=24,
+                         rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4}),
     "bloom": _of("bloom", BLOOM, n_head=4),
     "bloom-odd-heads": _of("bloom", BLOOM, hidden_size=48, n_head=6),
     "mpt": _of("mpt", {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 96,

@@ -103,6 +103,13 @@ def dynamic(given: Scaling) -> Rope:
     return _rope(1.0 / given.powers(), growth=(given.factor, given.context, given.width))
 
 
+@scaling("alpha")
+def alpha(given: Scaling) -> Rope:
+    """NTK scaling by a number instead of by length: theta · alpha^(width / (width - 2)). Source: HunYuan's class."""
+    stretched = given.parameters["alpha"] ** (given.width / (given.width - 2))
+    return _rope(1.0 / replace(given, theta=given.theta * stretched).powers())
+
+
 @scaling("llama3")
 def llama3(given: Scaling) -> Rope:
     """Slow waves divided by `factor`, fast ones kept, those between blended. Source: Llama 3.1's reference code."""

@@ -108,7 +108,7 @@ class AttentionFlavour(ABC):
             {} if shape.cap is None else {"softcap": shape.cap}
         )
 
-    # slots [1,t] ── Sub slots of queries [s,1] ── Cast ── Mul slopes [heads,1,1] ── [heads,s,t]
+    # keys [...,1,t] ── Sub queries [...,s,1] ── Cast ── Mul slopes [heads,1,1] ── [...,heads,s,t]
     def distance_bias(self, keys: ir.Value, queries: ir.Value, slopes: tuple[float, ...]) -> ir.Value:
         """Return alibi's bias: slope · (key - query), in the graph's type."""
         graph = self.graph

@@ -58,7 +58,11 @@ class TokenTable:
     # blocks:  hidden ── MatMulNBits (table ── Reshape [vocab,blocks,bytes])
     # neither: hidden ── the head's own MatMul
     def product(self, hidden: ir.Value) -> ir.Value:
-        """Return hidden · tableᵀ: the logits of a tied head."""
+        """Return hidden · tableᵀ + bias: the logits of a tied head, which may have a bias of its own."""
+        logits, bias = self._product(hidden), self.linears.bias(self.architecture.tensors.head, None)
+        return logits if bias is None else self.graph.op("Add", logits, bias)
+
+    def _product(self, hidden: ir.Value) -> ir.Value:
         head = self.architecture.tensors.head
         quantized = self.linears.settings.quantizes(head)
         if quantized and self._blocks is not None and self.architecture.hidden % self._blocks.block == 0:

@@ -1,6 +1,7 @@
 """The flavour `standard`: ONNX's own operators, opset 23.
 
-The mask is explicit, so that left-padded batches and sliding windows are right on any runtime.
+The mask is explicit, so that padded batches and sliding windows are right on any runtime: a window counts tokens, not
+the slots among which padding lies.
 """
 
 from __future__ import annotations
@@ -25,22 +26,36 @@ class Standard(AttentionFlavour):
         """Emit one mask per window size, and cosines and sines of the positions at hand."""
         self.keys, self.queries = self.slots(inputs)
         windows = dict.fromkeys(layer.window for layer in self.architecture.each)
+        self.counted = self._counted(inputs) if self.architecture.attention.alibi or any(windows) else None
         self.masks = {window: self._mask(inputs, window) for window in windows}
         if self.outside:
             assert inputs.positions is not None
             self.rotation.prepare(self.outside, inputs.positions)
 
-    # keys ≤ queries ──┬─ And ── And ── Or ── [b,1,s,t]
-    # keys > queries-w ┘          │      │
-    # attention_mask ── Cast ─────┘      │
-    # keys = queries ────────────────────┘   (a padding row sees itself: no empty softmax, no NaN)
+    # attention_mask ── CumSum ─┬─ Unsqueeze ─────────────────────── tokens up to each key   [b,1,1,t]
+    #                           └─ Gather slots of queries [s,1] ─── tokens up to each query [b,1,s,1]
+    def _counted(self, inputs: GraphInputs) -> tuple[ir.Value, ir.Value]:
+        """Return how many tokens there are up to each key, and up to each query."""
+        graph = self.graph
+        with graph.scope("mask"):
+            count = graph.op("CumSum", inputs.mask, graph.constant(1))
+            queries = graph.op("Gather", count, self.queries, axis=1)
+            return graph.op("Unsqueeze", count, graph.constant([1, 2])), graph.op(
+                "Unsqueeze", queries, graph.constant([1])
+            )
+
+    # keys ≤ queries ─────┬─ And ── And ── Or ── [b,1,s,t]
+    # counted keys > q-w ─┘          │      │
+    # attention_mask ── Cast ────────┘      │
+    # keys = queries ───────────────────────┘   (a padding row sees itself: no empty softmax, no NaN)
     def _mask(self, inputs: GraphInputs, window: int | None) -> ir.Value:
         graph = self.graph
         with graph.scope("mask"):
             seen = graph.op("LessOrEqual", self.keys, self.queries)
-            if window is not None:
-                oldest = graph.op("Sub", self.queries, graph.constant(window))
-                seen = graph.op("And", seen, graph.op("Greater", self.keys, oldest))
+            if window is not None and self.counted is not None:
+                keys, queries = self.counted
+                oldest = graph.op("Sub", queries, graph.constant(window))
+                seen = graph.op("And", seen, graph.op("Greater", keys, oldest))
             real = graph.op("Unsqueeze", graph.op("Cast", inputs.mask, to=ir.DataType.BOOL), graph.constant([1, 2]))
             itself = graph.op("Equal", self.keys, self.queries)
             mask = graph.op("Or", graph.op("And", seen, real), itself)
@@ -53,9 +68,9 @@ class Standard(AttentionFlavour):
     # alibi: mask ── Where bias, -∞ ── [b,heads,s,t]
     def _biased(self, mask: ir.Value) -> ir.Value:
         slopes = self.architecture.attention.alibi
-        if slopes is None:
+        if slopes is None or self.counted is None:
             return mask
-        bias = self.distance_bias(self.keys, self.queries, slopes)
+        bias = self.distance_bias(*self.counted, slopes)
         return self.graph.op("Where", mask, bias, self.graph.constant(float("-inf"), self.graph.dtype))
 
     # query, key, value ────┐

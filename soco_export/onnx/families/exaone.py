@@ -22,7 +22,12 @@ def exaone4(config: Config) -> Architecture:
 
 @family("hunyuan_v1_dense", keys=f"{COMMON} eod_token_id")
 def hunyuan(config: Config) -> Architecture:
-    """Queries and keys are normalised after they have turned."""
+    """Queries and keys are normalised after they have turned; an `alpha` fixes the rotation of type `dynamic`."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key, {})
+        if rope.get("alpha") and "dynamic" in (rope.get("rope_type"), rope.get("type")):
+            stretched = {**rope, "rope_type": "alpha"}
+            config = replace(config, values={**config.values, key: stretched})
     base, norm = decoder(config), Norm("rms", config["rms_norm_eps"])
     heads = HeadNorm("self_attn.query_layernorm", "self_attn.key_layernorm", norm, rotated=True)
     return replace(base, attention=replace(base.attention, norm=heads))

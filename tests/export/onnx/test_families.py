@@ -102,6 +102,22 @@ def test_a_family_computes_what_transformers_computes(name: str, tmp_path: Path)
     assert error(in_onnx(tmp_path / "contrib", prompt, padded, once), expected, padded) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", map(known_here, ["bloom", "gemma3_text", "gpt_oss"]))
+def test_a_window_counts_tokens_and_not_the_slots_of_padding(name: str, tmp_path: Path) -> None:
+    """A batch padded on the right goes on behind the padding as the row alone does; alibi's biases count so too."""
+    model = tiny_model(name)
+    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", ExportSettings())
+    tokens = fresh.rng().integers(3, 90, (2, PROMPT + STEPS))
+    right, short = np.ones_like(tokens), PROMPT - 6
+    right[0, short:PROMPT] = 0
+    real = right[0].astype(bool)
+    alone = tokens[:1, real]
+    steps = [(0, short), *((at, at + 1) for at in range(short, short + STEPS))]
+    expected = in_transformers(model, alone, np.ones_like(alone), steps)
+    found = in_onnx(tmp_path / "onnx", tokens, right, pieces())[:1, real]
+    assert error(found, expected, np.ones_like(alone)) < TOLERANCE
+
+
 QUANTISED = ["gemma3_text", "phi4-mini", "cohere", "gpt2", "gpt_neox", "falcon-40b", "bloom", "olmo2", "mixtral"]
 HALVED = ["gemma2", "phi4-mini", "cohere", "bloom", "granite", "hunyuan_v1_dense"]
 
