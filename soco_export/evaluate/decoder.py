@@ -1,7 +1,7 @@
 """One interface for a dense model, a low-rank model and an ONNX graph, so that no measurement branches on what it sees.
 
 `Decoder` keeps the mask, the positions and the cache; its children (`TorchDecoder` here, `OnnxDecoder` in session.py)
-only run one forward pass.
+only run one forward pass. torch is imported where it runs: what only opens a graph is spared its seconds and memory.
 
     decoder = TorchDecoder(model)
     tokens = decoder.generate(prompt, 32)
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -97,12 +98,14 @@ class TorchDecoder(Decoder):
         self.model: Any = model.eval()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    @torch.inference_mode()
     def _forward(self, ids: IntArray, mask: IntArray, positions: IntArray, past: Any) -> tuple[FloatArray, Any]:
+        import torch
+
         device = next(self.model.parameters()).device
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
         tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in inputs.items()}
-        output = self.model(**tensors, past_key_values=past, use_cache=True)
+        with torch.inference_mode():
+            output = self.model(**tensors, past_key_values=past, use_cache=True)
         return output.logits.float().cpu().numpy(), output.past_key_values

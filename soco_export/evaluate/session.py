@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-import torch.utils.dlpack
 from google.protobuf.message import DecodeError
 from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -245,6 +244,8 @@ def session_options(threads: int) -> Any:
 
 
 def _open_session(folder: Path, provider: str, threads: int, profile: Path) -> Any:
+    if provider in DEVICES:
+        import torch  # noqa: F401 - loads the CUDA libraries it was installed with, for ONNX Runtime's provider too
     options = session_options(threads)
     options.enable_profiling = True
     options.profile_file_prefix = str(profile)
@@ -290,5 +291,7 @@ def _present_name(past_name: str) -> str:
 
 def _as_float32(value: Any) -> FloatArray:
     if value.data_type() == "tensor(bfloat16)":  # numpy has no bfloat16
+        import torch.utils.dlpack
+
         return torch.utils.dlpack.from_dlpack(value).float().numpy()
     return np.asarray(value.numpy(), dtype=np.float32)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,9 @@ def test_peak_memory_is_of_the_model_and_not_of_the_parent(tmp_path, monkeypatch
     folder = folder_with_config(tmp_path, "toy", 0)
     (folder / "numpy.py").write_text("raise SystemExit('code that came with the model')")
     monkeypatch.chdir(folder)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "torch.py").write_text("raise SystemExit('what a server would not import')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'first'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ballast = np.ones(600 * 2**20, dtype=np.uint8)
     found = measure_peak_memory(folder, "CPUExecutionProvider", 1, 8)
     assert high_water_mark() > ballast.nbytes
