@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.models[0][1]
     options.out.mkdir(parents=True, exist_ok=True)
     path, setting = options.out / "budget.json", {**setting_of(options), "key": key_of(folder, options)}
+    if options.learning_rates != list(LEARNING_RATES):
+        setting["learning_rates"] = options.learning_rates
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = [Row(**row) for row in document["rows"]] if document.get("setting") == setting else []
 
@@ -122,6 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     more.add_argument("--sizes", nargs="*", type=lambda text: round(float(text) * 1e6), default=[], help="MB")
     more.add_argument("--work", type=Path, help="keep spectra, scores, damage and levels here")
     more.add_argument("--in-torch", action="store_true", help="round and score in PyTorch, count the bytes")
+    more.add_argument("--learning-rates", nargs="+", type=float, default=list(LEARNING_RATES), help="tried for each")
     options = more.parse_args(argv)
     if options.in_torch and TRAINED in options.rules:
         more.error("--in-torch trains nothing")
@@ -135,7 +138,8 @@ def dense_row(options: argparse.Namespace, grid: str, rule: str) -> Row:
     with tempfile.TemporaryDirectory() as work:
         if rule == TRAINED:
             text = blocks_of(folder, options, "calibration")
-            folder = Trainable(folder, 1.0, text, options.tokens, Path(work)).trained(rounding(grid)).folder
+            subject = Trainable(folder, 1.0, text, options.tokens, Path(work))
+            folder = subject.trained(rounding(grid), options.learning_rates).folder
         spent = time.process_time() - started
         row = measure(("dense", grid, rule), folder, options, how)
     return replace(row, seconds=round(row.seconds + spent, 1))
@@ -249,7 +253,7 @@ class Planner:
     def _trained(self, plan: RankPlan, out: Path) -> Factors:
         """Return what the learning rate gives whose divergence on held-out blocks is the least."""
         found: list[tuple[float, Factors]] = []
-        for lr in LEARNING_RATES:
+        for lr in self.options.learning_rates:
             events: list[Event] = []
             as_planned = plan.rounding(RoundingSettings(weights="planned"))
             distill = LEARNING.model_copy(update={"lr": lr, "rounding": as_planned})

@@ -58,9 +58,9 @@ class Subject:
         """Return the folder of the cut model, nothing trained."""
         return self._save(self.work / "cut", RefineSettings(), [])
 
-    def trained(self, rounding: RoundingSettings) -> Found:
+    def trained(self, rounding: RoundingSettings, rates: Sequence[float] = LEARNING_RATES) -> Found:
         """Return the best of the models trained as `rounding` leaves them; its divergences are in that form."""
-        found = {lr: self._train(lr, rounding) for lr in LEARNING_RATES}
+        found = {lr: self._train(lr, rounding) for lr in rates}
         lr = min(found, key=lambda lr: found[lr][1])
         return Found(found[lr][0], lr, {f"{lr:g}": divergence for lr, (_, divergence) in found.items()})
 
