@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.bits.models import LEARNING, LEARNING_RATES, TRAINED, least_divergence, tokenizer_of
+from benchmarks.bits.models import LEARNING_RATES, TRAINED, learning, least_divergence, tokenizer_of
 from benchmarks.bits.models import Subject as Trainable
 from benchmarks.bits.run import blocks_of, key_of, make_parser, rounding, setting_of, settings
 from soco_export.checkpoint.layers import apply_factors, record_types
@@ -256,7 +256,7 @@ class Planner:
         for lr in self.options.learning_rates:
             events: list[Event] = []
             as_planned = plan.rounding(RoundingSettings(weights="planned"))
-            distill = LEARNING.model_copy(update={"lr": lr, "rounding": as_planned})
+            distill = learning(self.options.block, lr=lr, rounding=as_planned)
             factors = self._cut(plan, RefineSettings(distill=distill), out / f"{lr:g}", events)
             found.append((least_divergence(events), factors))
         return min(found, key=lambda one: one[0])[1]

@@ -24,7 +24,8 @@ from soco_train.store.scores import Scores
 
 TRAINED = "trained"  # the rule of a row that was
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-LEARNING = DistillSettings(steps=60, batch_tokens=1024, held_out_blocks=16, evaluate_every=20)
+LEARNING = DistillSettings(steps=60, batch_tokens=1024, held_out_blocks=16, evaluate_every=20)  # in blocks of 256
+_HELD_OUT = 4096  # tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Subject:
 
     def _train(self, lr: float, rounding: RoundingSettings) -> tuple[Path, float]:
         events: list[Event] = []
-        settings = LEARNING.model_copy(update={"lr": lr, "rounding": rounding})
+        settings = learning(self.text.shape[1], lr=lr, rounding=rounding)
         name = f"{rounding.weights}-{rounding.block}-{lr:g}"
         folder = self._save(self.work / name, RefineSettings(distill=settings), events)
         return folder, least_divergence(events)
@@ -77,6 +78,14 @@ class Subject:
         apply_factors(model, cut_factors(model, self.text, self.scores, ranks, self.work, refine, events.append))
         save_checkpoint(model, tokenizer_of(self.folder), out)
         return out
+
+
+def learning(block: int, **how: Any) -> DistillSettings:
+    """Return LEARNING for blocks of so many tokens: as many tokens in all, and as many of them held out."""
+    batch = max(LEARNING.batch_tokens, block)
+    steps = LEARNING.steps * LEARNING.batch_tokens // batch
+    sizes = {"steps": steps, "batch_tokens": batch, "held_out_blocks": max(1, _HELD_OUT // block)}
+    return LEARNING.model_copy(update={**sizes, "evaluate_every": max(1, steps // 3), **how})
 
 
 def least_divergence(events: Sequence[Event]) -> float:
