@@ -93,7 +93,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": _of("bloom", BLOOM, n_head=4),
     "bloom-odd-heads": _of("bloom", BLOOM, hidden_size=48, n_head=6),
     "mpt": _of("mpt", {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 96,
-                       "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.3}}),
+                       "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.3, "alibi_bias_max": 16}}),
     "mpt-odd-heads": _of("mpt", {"vocab_size": 96, "d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 96}),
     "falcon-7b": _of("falcon", {**BASE, "num_kv_heads": 1}, multi_query=True, bias=True),
     "falcon-40b": _of("falcon", BASE, new_decoder_architecture=True, num_kv_heads=2),

@@ -16,6 +16,8 @@ from soco_export.onnx.describe.architecture import (
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.registry import family
 
+_BIAS_MAX = 8  # transformers' MPT takes this number, whatever attn_config.alibi_bias_max says
+
 
 def bloom_slopes(heads: int) -> tuple[float, ...]:
     """Return alibi's slopes; heads beyond a power of two get every other one of the next. Source: arXiv 2108.12409."""
@@ -25,10 +27,10 @@ def bloom_slopes(heads: int) -> tuple[float, ...]:
     return tuple(slopes + between)
 
 
-def mpt_slopes(heads: int, bias_max: float) -> tuple[float, ...]:
+def mpt_slopes(heads: int) -> tuple[float, ...]:
     """Return alibi's slopes as MPT orders them where heads are no power of two."""
     power = 1 << math.ceil(math.log2(heads))
-    slopes = [2 ** (-bias_max * (head + 1) / power) for head in range(power)]
+    slopes = [2 ** (-_BIAS_MAX * (head + 1) / power) for head in range(power)]
     return tuple(slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads])
 
 
@@ -69,7 +71,7 @@ def bloom(config: Config) -> Architecture:
     norm_type embedding_fraction logit_scale verbose fc_type ffn_config init_config tokenizer_name""",
 )
 def mpt(config: Config) -> Architecture:
-    """LayerNorm without bias; of `attn_config` alibi's range, the scale and the clipping are read."""
+    """LayerNorm without bias; of `attn_config` the scale and the clipping are read."""
     config.require("expansion_ratio", (4,))
     config.require("logit_scale", (None,))
     how, hidden, heads = config["attn_config"], config["hidden_size"], config["num_attention_heads"]
@@ -91,7 +93,7 @@ def mpt(config: Config) -> Architecture:
             "attn.out_proj",
             scale=how.get("softmax_scale"),
             clip=how.get("clip_qkv"),
-            alibi=mpt_slopes(heads, how.get("alibi_bias_max", 8)),
+            alibi=mpt_slopes(heads),
         ),
         mlp=Mlp(4 * hidden, ("ffn.up_proj",), "ffn.down_proj", "gelu"),
         residual=Residual(before_attention="norm_1", before_mlp="norm_2"),
