@@ -34,6 +34,7 @@ SHORTEST_BLOCK = 8  # tokens
 MOST_NUMBER = 2**53  # floats are exact up to it, and JSON of any program
 HEAD_STEP = 8  # numbers of a value head that stay or go together: what a vector unit multiplies at once in fp32
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
+SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 OptimiserName = Literal["adamw", "muon"]
 BITS = {"int8": 8, "int4": 4, "int2": 2}  # of a number that block quantisation leaves
 Block = Literal[16, 32, 64, 128, 256]
@@ -218,6 +219,10 @@ class TrainSettings(OpenSection):
     basis: str = "whitened"
     ridge: float = Field(default=1e-6, ge=0, description="added to the covariance diagonal, as a share of its mean")
     statistics_blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind the covariances")
+    statistics_memory: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = Field(
+        default=SUMS_AT_ONCE,
+        description="bytes of covariances that one pass over the text collects, as 64GiB or a number",
+    )
     fisher_blocks: int = Field(default=16, ge=1)
     start: Literal["ones", "fisher", "spectrum"] = "ones"
     keep_params: float | None = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from soco_export.preflight.cost_card import Phase
@@ -23,7 +22,7 @@ from soco_train.forms.registry import find_form
 from soco_train.refine.rungs import wanted_rungs
 from soco_train.scores.registry import find_scorer
 from soco_train.spectra.bases import find_basis
-from soco_train.spectra.statistics import SUMS_AT_ONCE, TOKENS_AT_ONCE, sums_bytes
+from soco_train.spectra.statistics import TOKENS_AT_ONCE, passes, sums_bytes
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -124,7 +123,7 @@ def _spectrum_memory(recipe: Recipe, shape: ModelShape, width: int) -> int:
 def _sums(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of the statistics of one group of layers."""
     sizes = _sums_of_layers(recipe, shape)
-    return min(sum(sizes), max(SUMS_AT_ONCE, *sizes))
+    return max(sum(sizes[part]) for part in passes(sizes, recipe.train.statistics_memory))
 
 
 def _sums_of_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
@@ -140,8 +139,8 @@ def _statistics_hours(recipe: Recipe, shape: ModelShape) -> float:
     """A pass of the model for each group of layers, and the sums in fp32."""
     sizes = _sums_of_layers(recipe, shape)
     tokens = (recipe.train.statistics_blocks or recipe.data.blocks or 128) * recipe.data.block
-    passes = math.ceil(sum(sizes) / SUMS_AT_ONCE) * (3 if _backward(recipe) else 1)
-    model = hours(2.0 * tokens * passes * shape.active, recipe.train.factor_dtype)
+    forwards = len(passes(sizes, recipe.train.statistics_memory)) * (3 if _backward(recipe) else 1)
+    model = hours(2.0 * tokens * forwards * shape.active, recipe.train.factor_dtype)
     return model + hours(2.0 * tokens * shape.met(sizes) / DOUBLE_BYTES, "float32")
 
 

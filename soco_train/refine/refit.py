@@ -32,8 +32,7 @@ from soco_train.modules.layers import teaching
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.fisher_refit import fisher_refit
 from soco_train.refine.rungs import rung
-from soco_train.settings import RefitSettings
-from soco_train.spectra.statistics import SUMS_AT_ONCE
+from soco_train.settings import SUMS_AT_ONCE, RefitSettings
 
 _TOKENS_AT_ONCE = 2048
 

@@ -20,7 +20,16 @@ from soco_train.store.scores import Scores
 _Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
 _Check = Callable[[TrainSettings, PlanSettings], None]
 # read before a scorer begins: what the spectra are made from, the size it heads for, where and how the model computes
-READ_BY_ALL = {"scorer", "basis", "ridge", "statistics_blocks", "keep_params", "seed", "factor_dtype"}
+READ_BY_ALL = {
+    "scorer",
+    "basis",
+    "ridge",
+    "statistics_blocks",
+    "statistics_memory",
+    "keep_params",
+    "seed",
+    "factor_dtype",
+}
 
 
 def _anything(train: TrainSettings, plan: PlanSettings) -> None:
@@ -99,7 +108,7 @@ def find_scorer(name: str) -> Scorer:
 def _fingerprint(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> str:
     """Name this task: settings, plan, layers, and what the session adds; another one's checkpoint is not continued."""
     parts = [
-        train.model_dump(mode="json", exclude={"checkpoint_every"}),
+        train.model_dump(mode="json", exclude={"checkpoint_every", "statistics_memory"}),
         plan.model_dump(mode="json"),
         {name: list(linear.weight.shape) for name, linear in subject.linears.items()},
         session.fingerprint,

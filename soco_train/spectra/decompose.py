@@ -81,12 +81,12 @@ def decompose_model(
 ) -> None:
     """Collect the statistics that the basis of `train` needs and decompose every layer into `store`.
 
-    A group of layers at a time, so that the sums of a 7B model need no memory that training does not need later; what
-    is in `store` when this is interrupted is whole. tokens: calibration blocks [n, t]. Errors as `collect_statistics`
-    and `decompose_layers`.
+    As many layers at a time as `train.statistics_memory` has room for: by default the sums of a 7B model need no memory
+    that training does not need later. What is in `store` when this is interrupted is whole. tokens: calibration blocks
+    [n, t]. Errors as `collect_statistics` and `decompose_layers`.
     """
     needs = find_basis(train.basis).needs
-    parts = groups(linears, needs)
+    parts = groups(linears, needs, train.statistics_memory)
     for number, part in enumerate(parts):
         tell = _as_part(notify, number, parts)
         # no name for the statistics: they are gone before the next group's are collected

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
+from soco_train.settings import SUMS_AT_ONCE
 
 # these take a backward pass
 OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher", "weight_fisher", "column_survivors"})
@@ -31,7 +32,6 @@ TOKENS_AT_ONCE = 2048
 _STRIP = 256  # columns of an outer product summed at a time
 _DOUBLE_BYTES = 8
 EXPERT = re.compile(r"\.experts\.(\d+)\.")  # by name, for a mixture may be open or a list of MLPs
-SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,21 @@ def groups(
 
     Which layers read the same tensor shows only when the model runs, so each counts as if it shared nothing.
     """
-    found: list[dict[str, nn.Linear]] = []
+    layers = list(linears.items())
+    sizes = [sums_bytes((linear.out_features, linear.in_features), needs) for _, linear in layers]
+    return [dict(layers[part]) for part in passes(sizes, budget)]
+
+
+def passes(sizes: Sequence[int], budget: int) -> list[slice]:
+    """Return which layers, of sums of these `sizes`, a pass over the text each collects: a function of memory alone."""
+    starts: list[int] = []
     used = 0
-    for name, linear in linears.items():
-        size = sums_bytes((linear.out_features, linear.in_features), needs)
-        if not found or used + size > budget:
-            found.append({})
+    for index, size in enumerate(sizes):
+        if not starts or used + size > budget:
+            starts.append(index)
             used = 0
-        found[-1][name] = linear
         used += size
-    return found
+    return list(map(slice, starts, [*starts[1:], len(sizes)]))
 
 
 def collect_statistics(

@@ -30,7 +30,7 @@ from soco_train.modules.layers import select_linears
 from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.refine.compensate import FISHER_AT_ONCE
 from soco_train.spectra.bases import find_basis
-from soco_train.spectra.statistics import SUMS_AT_ONCE, groups, sums_bytes
+from soco_train.spectra.statistics import groups, sums_bytes
 from soco_train.store.spectra import Spectrum, SpectrumStore
 from tests.support.cli import ROOT
 from tests.support.values import narrow
@@ -170,8 +170,7 @@ def test_the_model_is_in_fp32_where_there_is_no_gpu(shape: ModelShape, dtype: st
 def test_the_sums_are_those_of_the_largest_group(shape: ModelShape, basis: str) -> None:
     needs = find_basis(basis).needs
     largest = max(sum(sums_bytes(pair, needs) for pair in part) for part in parts_of(shape, basis)) if needs else 0
-    said = cost_training._sums(TINY.replace({"train.basis": basis}), shape)
-    assert largest <= said <= max(largest, SUMS_AT_ONCE)
+    assert cost_training._sums(TINY.replace({"train.basis": basis}), shape) == largest
 
 
 def parts_of(shape: ModelShape, basis: str) -> list[list[tuple[int, int]]]:

@@ -7,15 +7,16 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
+from soco_train.modules.sites import open_sites
 from soco_train.settings import LayerSettings, TrainSettings
 from soco_train.spectra.bases import Metric, Roots, basis, find_basis
 from soco_train.spectra.decompose import decompose, decompose_layers, decompose_model
-from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
+from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
 from soco_train.store.spectra import SpectrumStore
 
 BASES = ["plain", "fisher", "fisher-inputs", "sparsity", "activation", "whitened", "two-sided"]
@@ -233,7 +234,7 @@ def test_groups_of_layers_give_what_all_at_once_give(name, tmp_path, monkeypatch
 
     monkeypatch.setattr("soco_train.spectra.decompose.collect_statistics", collect)
     monkeypatch.setattr(
-        "soco_train.spectra.decompose.groups", lambda linears, needs: groups(linears, needs, budget=8000)
+        "soco_train.spectra.decompose.groups", lambda linears, needs, memory: groups(linears, needs, budget=8000)
     )
     events: list[Event] = []
     decompose_model(model, linears, tokens, train, parts, events.append)
@@ -245,6 +246,28 @@ def test_groups_of_layers_give_what_all_at_once_give(name, tmp_path, monkeypatch
         assert [event.step for event in steps] == list(range(1, len(steps) + 1))
         assert {event.total for event in steps} == {len(steps)}
     assert [event.values["layer"] for event in events if event.stage == "spectrum"] == list(linears)
+
+
+def test_passes_are_a_matter_of_memory_and_not_of_experts(tmp_path):
+    """All experts in one forward pass where there is room; a third of it takes three or four, and gives the same."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 12, "num_experts_per_tok": 6, "moe_intermediate_size": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=1, vocab_size=64, head_dim=8, **sizes, **experts))
+    open_sites(model)
+    linears = select_linears(model, LayerSettings(exclude=("*.gate",)))
+    shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
+    whole = sum(sums_bytes(shape, find_basis("whitened").needs) for shape in shapes)
+    tokens, passes, found = torch.randint(64, (2, 512)), list[int](), []
+    for memory in (whole, whole // 3):
+        store, seen = SpectrumStore(tmp_path / str(memory)), list[object]()
+        with model.model.register_forward_pre_hook(lambda *call, seen=seen: seen.append(call)):
+            decompose_model(model, linears, tokens, TrainSettings(statistics_memory=memory), store)
+        passes.append(len(seen))
+        found.append({name: store[name] for name in store})
+    assert passes in ([1, 3], [1, 4])
+    assert len(found[0]) > 30
+    for name, spectrum in found[0].items():
+        assert all(torch.equal(part, vars(found[1][name])[key]) for key, part in vars(spectrum).items())
 
 
 def test_a_broken_weight_is_named(tmp_path):
