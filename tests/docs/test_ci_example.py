@@ -19,6 +19,7 @@ import yaml
 from soco_export.files.records import record_file
 from soco_export.run.folder.manifest import Manifest
 from soco_train.store.factors import Factors
+from tests.support.cli import Ran, script
 
 CI = Path(__file__).parents[2] / "examples" / "ci"
 LOOSE = ("gates.max_ppl_ratio=1000",)  # the shortest of trainings meets no real threshold; the baseline judges quality
@@ -29,27 +30,27 @@ def repository(tiny_run: Path, tmp_path: Path) -> Path:
     """Return a repository with the example's folder as ci/, a finished run, and that run as the committed baseline."""
     shutil.copytree(CI, tmp_path / "ci")
     shutil.copytree(tiny_run, tmp_path / "run")
-    assert gate(tmp_path, "--accept", "run").returncode == 0
+    assert script("ci/gate.sh", "--accept", "run", folder=tmp_path).code == 0
     return tmp_path
 
 
-def gate(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def installed(*command: str, folder: Path, **environment: str) -> Ran:
+    """Run a program whose `soco-export` is the one that is installed, a process for each call."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        ["ci/gate.sh", *arguments],
-        cwd=repository,
-        env={**os.environ, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True
     )
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def judged(repository: Path, short: tuple[str, ...], *settings: str, **environment: str) -> tuple[int, str]:
+def judged(
+    repository: Path, short: tuple[str, ...], *settings: str, run: Callable[..., Ran] = script, **environment: str
+) -> tuple[int, str]:
     """Run the job in the copy of the finished run: only what changed is done again."""
     flags = [flag for setting in (*short, *LOOSE, *settings) for flag in ("--set", setting)]
-    done = gate(repository, "tiny", "run", *flags, **environment)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout
+    done = run("ci/gate.sh", "tiny", "run", *flags, folder=repository, **environment)
+    assert "Traceback" not in done.err
+    return done.code, done.out
 
 
 def decode(repository: Path) -> dict[str, float]:
@@ -76,7 +77,7 @@ def test_green_on_the_model_and_on_noise_with_summary_and_comment(repository: Pa
     summary, now = repository / "summary.md", decode(repository)
     # the same speed, seen on another day of the same noisy machine
     rewrite(repository, now["low"], now["value"] * 1.02, now["high"] * 1.02)
-    code, said = judged(repository, short, GITHUB_STEP_SUMMARY=str(summary), GITHUB_ACTIONS="true")
+    code, said = judged(repository, short, run=installed, GITHUB_STEP_SUMMARY=str(summary), GITHUB_ACTIONS="true")
     assert (code, "tiny passes all gates" in said) == (0, True), said
     assert "::error" not in said
     assert summary.read_text() == (repository / "run" / "comment-ci.md").read_text()

@@ -1,7 +1,9 @@
-"""The examples run as they stand, each in a process of its own, on a finished run of the built-in model."""
+"""The examples run as they stand on a finished run of the built-in model; those without torch, as processes."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -27,6 +29,15 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True
     )
+
+
+def here(example: str, *arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a Python example in this process, which has imported what it needs; return what it prints."""
+    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+    monkeypatch.setattr("soco_export.report.html.draw_plots", lambda *given: ([], ""))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    return out.getvalue()
 
 
 NODE = EXAMPLES / "node" / "generate.mjs"
@@ -85,19 +96,17 @@ def torch_continuation(tiny_run: Path) -> str:
 
 
 @pytest.mark.transformers
-def test_quickstart(tmp_path: Path) -> None:
-    done = run(sys.executable, EXAMPLES / "quickstart.py", "--out", tmp_path / "run", "--steps", "2")
-    assert done.returncode == 0, done.stderr
-    assert "layers left dense" in done.stdout
-    assert "ok     max_export_kl" in done.stdout
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = here("quickstart.py", "--out", tmp_path / "run", "--steps", "2", monkeypatch=monkeypatch)
+    assert "layers left dense" in said
+    assert "ok     max_export_kl" in said
     assert (tmp_path / "run" / "onnx" / "model.onnx").exists()
 
 
-def test_pick_a_size(tiny_run: Path, tmp_path: Path) -> None:
+def test_pick_a_size(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
-    done = run(sys.executable, EXAMPLES / "pick_a_size.py", tmp_path / "run", "0.9", "0.6")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    said = here("pick_a_size.py", tmp_path / "run", "0.9", "0.6", monkeypatch=monkeypatch)
+    rows = [line.split() for line in said.splitlines()[1:]]
     assert [row[0] for row in rows] == ["0.9", "0.6"]
     parameters = [int(row[1].replace(",", "")) for row in rows]
     assert parameters[0] > parameters[1]
