@@ -26,7 +26,7 @@ from soco_export.report.rendering import ratio, ratio_text
 from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
 from soco_export.run.request import Outcome, Request
-from soco_export.runtimes.open import is_onnx, open_decoder
+from soco_export.runtimes.open import check_holds_model, is_onnx, open_decoder
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
-    quiet_transformers()
     recipe = load_recipe(request.recipe or "base", request.overrides)
     out = request.out or folder.absolute().with_name(f"{folder.resolve().name}-{request.format}")
     if request.format == "hf" or not (folder / "config.json").is_file():
@@ -46,6 +45,7 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
             where=str(folder),
         )
     _check_out(out, folder, request.fresh)
+    quiet_transformers()
     notes = left_behind(read_config(folder))
     if request.format == "dense":
         _write_dense(recipe, folder, out)
@@ -96,6 +96,8 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Any:
 
 def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
     """Measure parity and perplexity of `candidate` against `reference`, and judge them by the gates of that step."""
+    for folder in (reference, candidate):
+        check_holds_model(folder)
     from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
     from soco_export.evaluate.prove import Questions, prove
     from soco_train.data.corpus import load_blocks
@@ -134,7 +136,7 @@ def _check_opens(recipe: Recipe, folder: Path) -> None:
     from soco_export.files.safetensors import open_shards, weight_files
     from soco_export.onnx.describe.config import resolve_config
 
-    if not is_onnx(folder) and (folder / "config.json").is_file():
+    if not is_onnx(folder):
         resolve_config(folder, recipe.model.trust_remote_code)
         open_shards(weight_files(folder))
 
@@ -176,11 +178,11 @@ def _judged(measured: Mapping[str, Any], lines: Sequence[str], verdicts: tuple[V
 
 def bench_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
     """Time two ONNX folders in turns and judge the gates on speed; the speed-up is reference / candidate."""
-    from soco_export.bench.runner import measure_latency
-
     for folder in (reference, candidate):
         if not is_onnx(folder):
             raise RecipeError(f"{folder} holds no model.onnx", fix="export it first", where=str(folder))
+    from soco_export.bench.runner import measure_latency
+
     settings = recipe.validation
     figures = measure_latency(reference, candidate, recipe.bench, settings.provider, settings.threads, notify)
     measured = {"latency": asdict(figures)}

@@ -13,8 +13,8 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, check_folder, read_lock
-from soco_export.run.folder.held import open_folder, read_folder
+from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, check_folder, check_place, read_lock
+from soco_export.run.folder.held import check_idle, open_folder, read_folder
 from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, digest, stage_key
 from soco_export.run.folder.names import DAMAGE, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
@@ -32,6 +32,7 @@ from soco_train.events import Event, Notify, silent
 def training(request: Request, notify: Notify) -> Outcome:
     """Bring a run up to its scores."""
     request = replace(request, format="hf")  # nothing of ONNX is needed yet
+    _check_out(request)
     recipe = request.resolve()
     if request.dry_run:
         return cost_card(recipe, request)
@@ -46,6 +47,7 @@ def training(request: Request, notify: Notify) -> Outcome:
 
 def whole_road(request: Request, notify: Notify) -> Outcome:
     """Bring a run up to its reports, and answer with its verdict."""
+    _check_out(request)
     recipe = request.resolve()
     if request.dry_run:
         return cost_card(recipe, request)
@@ -144,20 +146,33 @@ def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
     )
 
 
+def _check_out(request: Request) -> None:
+    """Raise for an `--out` that no run may be written into: before anything is imported to shrink a model for it."""
+    if request.out is not None and not request.dry_run and parallel.leading():
+        check_place(request.out)
+        check_idle(request.out)
+
+
 def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
-    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does."""
+    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does.
+
+    The folder is looked at first: what it takes to look at the rest takes seconds to import.
+    """
     if not parallel.leading():
         return
     from soco_export.model.source import find_folder
+
+    folder = find_folder(recipe) if recipe.model.weights == "pretrained" else None
+    check_apart(root, [folder] if folder else [])
+    check_folder(root, recipe, request.fresh)
+    check_idle(root)
+
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes
     from soco_export.run.plans.measured_plan import check_profile
     from soco_train.spectra.bases import find_basis
 
     find_basis(recipe.train.basis)
-    folder = find_folder(recipe) if recipe.model.weights == "pretrained" else None
-    check_apart(root, [folder] if folder else [])
-    check_folder(root, recipe, request.fresh)
     check_everything(recipe, root, request.format)
     check_profile(recipe, root)
     for note in [*_unread(request, recipe), *participation_notes(recipe)]:

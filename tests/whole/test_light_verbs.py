@@ -1,4 +1,4 @@
-"""Verbs that neither train nor load a model answer without the libraries that take seconds to import."""
+"""What neither trains nor loads a model answers without the libraries that take seconds to import; a refusal too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from soco_export.model.source import BUILTIN_MODEL
+from soco_export.run.folder.names import HELD
 
 HEAVY = ("torch", "transformers", "onnxruntime")
 # One process runs all verbs: what one of them imports the next ones would find, and each is asked after it has run.
@@ -35,17 +41,53 @@ def test_they_import_nothing_heavy(tiny_run: Path, tmp_path: Path) -> None:
         ["gate", str(run)],
         ["report", str(run)],
     ]
+    for name, code, imported, answered in ran_in_one_process(commands, tmp_path):
+        assert code in (0, 3), name
+        assert imported == [], f"{name} imports {imported}"
+        assert answered
+
+
+def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_path: Path) -> None:
+    """It took as long as importing PyTorch and transformers, and one in use as long as reading all weights."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(tiny_run, run)
+    other.mkdir()
+    (other / "mine.txt").touch()
+    model = str(BUILTIN_MODEL)
+    with FileLock(run / HELD):
+        refused = ran_in_one_process(
+            [
+                ["train-and-export", "--model", "tiny", "--out", str(other)],
+                ["train-and-export", "--model", model, "--tiny", "--out", str(other)],
+                ["train", "--model", "tiny", "--out", str(other / "mine.txt" / "below")],
+                ["train", "--model", "tiny", "--set", "train.stepz=1"],
+                ["train-and-export", "--model", "tiny", "--out", str(run)],
+                ["export", str(run)],
+                ["bench", str(run)],
+                ["export", model, "--out", str(other)],
+                ["export", str(other)],
+                ["bench", model, "--against", str(other)],
+                ["validate", model, "--against", str(other)],
+            ],
+            tmp_path,
+        )
+    for name, code, imported, answered in refused:
+        assert code in (2, 4), name
+        assert imported == [], f"{name} imports {imported}"
+        assert answered
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def ran_in_one_process(commands: list[list[str]], folder: Path) -> list[Any]:
+    """Return (verb, exit code, what heavy it has imported, whether it answered) of each command, run in `folder`."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([HEAVY, commands])],
         capture_output=True,
         text=True,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert not done.returncode, done.stderr
     ran = [json.loads(line) for line in done.stdout.splitlines()]
     assert [name for name, *_ in ran] == [command[0] for command in commands]
-    for name, code, imported, answered in ran:
-        assert code in (0, 3), (name, code, done.stderr)
-        assert imported == [], f"{name} imports {imported}"
-        assert answered
+    return ran

@@ -32,18 +32,25 @@ PARTIAL = re.compile(r"\.(manifest\.json|recipe\.lock\.yaml|latency\.json)\.\d+\
 EVIDENCE_SECTIONS = frozenset({"description", "evaluation", "validate", "bench", "gates"})
 
 
-def check_folder(root: Path, recipe: Recipe, fresh: bool) -> None:
-    """Raise RecipeError if a run of `recipe` must not be written into `root`; reads only."""
+def check_place(root: Path) -> None:
+    """Raise RecipeError if no run may be written into `root`: a link, a file, or what is no run; reads only."""
     check_apart(root, ())
     if not root.exists():
         return
     if not root.is_dir():
         raise RecipeError(f"{root} is a file", fix="give another --out", where="--out")
     _check_links(root)
+    if Manifest.load(root) is None:
+        _check_free(root)
+
+
+def check_folder(root: Path, recipe: Recipe, fresh: bool) -> None:
+    """Raise RecipeError if a run of `recipe` must not be written into `root`; reads only."""
+    check_place(root)
     manifest = Manifest.load(root)
     if manifest is None:
-        _check_free(root)
-    elif not fresh:
+        return
+    if not fresh:
         _check_same_run(root, recipe, manifest)
     else:
         manifest.check_own(root, [name for name in CONTENT if name not in (UNFINISHED, LOCK, MANIFEST, PROFILE)])

@@ -120,6 +120,17 @@ def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: boo
         yield _begin(root, recipe, argv, fresh)
 
 
+def check_idle(root: Path) -> None:
+    """Raise RecipeError if another process holds `root`, MachineError if it cannot be written; makes nothing."""
+    if (root / HELD).is_file():
+        with hold(root):
+            return
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = f"{there} is {'not writable' if there.is_dir() else 'a file'}"
+        raise MachineError(f"cannot write to {root}: {reason}", fix="give a writable --out", where="--out")
+
+
 @contextmanager
 def hold(root: Path) -> Iterator[None]:
     """Keep other processes from writing into `root`, created if need be; errors as `open_folder`."""
