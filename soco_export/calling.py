@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +22,8 @@ from soco_train.errors import ExitCode, RecipeError, SocoError
 
 # what several processes under torchrun do together; any other verb is the leading one's alone
 SHARED_VERBS = ("train", "train_and_export", "export")
+# what goes on in a run folder where it was stopped
+RESUMED_VERBS = (*SHARED_VERBS, "sweep")
 _Declared = Callable[..., None]
 
 
@@ -69,7 +71,7 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         console.error(error)
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
-        raise typer.Exit(_interrupted(console, fresh=common.get("fresh", False))) from None
+        raise typer.Exit(_interrupted(console, verb in RESUMED_VERBS, common)) from None
     if parallel.leading():
         console.result(outcome.document, outcome.text)
         for line in outcome.undecided:
@@ -85,11 +87,14 @@ def check_encoding(arguments: Sequence[str]) -> None:
             raise RecipeError(f"{one_line(word)} is not UTF-8", fix=fix, where="command line")
 
 
-def _interrupted(console: Console, fresh: bool) -> int:
-    """Say how to go on, and return the exit code of the signal."""
+def _interrupted(console: Console, resumes: bool, common: Mapping[str, Any]) -> int:
+    """Say how to go on, and return the exit code of the signal; a dry run, and what only looks, has no checkpoint."""
     code = signals.code()
     what = "terminated" if code == signals.TERMINATED else "interrupted"
-    message = f"{what}: the same command{' without --fresh' if fresh else ''} goes on from the last checkpoint"
+    message = f"{what}: the same command starts again"
+    if resumes and not common.get("dry_run"):
+        fresh = " without --fresh" if common.get("fresh") else ""
+        message = f"{what}: the same command{fresh} goes on from the last checkpoint"
     console.fault("Interrupted", message, code)
     console.warn(message)
     return code

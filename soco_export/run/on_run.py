@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -61,9 +62,10 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     """Write an existing run's model in another form, or at another size or with other settings in a folder of its own.
 
     That folder is `request.out`, or keep-SIZE inside the run; spectrum and scores stay where they are.
-    Raises RecipeError if the settings differ in what the scores depend on.
+    Raises RecipeError if the settings differ in what the scores depend on, or if there are no scores yet.
     """
     recipe = run_recipe(run, request)
+    check_trained(run)
     changed = recipe.override(request.overrides)
     stages = (*TRAINING, *artefacts(changed, request.format), *EVIDENCE[request.format])
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
@@ -76,6 +78,24 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     check(request, changed, root, notify)
     advance(request, changed, root, stages, notify, {**trained_in(run, recipe), **_priced_in(run, recipe, changed)})
     return run_outcome(root)
+
+
+def check_trained(run: Path) -> None:
+    """Raise RecipeError if the training of the run in `run` has not ended: a verb on a run would go on with it.
+
+    Of another size of a run the scores lie in that run. A folder without a manifest is refused elsewhere.
+    """
+    manifest = Manifest.load(run)
+    if manifest is None or SCORES.name in manifest.homes:
+        return
+    record = manifest.stages.get(SCORES.name)
+    if record is None or record.status != "done" or not (run / SCORES.writes[0]).is_file():
+        raise RecipeError(
+            f"{run} has no scores yet: its training was stopped, or is still at work",
+            fix=f"let it end first: the command that began it, {shlex.join(manifest.argv) or 'soco-export train'}, "
+            "without --fresh, goes on where it was",
+            where=str(run),
+        )
 
 
 # where stages have their files that are not the run's own: stage → the other run's folder and recipe
@@ -194,6 +214,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     if request.recipe is not None:
         raise RecipeError("a run has its recipe already", fix="change single keys with --set", where="--recipe")
     recipe = run_recipe(run, request).override(request.overrides)
+    check_trained(run)
     there = replace(request, format=run_format(run))
     check(there, recipe, run, notify)
     homes = homes_of(run)

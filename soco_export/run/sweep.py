@@ -25,7 +25,7 @@ from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
 from soco_export.run.folder.held import open_folder
 from soco_export.run.folder.manifest import StageRecord, stage_key
 from soco_export.run.folder.names import FRONTIER_FILE
-from soco_export.run.on_run import Homes, advance, check, report_again, stages_of, trained_in
+from soco_export.run.on_run import Homes, advance, check, check_trained, report_again, stages_of, trained_in
 from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe
 from soco_train import parallel
 from soco_train.errors import RecipeError
@@ -52,6 +52,7 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
     that are none, and for a point that cannot be exported.
     """
     recipe = run_recipe(run, request)
+    check_trained(run)
     changed = recipe.override(request.overrides)
     _check(recipe, changed)
     wanted = [

@@ -287,6 +287,11 @@ def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch:
     code, _ = end_at_a_checkpoint(tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert json.loads((RUN / "manifest.json").read_text())["stages"]["scores"]["status"] == "running"
+    for verb in (["export", RUN, "--keep-params", "0.5"], ["export", RUN], ["validate", RUN], ["sweep", RUN]):
+        early = soco(*verb)
+        assert early.code == 2
+        assert "has no scores yet" in early.err
+        assert "train --model" in early.err
     resumed = soco("train", *SMALL)
     assert resumed.code == 0, resumed.err
     assert "running: was interrupted" in resumed.err
@@ -304,6 +309,22 @@ def test_an_interrupt_says_that_the_run_can_go_on(tmp_path: Path) -> None:
     assert code == 130
     assert "Traceback" not in err
     assert "goes on from the last checkpoint" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "resumes"), [(["--fresh"], True), (["--dry-run"], False), (["--dry-run", "--fresh"], False)]
+)
+def test_an_interrupt_of_a_dry_run_speaks_of_no_checkpoint(
+    flags: list[str], resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("soco_export.run.verbs.train_and_export", interrupted)
+    ran = soco("train-and-export", "--model", "tiny", *flags)
+    assert ran.code == 130
+    assert ("without --fresh goes on from the last checkpoint" in ran.err) == resumes
+    assert ("the same command starts again" in ran.err) != resumes
 
 
 def test_a_run_in_use_is_left_alone(tiny_run: Path, run: Path, quick: list[str]) -> None:
