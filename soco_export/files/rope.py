@@ -75,6 +75,18 @@ def check_rope(fields: Mapping[str, Any], where: str) -> None:
             raise _wrong(key, table, "a table", where)
         for inner in (table, *(inner for inner in table.values() if isinstance(inner, dict))):
             _check_table(inner, where)
+    _check_alike(*(fields.get(key) or {} for key in TABLES), where=where)
+
+
+def _check_alike(*tables: Mapping[str, Any], where: str) -> None:
+    """Raise DataError if a rotation is written twice and not alike: which of them counts depends on who reads."""
+    one, other = ({("rope_type" if key == "type" else key): table[key] for key in table} for table in tables)
+    if differing := sorted(key for key in one.keys() & other.keys() if one[key] != other[key]):
+        raise DataError(
+            f"config.json says {differing[0]} twice, and differently, in {' and in '.join(TABLES)}",
+            fix="leave one of them out",
+            where=where,
+        )
 
 
 def _check_table(table: Mapping[str, Any], where: str) -> None:

@@ -63,6 +63,8 @@ def read_rope(config: Config, head_dim: int, kind: str | None = None, interleave
         raise config.refuse("rope_parameters", f"rope type {name!r} is not one of {', '.join(sorted(SCALINGS))}")
     part = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    if theta is None:
+        raise config.refuse("rope_theta", "there is no rotation without its base")
     found = SCALINGS[name](Scaling(parameters, theta, int(head_dim * part), config["max_position_embeddings"]))
     return replace(found, interleaved=interleaved)
 

@@ -63,6 +63,8 @@ def layer_kinds(config: Config) -> list[str]:
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
         raise config.refuse("layer_types", f"{sorted(unknown) or len(kinds)} is not described")
+    if "sliding_attention" in kinds and not config.get("sliding_window"):
+        raise config.refuse("sliding_window", "layer_types says that there are layers with a window")
     return kinds
 
 

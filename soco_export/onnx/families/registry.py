@@ -17,6 +17,7 @@ FAMILIES: dict[str, tuple[Describe, frozenset[str]]] = {}
 HARMLESS = """architectures attention_dropout attn_pdrop
     auto_map bos_token_id classifier_dropout dropout dtype embd_pdrop
     embed_dropout embedding_dropout emb_pdrop eos_token_id hidden_dropout init_device init_std initializer_range
+    initializer_cutoff_factor use_flash_attention_2 _flash_attn_2_enabled use_flash_attn use_flash_attention
     layerdrop pad_token_id pretraining_tp quantization_config resid_dropout resid_pdrop residual_dropout sep_token_id
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings
     torch_dtype use_cache vocab_size _attn_implementation_autoset attn_implementation _attn_implementation"""

@@ -23,7 +23,7 @@ from soco_export.onnx.check import check_architecture
 from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.families import FAMILIES, describe
 from soco_export.onnx.settings import ExportSettings
-from soco_train.errors import MachineError, RecipeError
+from soco_train.errors import MachineError, RecipeError, SocoError
 from tests.support import decoders, fresh
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model
 from tests.support.zoo import BASE, ZOO
@@ -185,6 +185,31 @@ def test_what_a_flavour_cannot_do_is_said_before_anything_is_trained(tmp_path: P
     assert check_architecture(odd, ExportSettings()) is not None
     with pytest.raises(RecipeError, match="multiple of 8"):
         check_architecture(odd, ExportSettings(flavour="contrib"))
+
+
+OLD = version.parse(transformers.__version__).major < 5
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rope_parameters": LINEAR | {"factor": 4.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "twice"),
+        pytest.param({"rope_theta": None}, "base", marks=pytest.mark.skipif(OLD, reason="takes its default")),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}, "sliding_window"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(values: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(SocoError, match=said):
+        check_architecture(config_of(tmp_path, **{**BASE, "model_type": "qwen2", **values}), ExportSettings())
+
+
+def test_what_says_nothing_of_the_model_is_passed_over(tmp_path: Path) -> None:
+    """How somebody ran or made it, and a rotation that is written twice in the same way."""
+    notes = {"use_flash_attention_2": True, "_flash_attn_2_enabled": True, "initializer_cutoff_factor": 2.0}
+    rope = {"rope_parameters": LINEAR | {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config = config_of(tmp_path, **BASE, model_type="llama", **notes, **rope)
+    assert check_architecture(config, ExportSettings()) is not None
 
 
 @pytest.mark.parametrize(
