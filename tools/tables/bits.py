@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tools.tables.read import four, megabytes, read
 
@@ -43,15 +44,16 @@ def packing() -> Rows:
     return found
 
 
-def budget() -> Rows:
-    """Return what keep_bytes chose in the bytes of dense exports, beside the best dense model in as many."""
+def budget(model: str, digits: int = 3) -> Rows:
+    """Return what keep_bytes chose in so many bytes, beside the best dense model that is no larger."""
     found: Rows = [("MB asked", "rule", "best dense", "perplexity", "chosen by keep_bytes", "perplexity")]
-    rows = read("bits/results/tiny-budget/budget.json")["rows"]
+    rows = read(f"bits/results/{model}-budget/budget.json")["rows"]
     for row in sorted((row for row in rows if row["asked"]), key=lambda row: (-row["asked"], row["rule"])):
         fits = [one for one in rows if not one["asked"] and one["rule"] == row["rule"] and one["bytes"] <= row["asked"]]
-        best = min(fits, key=lambda one: float(one["perplexity"]))
-        shown = (best["grid"], four(best["perplexity"]), row["chosen"], four(row["perplexity"]))
-        found.append((megabytes(row["asked"], 3), row["rule"], *shown))
+        best = min(fits, key=lambda one: float(one["perplexity"]), default=None)
+        beside = (best["grid"], four(best["perplexity"])) if best else ("none is as small", "")
+        shown = (*beside, row["chosen"], four(row["perplexity"]))
+        found.append((megabytes(row["asked"], digits), row["rule"], *shown))
     return found
 
 
@@ -98,7 +100,8 @@ def decode() -> Rows:
 TABLES: dict[str, Callable[[], Rows]] = {
     "rounding": rounding,
     "packing": packing,
-    "budget": budget,
+    "budget": partial(budget, "tiny"),
+    "budget-smollm2": partial(budget, "smollm2", digits=1),
     "values": values,
     "cache": cache,
     "cache-decode": decode,
