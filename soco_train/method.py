@@ -24,7 +24,7 @@ from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
 from soco_train.modules.values import check_mixing, narrowed_sites, ranked_linears
-from soco_train.plan.left_out import LeftOut
+from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
@@ -34,8 +34,6 @@ from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore
-
-_HARDLY_VISITED = "the calibration text hardly visits this expert (fewer tokens than components)"
 
 
 def open_subject(
@@ -76,7 +74,7 @@ def seen(subject: Subject) -> Subject:
     assert isinstance(store, SpectrumStore)
     unseen = {name: linear for name, linear in subject.linears.items() if store.left_out(name)}
     linears = {name: linear for name, linear in subject.linears.items() if name not in unseen}
-    rest = {f"{name}.weight": LeftOut(tuple(linear.weight.shape), _HARDLY_VISITED) for name, linear in unseen.items()}
+    rest = {f"{name}.weight": LeftOut(tuple(linear.weight.shape), HARDLY_VISITED) for name, linear in unseen.items()}
     return replace(subject, linears=linears, left_out={**subject.left_out, **rest})
 
 

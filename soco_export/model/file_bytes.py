@@ -29,6 +29,7 @@ from soco_train.plan.bytes import (
     menus_of,
     table_menus,
 )
+from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
 from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, no_damage, types_of
 
@@ -49,16 +50,17 @@ class _Candidate:
 class FileBytes:
     """Counts model.onnx and model.onnx.data of a recipe's model, and plans their size.
 
-    Raises RecipeError for an architecture whose graph another program makes, or with a mixture of experts.
+    An expert that has no price, for the calibration text hardly visits it, stays as it is. Raises RecipeError for an
+    architecture whose graph another program makes.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         config = as_config(dense_config(recipe), where=f"model {recipe.name}")
         architecture = check_architecture(config, recipe.export)
-        if architecture is None or architecture.experts is not None:
+        if architecture is None:
             raise RecipeError(
-                "keep_bytes needs an architecture whose every matrix is known here, and no mixture of experts",
+                "keep_bytes needs an architecture whose every matrix is known here, and torch traces this one",
                 fix="give keep_params instead",
                 where="recipe: keep_bytes",
             )
@@ -70,10 +72,25 @@ class FileBytes:
             name: (linear.out_features, linear.in_features)
             for name, linear in select_linears(model, recipe.layers).items()
         }
+        if unknown := sorted(self.linears.keys() - architecture.linears().keys()):
+            raise RecipeError(
+                f"keep_bytes counts layers by their names in the graph, and {unknown[0]} has another one there",
+                fix="give keep_params instead",
+                where="recipe: keep_bytes",
+            )
         self.left_out = left_out(model, self.linears, recipe.layers)
         self.tables = Tables(architecture.tensors.embed, architecture.tensors.head, architecture.tied)
         self._counted: dict[tuple[tuple[str, Choice], ...], int] = {}
         self.packing = Packing(BYTES[recipe.export.dtype], recipe.export.quantize.symmetric)
+
+    def priced(self, damage: Damage) -> dict[str, tuple[int, int]]:
+        """Return the layers that have a price, with their shapes."""
+        return {name: shape for name, shape in self.linears.items() if name in damage.layers}
+
+    def unpriced(self, damage: Damage) -> dict[str, LeftOut]:
+        """Return the weights of the blocks that no plan chooses for, and why."""
+        rest = self.linears.keys() - damage.layers.keys()
+        return self.left_out | {f"{name}.weight": LeftOut(self.linears[name], HARDLY_VISITED) for name in sorted(rest)}
 
     def count(self, choices: Mapping[str, Choice], damage: Damage) -> int:
         """Return the bytes of the two files with these choices; what has been counted is remembered."""
@@ -149,7 +166,7 @@ class FileBytes:
         matrices: bytes that they have, about. A budget that is another export's size to the byte would else leave that
         model out for a few bytes of metadata.
         """
-        names = [*self.linears] if self.tables.tied else [*self.linears, self.tables.head]
+        names = [*self.priced(damage), *([] if self.tables.tied else [self.tables.head])]
         alone = {name: damage.layers[name].alone(DENSE, weights, block) for name in names}
         found = Damage({**damage.layers, **alone})
         menus = self._menus(found)

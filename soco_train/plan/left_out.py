@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 
 AS_WRITTEN = ConfigDict(strict=True, extra="forbid")  # of what plan.json holds: as it was written, and nothing else
+HARDLY_VISITED = "the calibration text hardly visits this expert (fewer tokens than components)"
 FEW = 0.5  # share of the blocks' weights below which keep_params says little about the model
 
 

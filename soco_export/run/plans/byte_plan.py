@@ -50,10 +50,10 @@ def plan_bytes_measured(recipe: Recipe, damage: Damage, loss: Callable[[RankPlan
 
 
 def _plan(file: FileBytes, keep_bytes: int, damage: Damage, chosen: str, choices: Mapping[str, Choice]) -> RankPlan:
-    layers = {name: _layer(damage.layers[name], choices[name]) for name in file.linears}
+    layers = {name: _layer(damage.layers[name], choices[name]) for name in file.priced(damage)}
     forms = {name: choice.form for name, choice in choices.items() if choice.form != DENSE}
     plan = BytePlan(keep_bytes, file.count(choices, damage), forms, *file.types(choices), chosen=chosen)
-    return RankPlan(layers, _share(layers), file.recipe.storage, "lagrangian", plan, file.left_out)
+    return RankPlan(layers, _share(layers), file.recipe.storage, "lagrangian", plan, file.unpriced(damage))
 
 
 def _layer(damage: LayerDamage, choice: Choice) -> LayerPlan:

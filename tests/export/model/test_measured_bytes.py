@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from soco_export.model.file_bytes import FileBytes, in_blocks
+from soco_export.model.which import shrink
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.plans.byte_plan import plan_bytes, plan_bytes_measured
@@ -33,6 +34,10 @@ def file(recipe: Recipe) -> FileBytes:
 @pytest.fixture(scope="module")
 def damage(file: FileBytes) -> Damage:
     """Random errors that grow with the block and with fewer bits, and with components that are cut."""
+    return damage_of(file)
+
+
+def damage_of(file: FileBytes) -> Damage:
     draw, table = fresh.rng(), (file.architecture.vocab, file.architecture.hidden)
 
     def layer(shape: tuple[int, int], forms: tuple[str, ...], types: tuple[str, ...]) -> LayerDamage:
@@ -114,3 +119,19 @@ def test_nothing_is_measured_on_text_that_prices_come_from() -> None:
     assert len(held) == 5
     assert len(hold_out(torch.zeros(4000, 512))[1]) == 8
     assert torch.equal(*hold_out(tokens[:1]))
+
+
+def test_experts_have_a_price_each_and_those_without_one_stay_as_they_are() -> None:
+    """An expert that the calibration text hardly visits has none; the count is of the whole file all the same."""
+    asked = 2_600_000
+    recipe = shrink(load_recipe("mixtral-8x7b").replace({"keep_bytes": asked}))
+    file = FileBytes(recipe)
+    whole = damage_of(file)
+    unseen = [name for name in file.linears if ".experts.3." in name]
+    plan = plan_bytes(recipe, Damage({name: layer for name, layer in whole.layers.items() if name not in unseen}))
+    assert plan.bytes is not None
+    assert 0.98 * asked < plan.bytes.written <= asked
+    assert plan.layers.keys() == file.linears.keys() - set(unseen)
+    assert len({plan.bytes.weights[name] for name in plan.layers if ".experts." in name}) > 1
+    assert all("hardly visits" in plan.left_out[f"{name}.weight"].reason for name in unseen)
+    assert len(file.candidates(whole, asked)) > 1

@@ -189,12 +189,11 @@ def test_two_onnxruntimes_are_named_where_a_provider_is_missing(monkeypatch: pyt
     assert "pip uninstall" in caught.value.fix
 
 
-@pytest.mark.parametrize("setting", ["keep_bytes=1MB", "refine.refit.blocks=2"])
-def test_what_no_mixture_can_be_asked_for_is_refused_by_a_dry_run(setting: str) -> None:
+def test_what_no_mixture_can_be_asked_for_is_refused_by_a_dry_run() -> None:
     asked = Request(model="mixtral-8x7b", tiny=True, dry_run=True)
     with pytest.raises(RecipeError, match="mixture") as caught:
-        train_and_export(replace(asked, set_=[setting]))
-    assert setting.partition("=")[0] in caught.value.where
+        train_and_export(replace(asked, set_=["refine.refit.blocks=2"]))
+    assert "refine.refit.blocks" in caught.value.where
     train_and_export(replace(asked, set_=["refine.refit.blocks=2", "layers.exclude=['*experts*']"]))
 
 
