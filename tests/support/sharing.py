@@ -1,11 +1,19 @@
-"""A small distillation that a test and the processes it starts can both run."""
+"""A small distillation that a test and the processes it starts can both run.
+
+    python -m tests.support.sharing FOLDER '{"optimiser": "muon"}'
+
+is one of several processes that divide it and leave it behind when its third step is done.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import torch
 
+from soco_train import parallel
 from soco_train.events import Event
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
@@ -51,3 +59,8 @@ def small_distillation(
     tokens = torch.randint(model.config.vocab_size, (14, 16))
     subject = Subject(model, linears, {}, tokens)
     return distill(subject, factors, settings, Session(workdir, tell, fingerprint="task")), steps
+
+
+if __name__ == "__main__":
+    with parallel.group():
+        small_distillation(Path(sys.argv[1]), until=3, shard=True, **json.loads(sys.argv[2]))

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,34 @@ from soco_train.store.scores import Scores
 from tests.support.cli import ROOT, soco
 from tests.support.sharing import small_distillation
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# Both processes of one launch import everything once, and fork for each command: (name, module, its arguments). Its two
+# processes meet at a port of their own, which the first chooses; each leaves its exit code and what it said in files.
+WORKER = """
+import json, os, runpy, socket, sys, time
+from pathlib import Path
+import soco_export.preflight.checks, soco_export.run.stages.training, soco_export.run.verbs
+import transformers.models.llama.modeling_llama
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+os.environ["MASTER_ADDR"] = "127.0.0.1"
+for name, module, *arguments in json.loads((folder / "commands.json").read_text()):
+    port = folder / f"{name}.port"
+    if rank == "0":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            (folder / name).write_text(str(free.getsockname()[1]))
+        (folder / name).rename(port)
+    if child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        (folder / f"{name}.{rank}.code").write_text(str(code))
+        continue
+    for stream, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}.{rank}.{ending}", os.O_WRONLY | os.O_CREAT), stream)
+    while not port.exists():
+        time.sleep(0.02)
+    os.environ["MASTER_PORT"], sys.argv[1:] = port.read_text(), arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit()
+"""
 # Three sequences a batch: two for one process, one for the other.
 SETTINGS = (
     "train.steps=8",
@@ -30,8 +59,19 @@ SETTINGS = (
     "refine.distill.batch_tokens=192",
     "refine.distill.held_out_blocks=2",
     "refine.distill.evaluate_every=2",
-    "evaluation.blocks=2",
+    # what follows the training is one process's work, as anywhere
+    "evaluation.blocks=1",
+    "evaluation.block=128",
+    "validate.parity.blocks=1",
+    "validate.parity.greedy_prompts=1",
 )
+
+
+# Two sharded processes leave every case behind at its third step.
+CASES = {"rounded": {"optimiser": "adamw", "rounding": {"weights": "int4", "block": 16}}}
+if hasattr(torch.optim, "Muon"):  # PyTorch has it from 2.9 on
+    CASES["muon"] = {"optimiser": "muon"}
+NEAR = {"rounded": 1e-5, "muon": 1e-4}  # muon makes matrices orthogonal in bf16
 
 
 def arguments(out: Path) -> list[str]:
@@ -40,15 +80,41 @@ def arguments(out: Path) -> list[str]:
     return [*form, "--model", "smollm2-135m", "--tiny", "--keep-params", "0.5", *settings, "--out", str(out)]
 
 
-def two_processes(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCHER, *command],
+@dataclass(frozen=True)
+class Left:
+    """What the two processes of each command left in `folder`."""
+
+    folder: Path
+
+    def said(self, command: str, process: int) -> tuple[int, str, str]:
+        """Return exit code, stdout and stderr."""
+        code, out, err = (self.folder / f"{command}.{process}.{ending}" for ending in ("code", "out", "err"))
+        return int(code.read_text()), out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """Run every command in two processes that torchrun starts."""
+    folder = tmp_path_factory.mktemp("together")
+    commands: list[list[Any]] = []
+    for shard in ("false", "true"):
+        settings = ("--set", f"refine.distill.shard={shard}", "--json")
+        commands.append([shard, "soco_export", *arguments(folder / "runs" / shard), *settings])
+    for case, changes in CASES.items():
+        commands.append([case, "tests.support.sharing", str(folder / "left" / case), json.dumps(changes)])
+    (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [*launcher, str(folder / "worker.py"), str(folder)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return Left(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,58 +126,33 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
 
 @pytest.mark.parametrize("shard", ["false", "true"])
 def test_two_processes_learn_what_one_does_and_only_the_first_writes_and_speaks(
-    shard: str, alone: tuple[int, Path], tmp_path: Path
+    shard: str, alone: tuple[int, Path], together: Left
 ) -> None:
     code, folder = alone
-    settings = ("--set", f"refine.distill.shard={shard}")
-    done = two_processes(tmp_path, "-m", "soco_export", *arguments(tmp_path / "two"), *settings, "--json")
-    assert done.returncode == code, done.stderr
-    assert json.loads(done.stdout)["run"] == str(tmp_path / "two")
-    one, two = (Scores.load(path / "scores.safetensors") for path in (folder, tmp_path / "two"))
+    found, out, err = together.said(shard, 0)
+    assert found == code, err
+    assert json.loads(out)["run"] == str(together.folder / "runs" / shard)
+    assert together.said(shard, 1)[:2] == (0, "")
+    two = together.folder / "runs" / shard
+    one, its = (Scores.load(path / "scores.safetensors") for path in (folder, two))
     for name, layer in one.layers.items():
-        other = two.layers[name]
+        other = its.layers[name]
         torch.testing.assert_close(other.scale, layer.scale, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.importance, layer.importance, rtol=0, atol=1e-5)
         torch.testing.assert_close(other.deviation, layer.deviation, rtol=0, atol=1e-5)
-    ones, twos = (Factors.load(path / "factors.safetensors").layers for path in (folder, tmp_path / "two"))
+    ones, twos = (Factors.load(path / "factors.safetensors").layers for path in (folder, two))
     for name, layer in ones.items():
         torch.testing.assert_close(twos[name].up, layer.up, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(twos[name].down, layer.down, rtol=1e-3, atol=1e-5)
     assert max(float((layer.scale - 1).abs().max()) for layer in one.layers.values()) > 0.1, "nothing was learnt"
 
 
-# Both processes of one launch leave every case behind at its third step.
-WORKER = """
-import json, sys
-from pathlib import Path
-from tests.support.sharing import Interrupted, small_distillation
-from soco_train import parallel
-with parallel.group():
-    for case, changes in json.loads(sys.argv[2]).items():
-        try:
-            small_distillation(Path(sys.argv[1], case), until=3, shard=True, **changes)
-        except Interrupted:
-            print("interrupted", flush=True)
-"""
-CASES = {"rounded": {"optimiser": "adamw", "rounding": {"weights": "int4", "block": 16}}}
-if hasattr(torch.optim, "Muon"):  # PyTorch has it from 2.9 on
-    CASES["muon"] = {"optimiser": "muon"}
-NEAR = {"rounded": 1e-5, "muon": 1e-4}  # muon makes matrices orthogonal in bf16
-
-
-@pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which two sharded processes left every case."""
-    folder = tmp_path_factory.mktemp("left")
-    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    done = two_processes(folder, str(folder / "worker.py"), str(folder), json.dumps(CASES))
-    assert done.stdout.count("interrupted") == 2 * len(CASES), done.stderr
-    return folder
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_what_two_sharded_processes_left_one_process_finishes(case: str, left: Path, tmp_path: Path) -> None:
-    found, steps = small_distillation(left / case, **CASES[case])
+def test_what_two_sharded_processes_left_one_process_finishes(case: str, together: Left, tmp_path: Path) -> None:
+    for process in range(2):
+        code, _, err = together.said(case, process)
+        assert "Interrupted" in err, (code, err)
+    found, steps = small_distillation(together.folder / "left" / case, **CASES[case])
     assert steps[0] == 3
     expected, _ = small_distillation(tmp_path / "alone", **CASES[case])
     for name, layer in expected.items():
