@@ -32,7 +32,7 @@ from soco_train.store.scores import LayerScores, Scores
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the high-water mark")
 
-HIDDEN, INNER, LAYERS = 512, 16384, 6
+HIDDEN, INNER, LAYERS = 256, 16384, 6
 LARGEST = 4 * HIDDEN * INNER  # in fp32
 NARROW, WIDE, EXPERTS = 128, 1024, 40
 EXPERT = 3 * 4 * NARROW * WIDE  # in fp32
