@@ -24,7 +24,7 @@ from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.refine.any_size import Planner, cut_to
 from soco_train.refine.distill import distill
-from soco_train.settings import RefineSettings
+from soco_train.settings.refine import RefineSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 

@@ -29,7 +29,7 @@ from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.files.atomic import write_atomic
 from soco_train.data.corpus import load_blocks
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 
 Propose = Callable[[list[int], int], list[int]]
 ALONE, NGRAM = "alone", "n-gram"

@@ -33,7 +33,7 @@ from soco_train.forms.pivoted import PivotedFactors
 from soco_train.forms.registry import rank_at
 from soco_train.forms.stacked import StackedFactors
 from soco_train.numbers.rounding import rounded
-from soco_train.settings import RoundingSettings
+from soco_train.settings.rounding import RoundingSettings
 from soco_train.spectra.bases import Roots, present
 from soco_train.spectra.statistics import collect_statistics
 

@@ -20,7 +20,10 @@ from soco_train.events import Notify, silent
 from soco_train.modules.sites import opened
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore

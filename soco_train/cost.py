@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from soco_train.forms.registry import find_form, rank_at
-from soco_train.settings import DataSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings.data import DataSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DENSE_BYTES = 4

@@ -29,7 +29,10 @@ from soco_train.plan.ranks import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
 from soco_train.scores.registry import train_scores
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings, ValueSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings, ValueSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores

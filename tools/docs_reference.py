@@ -68,7 +68,8 @@ def _rows_of_steps() -> Iterator[tuple[str, str, str]]:
     """Yield the keys of the sections that scorers and refinement steps register for themselves."""
     import soco_train.refine
     import soco_train.scores  # noqa: F401
-    from soco_train.settings import RefineSettings, TrainSettings
+    from soco_train.settings.refine import RefineSettings
+    from soco_train.settings.train import TrainSettings
 
     for owner, settings in {"train": TrainSettings, "refine": RefineSettings}.items():
         for name, section in settings.of_steps.items():

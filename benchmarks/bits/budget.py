@@ -59,7 +59,11 @@ from soco_train.events import Event
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
 from soco_train.scores.damage import RoundedInBlocks, measure_damage
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.damage import Damage
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores

@@ -19,7 +19,11 @@ from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
 from soco_train import cut_factors, learn_scores, plan_ranks
 from soco_train.events import Event
-from soco_train.settings import DistillSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import Scores
 
 TRAINED = "trained"  # the rule of a row that was

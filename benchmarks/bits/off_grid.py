@@ -25,7 +25,7 @@ import torch
 
 from soco_train.data.corpus import load_blocks
 from soco_train.modules.layers import select_linears
-from soco_train.settings import DataSettings, LayerSettings
+from soco_train.settings.data import DataSettings, LayerSettings
 
 BLOCK, LEVELS = 32, 16
 # Dequantised numbers are off their grid by a rounding of float32 or float16 at most.

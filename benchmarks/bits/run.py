@@ -33,7 +33,8 @@ from soco_export.files.records import record_file
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.run.folder.manifest import stage_key
 from soco_train.data.corpus import load_blocks
-from soco_train.settings import DataSettings, RoundingSettings
+from soco_train.settings.data import DataSettings
+from soco_train.settings.rounding import RoundingSettings
 
 GRIDS = ("int4-32", "int4-64", "int4-128", "int2-32")
 RULES = ("nearest", "calibrated", "trained")

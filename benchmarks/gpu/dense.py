@@ -13,7 +13,8 @@ from soco_train.data.batches import batch
 from soco_train.events import Event, Notify
 from soco_train.learn.optimiser import optimisers, warmup_cosine
 from soco_train.modules.layers import select_linears
-from soco_train.settings import DistillSettings, LayerSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
 
 
 @contextmanager

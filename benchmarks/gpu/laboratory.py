@@ -15,7 +15,7 @@ from benchmarks.quality.laboratory import Laboratory
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify
 from soco_train.numbers.rounding import rounded
-from soco_train.settings import RoundingSettings
+from soco_train.settings.rounding import RoundingSettings
 
 INT4 = RoundingSettings(weights="int4")
 AT_ONCE = 16384  # tokens of a pass; with a vocabulary of 50k their logits take 3 GB

@@ -38,7 +38,7 @@ from benchmarks.quality.run import named_text
 from soco_export.recipe.load import load_recipe
 from soco_train.data.corpus import Blocks, fingerprint
 from soco_train.scores.registry import find_scorer
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 
 HELD_OUT = "held out"
 NEVER = 10**6  # steps between two checkpoints: a cell takes a minute

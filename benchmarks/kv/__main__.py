@@ -44,7 +44,7 @@ from soco_train.modules.values import value_sites
 from soco_train.refine.absorb import absorb, value_projections
 from soco_train.refine.distill import distill
 from soco_train.refine.values import narrow_values
-from soco_train.settings import ValueSettings
+from soco_train.settings.refine import ValueSettings
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics
 
 NEEDS = frozenset({"input_covariance", "output_curvature"})

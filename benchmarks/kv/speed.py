@@ -35,7 +35,7 @@ from soco_train.data.corpus import load_blocks
 from soco_train.events import silent
 from soco_train.modules.values import value_sites
 from soco_train.refine.values import narrow_values
-from soco_train.settings import ValueSettings
+from soco_train.settings.refine import ValueSettings
 
 BLOCKS, SAMPLES = 4, 4
 KEEP = (0.75, 0.5, 0.25)

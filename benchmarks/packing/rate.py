@@ -32,7 +32,11 @@ from soco_export.onnx.settings import ExportSettings
 from soco_train import cut_factors, learn_scores, plan_ranks
 from soco_train.data.corpus import load_blocks
 from soco_train.numbers.rate import bits_per_weight
-from soco_train.settings import DataSettings, PlanSettings, RefineSettings, RoundingSettings, TrainSettings
+from soco_train.settings.data import DataSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 
 TINY = Path(__file__).parents[2] / "soco_train" / "builtin" / "tiny"
 ROUNDING = RoundingSettings(weights="int4", block=32)

@@ -31,7 +31,7 @@ from soco_export.files.atomic import write_atomic
 from soco_export.preflight.doctor import versions
 from soco_export.recipe.load import load_recipe
 from soco_train.errors import RecipeError, SocoError
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 
 METHODS = {
     "main": (

@@ -33,7 +33,8 @@ from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.refine.distill import distill
-from soco_train.settings import PlanSettings, RefineSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum, SpectrumStore

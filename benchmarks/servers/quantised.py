@@ -19,7 +19,8 @@ from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_train.data.corpus import load_blocks
 from soco_train.forms.base import FactoredLinear
 from soco_train.numbers.blocks import Grid, nearest
-from soco_train.settings import BITS, DataSettings, WeightType
+from soco_train.settings.data import DataSettings
+from soco_train.settings.rounding import BITS, WeightType
 
 TOLERANCE = 0.02
 

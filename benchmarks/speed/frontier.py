@@ -28,7 +28,7 @@ from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.report.plots import svg
 from soco_export.run.folder.manifest import stage_key
 from soco_train.data.corpus import load_blocks
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 
 WEIGHTS = {
     "fp32": ExportSettings(layouts=("optimum",)),

@@ -28,7 +28,7 @@ from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import silent
 from soco_train.plan.ranks import RankPlan, plan_ranks
-from soco_train.settings import PlanSettings, Storage
+from soco_train.settings.plan import PlanSettings, Storage
 from soco_train.store.scores import LayerScores, Scores
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}

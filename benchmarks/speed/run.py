@@ -46,7 +46,7 @@ from soco_export.run.plans.measured_plan import read_or_measure
 from soco_train.errors import RecipeError
 from soco_train.events import silent
 from soco_train.plan.ranks import RankPlan
-from soco_train.settings import Storage
+from soco_train.settings.plan import Storage
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = {"fp32": "same", "int8": "int8", "int4": "int4"}

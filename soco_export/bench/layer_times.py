@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
 from soco_train.plan.allocation import Limit
-from soco_train.settings import Storage
+from soco_train.settings.plan import Storage
 
 Shape = tuple[int, int]
 DIGITS = 10  # a side of a matrix has fewer

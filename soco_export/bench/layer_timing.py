@@ -33,7 +33,8 @@ from soco_export.onnx.write.matrix import Array
 from soco_train.events import Event, Notify
 from soco_train.forms.registry import state_of
 from soco_train.plan.allocation import layer_cost
-from soco_train.settings import BITS, Storage
+from soco_train.settings.plan import Storage
+from soco_train.settings.rounding import BITS
 
 # Parts of the dense layer's parameters at which a form is measured; the last one saves nothing any more.
 SHARES = (0.2, 0.4, 0.55, 0.7, 0.85, 1.0)

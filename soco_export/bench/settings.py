@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
-from soco_train.settings import Section
+from soco_train.settings.section import Section
 
 
 def _several(value: Any) -> Any:

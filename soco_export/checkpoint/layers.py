@@ -20,7 +20,7 @@ from soco_train.forms.registry import LazyLayers, forms_of, from_factors
 from soco_train.modules.experts import close_experts, open_experts, open_mixtures
 from soco_train.modules.layers import replace_module
 from soco_train.modules.sites import as_stored, opened
-from soco_train.settings import WeightType
+from soco_train.settings.rounding import WeightType
 from soco_train.store.factors import Factors
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soco_train.errors import DataError
-from soco_train.settings import BITS, BLOCKS, WeightType
+from soco_train.settings.rounding import BITS, BLOCKS, WeightType
 
 QUANT_METHOD = "soco-export"
 INSTALL = "pip install soco-export"

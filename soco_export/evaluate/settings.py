@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from soco_train.settings import Section
+from soco_train.settings.section import Section
 
 CPU = "CPUExecutionProvider"
 

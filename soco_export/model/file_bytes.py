@@ -30,7 +30,7 @@ from soco_train.plan.bytes import (
     table_menus,
 )
 from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
-from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
+from soco_train.settings.rounding import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, no_damage, types_of
 
 _TRIES = 12

@@ -28,7 +28,7 @@ from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.feedback import Curvature, curvature
 from soco_train.numbers.pair import chain_error, kappa, product
 from soco_train.numbers.rules import Inputs
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 from soco_train.spectra.statistics import collect_statistics, groups, hardly_seen
 
 ENOUGH = 2  # tokens an input, below which a covariance is noise to a good part

@@ -31,7 +31,7 @@ from soco_train.modules.sites import open_sites
 from soco_train.numbers.blocks import Grid, Levels
 from soco_train.numbers.feedback import curvature
 from soco_train.numbers.rules import Inputs
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 
 class ReadInputs:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from pydantic import Field
 
 from soco_train.errors import RecipeError
-from soco_train.settings import BITS, TABLE_TYPES, Block, Section, WeightType
+from soco_train.settings.rounding import BITS, TABLE_TYPES, Block, WeightType
+from soco_train.settings.section import Section
 
 if TYPE_CHECKING:
     from soco_train.numbers.blocks import Grid

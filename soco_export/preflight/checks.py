@@ -28,7 +28,7 @@ from soco_export.preflight.machine import bytes_in, check_onnxruntime, check_roo
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import ModelShape
 from soco_train.errors import RecipeError
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 if TYPE_CHECKING:
     from soco_export.onnx.describe.architecture import Architecture

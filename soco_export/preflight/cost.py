@@ -27,7 +27,8 @@ from soco_export.preflight.cost_training import step_costs, training_phases
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import BYTES, DENSE_BYTES, ModelShape
 from soco_train.scores.registry import find_scorer
-from soco_train.settings import BITS, SUMS_AT_ONCE
+from soco_train.settings.rounding import BITS
+from soco_train.settings.train import SUMS_AT_ONCE
 from soco_train.spectra.statistics import sums_bytes
 
 __all__ = ["ModelShape", "estimate", "measure"]

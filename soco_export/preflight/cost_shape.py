@@ -7,7 +7,7 @@ from typing import Any
 
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import DENSE_BYTES, ModelShape, ValueShape
-from soco_train.settings import ValueSettings
+from soco_train.settings.refine import ValueSettings
 from soco_train.spectra.statistics import EXPERT
 
 # interpreter, torch and ONNX Runtime before any weight

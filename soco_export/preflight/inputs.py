@@ -10,7 +10,7 @@ from soco_export.onnx.settings import ExportSettings, check_named
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import ModelShape
 from soco_train.errors import DataError, RecipeError
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 
 def check_plan(recipe: Recipe, shape: ModelShape) -> None:

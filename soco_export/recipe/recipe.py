@@ -19,7 +19,11 @@ from soco_export.recipe.merge import overridden, with_key
 from soco_export.recipe.yaml import Origins
 from soco_export.report.gates import GateSettings
 from soco_train.errors import RecipeError
-from soco_train.settings import DataSettings, LayerSettings, PlanSettings, RefineSettings, Section, TrainSettings
+from soco_train.settings.data import DataSettings, LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.section import Section
+from soco_train.settings.train import TrainSettings
 
 LONGEST_NAME = 200  # bytes; a file system has 255, and parts are added to it
 

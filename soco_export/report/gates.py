@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from soco_train.settings import Section
+from soco_train.settings.section import Section
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 Loss = Annotated[float, Field(ge=0)]

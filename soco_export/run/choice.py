@@ -12,7 +12,7 @@ from soco_export.run.folder.manifest import check_unchanged
 from soco_export.run.folder.names import FRONTIER_FILE
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode, RecipeError
-from soco_train.settings import as_bytes
+from soco_train.settings.section import as_bytes
 
 
 def choose_point(run: Path, limits: Sequence[Bound], prefer: Preference) -> Outcome:

@@ -11,7 +11,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.allowed import read_lock
 from soco_export.run.folder.names import LOCK, Format
 from soco_train.errors import ExitCode, RecipeError
-from soco_train.settings import as_bytes
+from soco_train.settings.section import as_bytes
 
 RUNS = Path("runs")
 

@@ -30,7 +30,7 @@ from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe
 from soco_train import parallel
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify
-from soco_train.settings import TYPES
+from soco_train.settings.rounding import TYPES
 
 # what a size has in all types of weights: made in its own folder, in the run's type
 BY_SIZE = ("plan", "factors", "checkpoint")

@@ -20,7 +20,7 @@ import torch
 from soco_train.data.reading import READ_AT_ONCE, decoded, kind_of, read_objects, text_of
 from soco_train.errors import DataError, RecipeError
 from soco_train.installed import install_command
-from soco_train.settings import SHORTEST_BLOCK, DataSettings
+from soco_train.settings.data import SHORTEST_BLOCK, DataSettings
 
 Purpose = Literal["calibration", "evaluation"]
 BUILTIN = Path(__file__).parents[1] / "builtin"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from soco_train.settings import STORAGE
+from soco_train.settings.plan import STORAGE
 
 
 class LayerFactors(ABC):

@@ -17,7 +17,7 @@ import torch
 from soco_train.forms import heads, pivoted, stacked
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors
 from soco_train.forms.dense import DenseWeight
-from soco_train.settings import STORAGE, check_storage
+from soco_train.settings.plan import STORAGE, check_storage
 
 __all__ = ["heads", "pivoted", "stacked"]
 

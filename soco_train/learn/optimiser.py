@@ -10,7 +10,7 @@ from torch import nn
 
 from soco_train import parallel
 from soco_train.errors import RecipeError
-from soco_train.settings import OptimiserName
+from soco_train.settings.distill import OptimiserName
 
 BETAS = (0.9, 0.95)
 MUON_MOMENTUM = 0.9  # [ours]: of 0.7 to 0.95, where a distillation has tens to hundreds of steps

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.factored import FactorPair, Learning
-from soco_train.settings import AdapterSettings
+from soco_train.settings.distill import AdapterSettings
 
 
 class KroneckerSum(nn.Module):

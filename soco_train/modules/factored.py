@@ -16,7 +16,7 @@ from soco_train.forms.heads import HeadColumns, HeadRows, fill_rows
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import substituted
 from soco_train.numbers.rounding import of_layer, rounded, rounds, trains_dense
-from soco_train.settings import RoundingSettings
+from soco_train.settings.rounding import RoundingSettings
 
 
 class FactorPair(nn.Module):

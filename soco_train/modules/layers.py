@@ -12,7 +12,7 @@ from torch import nn
 
 from soco_train.errors import RecipeError
 from soco_train.modules.sites import is_linear
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from soco_train.modules.values import narrowed_names
 from soco_train.plan.left_out import LeftOut
-from soco_train.settings import LayerSettings, ValueSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.refine import ValueSettings
 
 
 def left_out(

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from soco_train.forms.stacked import balance
 from soco_train.modules.layers import substituted, teaching
-from soco_train.settings import ScoreFunction
+from soco_train.settings.train import ScoreFunction
 from soco_train.store.spectra import Spectrum
 
 Function = Callable[[torch.Tensor], torch.Tensor]

@@ -17,7 +17,8 @@ from torch import nn
 
 from soco_train.errors import RecipeError
 from soco_train.modules.layers import select_linears
-from soco_train.settings import HEAD_STEP, LayerSettings, ValueSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.refine import HEAD_STEP, ValueSettings
 
 _VALUES, _OUTPUTS = "v_proj", ("o_proj", "out_proj", "dense")
 _TRIED = 16  # tokens: more than a group of heads needs to show another order

@@ -12,7 +12,7 @@ import torch
 
 from soco_train.numbers.blocks import Grid, Levels
 from soco_train.numbers.rules import find_rounding
-from soco_train.settings import BITS, RoundingSettings
+from soco_train.settings.rounding import BITS, RoundingSettings
 
 
 def bits_per_weight(weight: torch.Tensor, settings: RoundingSettings) -> torch.Tensor:

@@ -15,7 +15,8 @@ from soco_train.errors import RecipeError
 from soco_train.forms.registry import find_form
 from soco_train.numbers.blocks import Grid
 from soco_train.numbers.rules import find_rounding
-from soco_train.settings import BITS, RoundingSettings, Storage
+from soco_train.settings.plan import Storage
+from soco_train.settings.rounding import BITS, RoundingSettings
 
 _RULE_KEY = "refine.distill.rounding.rule"
 

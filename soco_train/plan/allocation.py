@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_train.errors import RecipeError
-from soco_train.settings import PlanSettings, Storage
+from soco_train.settings.plan import PlanSettings, Storage
 
 Integers = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]

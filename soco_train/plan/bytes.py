@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from soco_train.forms.registry import find_form
 from soco_train.plan.allocation import best_rungs
-from soco_train.settings import BITS, WeightType
+from soco_train.settings.rounding import BITS, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 
 PAGE = 4096  # where tensors of the data file start

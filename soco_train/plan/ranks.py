@@ -25,7 +25,8 @@ from soco_train.plan.allocation import (
     uniform_ranks,
 )
 from soco_train.plan.left_out import AS_WRITTEN, LeftOut, taking_part
-from soco_train.settings import Allocation, PlanSettings, RoundingSettings, Storage, WeightType
+from soco_train.settings.plan import Allocation, PlanSettings, Storage
+from soco_train.settings.rounding import RoundingSettings, WeightType
 
 if TYPE_CHECKING:
     import torch

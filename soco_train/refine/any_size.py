@@ -22,7 +22,7 @@ from soco_train.plan.ranks import RankPlan
 from soco_train.refine.cut import cut_layer, store_as
 from soco_train.refine.distill import Smaller, distill
 from soco_train.refine.ladder import name_training
-from soco_train.settings import DistillSettings
+from soco_train.settings.distill import DistillSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 

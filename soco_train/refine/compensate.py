@@ -30,7 +30,7 @@ from soco_train.modules.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, kept
 from soco_train.refine.rungs import rung
-from soco_train.settings import CompensateSettings
+from soco_train.settings.refine import CompensateSettings
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 

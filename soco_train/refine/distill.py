@@ -43,7 +43,8 @@ from soco_train.numbers.rate import bits_per_weight
 from soco_train.numbers.rounding import check_rounding, trains_dense
 from soco_train.refine.distill_cost import distillation_cost
 from soco_train.refine.rungs import rung
-from soco_train.settings import DistillSettings, Storage
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import Storage
 
 _BEST = "best/"
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from soco_train.events import Event, Notify, silent
 from soco_train.forms.stacked import StackedFactors, balance
-from soco_train.settings import RefitSettings
+from soco_train.settings.refine import RefitSettings
 from soco_train.spectra.bases import present
 from soco_train.spectra.statistics import collect_statistics, groups
 

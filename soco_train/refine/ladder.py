@@ -15,7 +15,8 @@ from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.cut import make_factors, store_as
 from soco_train.refine.rungs import wanted_rungs
-from soco_train.settings import RefineSettings, Section
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.section import Section
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 

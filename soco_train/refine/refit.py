@@ -32,7 +32,8 @@ from soco_train.modules.layers import teaching
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.fisher_refit import fisher_refit
 from soco_train.refine.rungs import rung
-from soco_train.settings import SUMS_AT_ONCE, RefitSettings
+from soco_train.settings.refine import RefitSettings
+from soco_train.settings.train import SUMS_AT_ONCE
 
 _TOKENS_AT_ONCE = 2048
 

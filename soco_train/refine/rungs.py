@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from soco_train.cost import CostOf, free
-from soco_train.settings import RefineSettings, Section, Storage
+from soco_train.settings.plan import Storage
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.section import Section
 
 _Place = Literal["scores", "factors"]
 # on scores: (subject, scores, plan, section, session) → Scores; on factors: (subject, factors, section, session) →

@@ -15,7 +15,7 @@ import torch
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.rungs import rung
-from soco_train.settings import FlattenSettings
+from soco_train.settings.refine import FlattenSettings
 
 
 @rung("flatten", on="factors", switch="by")

@@ -22,7 +22,8 @@ from soco_train.modules.subject import Session, Subject
 from soco_train.modules.values import ValueSite, check_mixing, narrowed_sites
 from soco_train.refine.absorb import absorb, value_projections
 from soco_train.refine.rungs import rung
-from soco_train.settings import SUMS_AT_ONCE, ValueSettings
+from soco_train.settings.refine import ValueSettings
+from soco_train.settings.train import SUMS_AT_ONCE
 from soco_train.spectra.statistics import TOKENS_AT_ONCE, collect_statistics, groups, sums_bytes
 
 _NEEDS = frozenset({"input_covariance", "output_curvature"})

@@ -35,7 +35,8 @@ from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.size import SoftSize
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 PRESSURE = (0.1, 100.0)  # λ in typical gradients: at the first step, and when the masks must stop

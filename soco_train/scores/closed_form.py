@@ -16,7 +16,8 @@ from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.modules.subject import Session, Subject
 from soco_train.scores.costs import saliency_cost
 from soco_train.scores.registry import scorer
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 

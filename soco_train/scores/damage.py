@@ -30,7 +30,7 @@ from soco_train.modules.subject import Subject
 from soco_train.numbers.blocks import Grid
 from soco_train.numbers.feedback import curvature, row_errors
 from soco_train.numbers.rules import Inputs, find_rounding
-from soco_train.settings import BITS, TABLE_TYPES, TYPES, WeightType
+from soco_train.settings.rounding import BITS, TABLE_TYPES, TYPES, WeightType
 from soco_train.spectra.bases import present
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind, types_of

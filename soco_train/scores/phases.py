@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from soco_train.settings import TrainSettings
+from soco_train.settings.train import TrainSettings
 
 QUIET_STEPS = 20
 STABLE_OVERLAP = 0.98

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from soco_train.cost import CostOf, free
 from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
-from soco_train.settings import PlanSettings, Section, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.section import Section
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import Scores
 
 _Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]

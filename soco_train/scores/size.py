@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from soco_train.forms.registry import find_form
-from soco_train.settings import PlanSettings
+from soco_train.settings.plan import PlanSettings
 
 
 class SoftSize:

@@ -15,7 +15,8 @@ from soco_train.scores.closed_form import energy, saliency, untrained
 from soco_train.scores.costs import learning_cost
 from soco_train.scores.registry import scorer
 from soco_train.scores.trainer import train_spectrum
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import Spectrum
 

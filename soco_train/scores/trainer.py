@@ -28,7 +28,8 @@ from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.scores.phases import Orders, PressureController, StoppingRules, Timetable
 from soco_train.scores.size import SoftSize, polarisation, soft_gate
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import LayerScores, Scores
 
 DEAD = 1e-3  # a score at or below it carries nothing

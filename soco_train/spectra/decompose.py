@@ -14,7 +14,7 @@ from torch import nn
 
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
-from soco_train.settings import TrainSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.bases import Roots, Transform, find_basis, present
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, hardly_seen
 from soco_train.store.spectra import Spectrum, SpectrumStore

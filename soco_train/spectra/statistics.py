@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
-from soco_train.settings import SUMS_AT_ONCE
+from soco_train.settings.train import SUMS_AT_ONCE
 
 # these take a backward pass
 OUTPUT_SIDE = frozenset({"output_curvature", "row_fisher", "column_fisher", "weight_fisher", "column_survivors"})

@@ -10,7 +10,7 @@ import torch
 
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import FORMS
-from soco_train.settings import TYPES, WeightType
+from soco_train.settings.rounding import TYPES, WeightType
 from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"

@@ -11,7 +11,8 @@ from benchmarks.bits.models import LEARNING_RATES, Subject
 from benchmarks.bits.off_grid import BLOCK, moves, on_grid, rescale
 from benchmarks.bits.run import forms, parse
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings, RoundingSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.rounding import RoundingSettings
 from tests.support.models import small_llama
 
 

@@ -36,7 +36,9 @@ from soco_export.recipe.load import load_recipe
 from soco_train.events import Event, silent
 from soco_train.installed import version_of
 from soco_train.numbers.rounding import rounded
-from soco_train.settings import DistillSettings, LayerSettings, RoundingSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.rounding import RoundingSettings
 from tests.support.models import make_model
 
 

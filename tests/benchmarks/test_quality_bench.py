@@ -33,7 +33,8 @@ from soco_export.recipe.load import list_recipes, load_recipe
 from soco_train.data.corpus import load_blocks
 from soco_train.errors import RecipeError
 from soco_train.scores.phases import QUIET_STEPS, Timetable
-from soco_train.settings import PhaseSettings, RefineSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import PhaseSettings
 
 METHODS = [name.removeprefix("methods/") for name in list_recipes(abstract=True) if name.startswith("methods/")]
 REFITTED = ("tfwsvd", "two-sided-fisher-refit")  # with gradients, and without training

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import sparse_codes as codes
 from soco_train.errors import RecipeError
-from soco_train.settings import check_storage
+from soco_train.settings.plan import check_storage
 
 
 def loss(weight: torch.Tensor, root: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> float:

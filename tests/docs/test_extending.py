@@ -28,7 +28,10 @@ from soco_train.refine.ladder import refine
 from soco_train.refine.rungs import RUNGS
 from soco_train.scores import closed_form
 from soco_train.scores.registry import SCORERS, train_scores
-from soco_train.settings import PlanSettings, RefineSettings, Section, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.section import Section
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra import bases
 from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics

@@ -14,7 +14,8 @@ from soco_export.recipe.recipe import Recipe, keys
 from soco_export.recipe.yaml import read_yaml_value
 from soco_export.report.baseline import RULES
 from soco_train import refine, scores
-from soco_train.settings import RefineSettings, TrainSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 
 STEPS = (scores, refine)  # importing them registers the sections of their own
 COMMON = {"--json", "--quiet", "--verbose"}

@@ -26,7 +26,7 @@ from soco_train.forms.pivoted import PivotedFactors
 from soco_train.forms.registry import LayerFactors
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 from soco_train.store.factors import Factors
 
 VOCABULARY = 259

@@ -19,7 +19,8 @@ from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.distill import distill
-from soco_train.settings import DistillSettings, LayerSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
 from tests.support.models import make_model, random_layer
 
 SETTINGS = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from soco_train.modules.subject import Session, Subject
-from soco_train.settings import PlanSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 
 
 class Work(NamedTuple):

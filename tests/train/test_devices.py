@@ -21,16 +21,12 @@ from soco_train.forms.stacked import StackedFactors
 from soco_train.learn.optimiser import optimisers
 from soco_train.modules.layers import select_linears
 from soco_train.numbers.rounding import rounded
-from soco_train.settings import (
-    DistillSettings,
-    LayerSettings,
-    OptimiserName,
-    PlanSettings,
-    RefineSettings,
-    RoundingSettings,
-    Storage,
-    TrainSettings,
-)
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings, OptimiserName
+from soco_train.settings.plan import PlanSettings, Storage
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore

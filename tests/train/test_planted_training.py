@@ -20,7 +20,10 @@ from soco_train.scores import acip, trainer
 from soco_train.scores.closed_form import energy
 from soco_train.scores.phases import Orders, StoppingRules, Timetable
 from soco_train.scores.size import SoftSize
-from soco_train.settings import CompensateSettings, DistillSettings, PlanSettings, RefitSettings, TrainSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import CompensateSettings, RefitSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra import decompose
 from soco_train.store.scores import LayerScores
 

@@ -32,7 +32,10 @@ from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors, form, parameter
 from soco_train.modules.subject import Session
 from soco_train.plan.ranks import RankPlan, plan_ranks
-from soco_train.settings import STORAGE, LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import STORAGE, PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.factors import Factors
 from tests.support.models import make_model
 

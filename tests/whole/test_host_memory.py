@@ -26,7 +26,8 @@ from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import open_sites
 from soco_train.plan.ranks import plan_ranks
-from soco_train.settings import LayerSettings, PlanSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import LayerScores, Scores
 
@@ -57,7 +58,9 @@ from soco_train.plan.ranks import plan_ranks
 from soco_train.events import silent
 from soco_train.refine.cut import make_factors, store_as
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings, PlanSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import TrainSettings
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 def peak(work):

@@ -22,7 +22,7 @@ from soco_train.numbers.blocks import Grid, Levels, nearest
 from soco_train.numbers.rounding import rounded
 from soco_train.numbers.rules import _RULES, Rounding, rounding
 from soco_train.scores.damage import LossNorm, RoundedInBlocks, damage_to
-from soco_train.settings import RoundingSettings
+from soco_train.settings.rounding import RoundingSettings
 from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics
 from soco_train.store.damage import DENSE

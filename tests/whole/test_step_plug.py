@@ -31,7 +31,11 @@ from soco_train.refine.cut import make_factors
 from soco_train.refine.rungs import RUNGS, rung
 from soco_train.scores.closed_form import untrained
 from soco_train.scores.registry import READ_BY_ALL, SCORERS, scorer
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, Section, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.section import Section
+from soco_train.settings.train import TrainSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore

@@ -13,7 +13,7 @@ from soco_export.onnx.emit.linear import Linears, StoredBlocks
 from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Matrix, Part
 from soco_train.numbers.blocks import Grid
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 
 class TokenTable:

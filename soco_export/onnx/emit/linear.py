@@ -19,7 +19,7 @@ from soco_export.onnx.write.graph import CONTRIB, Graph
 from soco_export.onnx.write.matrix import Array, Matrix, Order, Part, Stored
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
 FINISH: dict[str, Finish] = {}

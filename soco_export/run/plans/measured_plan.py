@@ -20,7 +20,7 @@ from soco_export.run.folder.names import PROFILE
 from soco_train.errors import RecipeError
 from soco_train.events import Notify
 from soco_train.plan.ranks import RankPlan, plan_ranks
-from soco_train.settings import Storage
+from soco_train.settings.plan import Storage
 from soco_train.store.scores import Scores
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from soco_train.bounded import read_json
 if TYPE_CHECKING:
     from soco_export.onnx.settings import ExportSettings
     from soco_train.plan.ranks import RankPlan
-    from soco_train.settings import RefineSettings
+    from soco_train.settings.refine import RefineSettings
 
 
 def cut_plan(context: RunContext, out: Path) -> None:

@@ -38,7 +38,7 @@ from soco_export.run.stages.model_card import model_card
 from soco_train.bounded import MADE_ANEW, read_json
 from soco_train.plan import left_out
 from soco_train.plan.ranks import RankPlan
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}
 # What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.

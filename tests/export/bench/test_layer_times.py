@@ -30,7 +30,7 @@ from soco_export.run.plans.measured_plan import check_profile, plan_for
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.plan.allocation import layer_cost
 from soco_train.plan.ranks import plan_ranks
-from soco_train.settings import PlanSettings
+from soco_train.settings.plan import PlanSettings
 from soco_train.store.scores import LayerScores, Scores
 
 CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", False, (1, 512))

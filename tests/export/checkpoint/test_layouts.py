@@ -16,7 +16,9 @@ from soco_export.checkpoint.stream import stream_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint, save_dense
 from soco_train.forms.dense import DenseWeight
 from soco_train.plan.ranks import plan_ranks
-from soco_train.settings import PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 from tests.support import decoders
 from tests.support.models import logits
 from tests.support.zoo import ZOO

@@ -22,7 +22,7 @@ from soco_train.events import silent
 from soco_train.modules.experts import open_mixtures
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import opened
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 from tests.support import decoders
 from tests.support.models import random_layer
 from tests.support.zoo import ZOO

@@ -21,7 +21,7 @@ from soco_export.checkpoint.stream import stream_checkpoint
 from soco_train.errors import DataError
 from soco_train.forms.registry import LayerFactors, LazyLayers
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 from soco_train.store.factors import Factors
 from soco_train.store.tensorfile import Pending, write_file
 from tests.support.models import ARCHITECTURES, VOCABULARY, logits, make_model, make_tokenizer, random_layer

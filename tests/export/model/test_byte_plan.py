@@ -20,7 +20,7 @@ from soco_export.onnx.write.graph import DataFile, Graph
 from soco_train.errors import RecipeError
 from soco_train.forms.registry import state_of
 from soco_train.plan.bytes import Choice, Menu, Packing, Tables, bytes_of, choose_storage, errors_of, menus_of, pages
-from soco_train.settings import BITS, TYPES, WeightType
+from soco_train.settings.rounding import BITS, TYPES, WeightType
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
 SIZES = st.integers(2, 90)

@@ -21,7 +21,7 @@ from soco_export.onnx.inspect import read_ports
 from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import DataError, RecipeError
 from soco_train.numbers.blocks import Grid
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 from tests.support import decoders, fresh
 from tests.support.blocks import dequantize, quantize
 from tests.support.decoders import Decoder, tiny_model, torch_logits

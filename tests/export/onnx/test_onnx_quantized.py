@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_train.numbers.blocks import Grid
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 from tests.support import fresh
 from tests.support.blocks import dequantize, quantize
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model, torch_logits

@@ -23,14 +23,12 @@ from soco_train.numbers.rounding import rounded
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.ladder import refine
 from soco_train.scores.registry import train_scores
-from soco_train.settings import (
-    DistillSettings,
-    LayerSettings,
-    PlanSettings,
-    RefineSettings,
-    RoundingSettings,
-    TrainSettings,
-)
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.spectra import SpectrumStore
 from tests.support import fresh

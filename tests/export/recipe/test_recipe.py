@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from soco_export.recipe.load import find_recipe, list_recipes, load_recipe, lock
 from soco_export.recipe.recipe import Recipe, keys, schema
 from soco_train.errors import ExitCode, RecipeError
-from soco_train.settings import PlanSettings
+from soco_train.settings.plan import PlanSettings
 from tests.support.fresh import examples
 
 MINIMAL = "extends: base\nmodel: {id: someone/model}\n"

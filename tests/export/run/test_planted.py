@@ -14,7 +14,7 @@ from soco_export.evaluate.tasks import TaskAnswers, compare_answers
 from soco_export.report.rendering import speedup
 from soco_export.run.stages import evidence, report
 from soco_export.runtimes import open as opening
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 from soco_train.store.scores import Scores
 
 

@@ -13,7 +13,7 @@ import torch
 from soco_train.data import corpus
 from soco_train.data.corpus import join_wikitext, load_blocks
 from soco_train.errors import DataError, RecipeError
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 
 
 def characters(text: str, **options: object) -> dict[str, list[int]]:

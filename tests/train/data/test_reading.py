@@ -22,7 +22,7 @@ from soco_export.evaluate.settings import TaskSettings
 from soco_train.data.corpus import load_blocks
 from soco_train.data.reading import READ_AT_ONCE, decoded, read_lines
 from soco_train.errors import DataError, SocoError
-from soco_train.settings import DataSettings
+from soco_train.settings.data import DataSettings
 from tests.support.fresh import examples
 
 FEW = settings(

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from soco_train.learn.divergence import divergence
 from soco_train.scores.size import SoftSize, polarisation, soft_gate
-from soco_train.settings import PlanSettings
+from soco_train.settings.plan import PlanSettings
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.7])

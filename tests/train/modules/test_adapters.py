@@ -14,7 +14,8 @@ from soco_train.modules.factored import factored
 from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.distill import distill
-from soco_train.settings import AdapterSettings, DistillSettings, LayerSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import AdapterSettings, DistillSettings
 from tests.support.models import small_llama
 
 CPU = torch.device("cpu")

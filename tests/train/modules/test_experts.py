@@ -12,7 +12,8 @@ from soco_train import api
 from soco_train.modules.experts import OpenExperts, close_experts, is_stack
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import open_sites, opened
-from soco_train.settings import LayerSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.statistics import collect_statistics
 from tests.support import decoders
 from tests.support.zoo import ZOO

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import as_stored, is_linear, open_sites, opened
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 from tests.support import decoders
 from tests.support.zoo import ZOO
 

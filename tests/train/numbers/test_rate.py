@@ -10,7 +10,7 @@ import torch
 
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.rate import bits_per_weight
-from soco_train.settings import BITS, RoundingSettings
+from soco_train.settings.rounding import BITS, RoundingSettings
 
 SHAPE = (24, 50)  # the last block of a row is not full
 

@@ -21,7 +21,11 @@ from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.refine.any_size import cut_to, distill_any_size, prefix
 from soco_train.refine.cut import make_factors
 from soco_train.refine.distill import Smaller
-from soco_train.settings import DistillSettings, LayerSettings, PlanSettings, RefineSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import Scores
 from tests.support.fresh import rng
 from tests.support.models import small_llama

@@ -13,7 +13,8 @@ from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
 from soco_train.refine.fisher_refit import fisher_refit, row_spread, weighted_error, weighted_fit
 from soco_train.refine.rungs import RUNGS
-from soco_train.settings import LayerSettings, RefitSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.refine import RefitSettings
 from tests.support.models import small_llama
 
 CLOSE = RefitSettings(blocks=1, weights="fisher", sweeps=1, ridge=1e-12)

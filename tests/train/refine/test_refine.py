@@ -27,15 +27,12 @@ from soco_train.refine.cut import make_factors
 from soco_train.refine.distill import distill
 from soco_train.refine.refit import Moments, refit, solve
 from soco_train.scores.registry import train_scores
-from soco_train.settings import (
-    CompensateSettings,
-    DistillSettings,
-    LayerSettings,
-    PlanSettings,
-    RefitSettings,
-    RoundingSettings,
-    TrainSettings,
-)
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import CompensateSettings, RefitSettings
+from soco_train.settings.rounding import RoundingSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.decompose import decompose_model
 from soco_train.store.scores import Scores
 from soco_train.store.spectra import SpectrumStore

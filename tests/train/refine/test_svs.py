@@ -6,7 +6,7 @@ import torch
 from soco_train.forms.stacked import StackedFactors
 from soco_train.refine.rungs import wanted_rungs
 from soco_train.refine.svs import flattened
-from soco_train.settings import RefineSettings
+from soco_train.settings.refine import RefineSettings
 
 
 @pytest.mark.parametrize("by", [0.0, 0.5, 0.8, 1.0])

@@ -20,7 +20,10 @@ from soco_train.modules.subject import Session
 from soco_train.modules.values import check_mixing, value_sites
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.values import narrow_values
-from soco_train.settings import LayerSettings, PlanSettings, RefineSettings, TrainSettings, ValueSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import RefineSettings, ValueSettings
+from soco_train.settings.train import TrainSettings
 from tests.support.models import logits, small_llama
 
 HALF = ValueSettings(keep=0.5)

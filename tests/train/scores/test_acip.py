@@ -18,7 +18,9 @@ from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.cut import make_factors
 from soco_train.scores.acip import MASKS_STOP
 from soco_train.scores.registry import train_scores
-from soco_train.settings import AcipSettings, LayerSettings, PlanSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.plan import PlanSettings
+from soco_train.settings.train import AcipSettings, TrainSettings
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import LayerStatistics
 from soco_train.store.scores import LayerScores, Scores

@@ -10,7 +10,7 @@ from soco_train.forms.registry import find_form, from_factors
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.feedback import calibrated, curvature, row_errors
 from soco_train.scores.damage import LossNorm, RoundedInBlocks, damage_to, frequencies
-from soco_train.settings import BITS
+from soco_train.settings.rounding import BITS
 from soco_train.spectra.decompose import decompose
 from soco_train.spectra.statistics import LayerStatistics
 from soco_train.store.damage import DENSE

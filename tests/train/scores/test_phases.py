@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soco_train.scores.phases import Timetable
-from soco_train.settings import PhaseSettings, TrainSettings
+from soco_train.settings.train import PhaseSettings, TrainSettings
 
 
 def preset(shares: tuple[float, float, float], freeze: float, steps: int = 100) -> Timetable:

@@ -22,7 +22,10 @@ from soco_train.refine.distill import distill
 from soco_train.scores.closed_form import saliency
 from soco_train.scores.registry import find_scorer, train_scores
 from soco_train.scores.soco import attributed, wiener_start
-from soco_train.settings import Allocation, DistillSettings, LayerSettings, PhaseSettings, PlanSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.distill import DistillSettings
+from soco_train.settings.plan import Allocation, PlanSettings
+from soco_train.settings.train import PhaseSettings, TrainSettings
 from soco_train.spectra.bases import find_basis
 from soco_train.spectra.decompose import decompose_layers
 from soco_train.spectra.statistics import collect_statistics

@@ -13,7 +13,8 @@ from soco_train.errors import DataError, RecipeError
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
 from soco_train.modules.sites import open_sites
-from soco_train.settings import LayerSettings, TrainSettings
+from soco_train.settings.data import LayerSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.spectra.bases import Metric, Roots, basis, find_basis
 from soco_train.spectra.decompose import decompose, decompose_layers, decompose_model
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes

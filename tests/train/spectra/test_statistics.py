@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from soco_train.errors import DataError
 from soco_train.events import Event
 from soco_train.modules.layers import select_linears
-from soco_train.settings import LayerSettings
+from soco_train.settings.data import LayerSettings
 from soco_train.spectra.statistics import LayerStatistics, collect_statistics, groups, sums_bytes
 from tests.support.models import small_llama
 
