@@ -69,15 +69,7 @@ def export_onnx(
     """
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)
-    config = resolve_config(folder, trust_remote_code)
-    check_tokenizer_files(folder)
-    read_generation_config(folder, config.get("vocab_size"))
-    settings = settings.planned(*planned_types(config.values))
-    architecture = check_architecture(config, settings)
-    source = open_weights(folder, architecture)
-    if architecture is not None:
-        architecture = _checked(architecture, source, settings)
-    check_runtimes(settings, architecture)
+    config, settings, architecture, source = open_folder(folder, settings, trust_remote_code)
     _check_calibration(settings, calibration)
     forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     metadata = {**_described(config, settings, forms), **(provenance or {})}
@@ -102,6 +94,26 @@ def export_onnx(
         graph=summarise_graph(out),
         rounding=rounding,
     )
+
+
+def open_folder(
+    folder: Path, settings: ExportSettings, trust_remote_code: bool = False
+) -> tuple[Config, ExportSettings, Architecture | None, CheckpointWeights]:
+    """Return what a graph is made of: config.json, settings with the plan's types, description, weights by name.
+
+    Reads small files and headers. Raises RecipeError and DataError for all that an export of `folder` refuses, short
+    of values: a run asks this of its dense model before it trains.
+    """
+    config = resolve_config(folder, trust_remote_code)
+    check_tokenizer_files(folder)
+    read_generation_config(folder, config.get("vocab_size"))
+    settings = settings.planned(*planned_types(config.values))
+    architecture = check_architecture(config, settings)
+    source = open_weights(folder, architecture)
+    if architecture is not None:
+        architecture = _checked(architecture, source, settings)
+    check_runtimes(settings, architecture)
+    return config, settings, architecture, source
 
 
 def _checked(architecture: Architecture, source: CheckpointWeights, settings: ExportSettings) -> Architecture:

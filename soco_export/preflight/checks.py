@@ -52,6 +52,8 @@ def check_everything(recipe: Recipe, root: Path, format: str) -> None:
     tokenizer = check_model(recipe)
     check_texts(recipe, tokenizer)
     check_choices(recipe, tokenizer, shape.context)
+    if format == "onnx":
+        check_dense_export(recipe)
     if not root.exists():  # a run that goes on has read its weights
         check_weights(recipe, format)
 
@@ -207,6 +209,15 @@ def _narrowed(recipe: Recipe, architecture: Architecture | None) -> Architecture
     narrowed = all_narrowed(architecture, recipe.refine.values.numbers(architecture.attention.head_dim))
     check_values(narrowed, recipe.export)
     return narrowed
+
+
+def check_dense_export(recipe: Recipe) -> None:
+    """Raise what the export of the dense model, which a graph is measured against, would raise after training."""
+    from soco_export.export import open_folder
+    from soco_export.model.source import fetch_folder
+
+    if recipe.model.weights != "random":
+        open_folder(fetch_folder(recipe), recipe.export, recipe.model.trust_remote_code)
 
 
 def check_biases(recipe: Recipe) -> None:

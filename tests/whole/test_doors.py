@@ -29,6 +29,7 @@ from soco_export.model.load import dense_config
 from soco_export.model.source import BUILTIN_MODEL
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families import describe
+from soco_export.preflight.checks import check_dense_export
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
@@ -597,6 +598,20 @@ def test_a_model_that_is_not_whole_is_refused_before_a_folder_is_made(tmp_path: 
     with changed_model(tmp_path / "model", change) as folder, refused(words or None, seconds=200):
         train_and_export(Request(model=str(folder), format="hf", out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "nope"), ("dtype", ["float16"]), ("soco_export", {"weights": 5})]
+)
+def test_what_the_export_of_the_dense_model_refuses_is_said_before_training(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    """Fields that say how a model was made are passed over by the training, and read by that export after it."""
+    with changed_model(tmp_path / "model", lambda tensors, config: config.update({field: value})) as folder:
+        recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
+        dense_config(recipe)
+        with refused():
+            check_dense_export(recipe)
 
 
 GOOD_CONFIGS: dict[str, dict[str, Any]] = {
