@@ -5,6 +5,7 @@ Everything that can be wrong with a folder is found before the first weight is r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from soco_export.files.tokenizer import FIX_TOKENIZER, check_tokenizer_files
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
 
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
 SMALLEST_VOCABULARY = 0.75
@@ -40,8 +41,19 @@ def dense_config(recipe: Recipe) -> Any:
             where="model.architecture.model_type",
         )
     check_sizes(fields, "model.architecture")
+    _check_names(fields, CONFIG_MAPPING[kind], str(folder or "model.architecture"))
     with making_a_model(folder or "model.architecture"):
         return AutoConfig.for_model(kind, **fields)
+
+
+def _check_names(fields: Iterable[str], kind: type, where: str) -> None:
+    """Raise DataError for a field of a config.json that would stand in the place of a method of its class."""
+    if methods := [name for name in fields if callable(getattr(kind, name, None))]:
+        raise DataError(
+            f"config.json has a field {methods[0][:60]!r}, which is what the class of such a file does",
+            fix="remove it: no model has it",
+            where=where,
+        )
 
 
 def dense_skeleton(recipe: Recipe) -> Any:

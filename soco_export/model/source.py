@@ -22,6 +22,8 @@ PROVENANCE = (
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     # how somebody ran its attention: ours to choose
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    # what its forward pass once was to answer, and in which form: training asks for its own
+    *("return_dict", "output_hidden_states", "output_attentions", "torchscript"),
     "quantization_config",  # only null gets this far
     "soco_export",  # how a plan would have an export write it
 )

@@ -616,6 +616,7 @@ def test_what_the_export_of_the_dense_model_refuses_is_said_before_training(
 
 GOOD_CONFIGS: dict[str, dict[str, Any]] = {
     "no quantisation": {"quantization_config": None},
+    "another's answers": {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
     "another's attention": {"_attn_implementation_autoset": True, "attn_implementation": "flash_attention_2"},
 }
 
@@ -626,6 +627,15 @@ def test_leftovers_of_others_are_passed_over(tmp_path: Path, case: str) -> None:
     with changed_model(tmp_path / "model", lambda tensors, config: config.update(GOOD_CONFIGS[case])) as folder:
         recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
         assert dense_config(recipe).to_dict() == dense_config(plain).to_dict()
+
+
+@pytest.mark.parametrize("name", ["save_pretrained", "validate", "__init__", "to_dict"])
+def test_a_field_that_is_a_method_is_refused(tmp_path: Path, name: str) -> None:
+    """It was called where hf/ is written, after the training: an int is not callable."""
+    with changed_model(tmp_path / "model", lambda tensors, config: config.update({name: 1})) as folder:
+        recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
+        with refused(f"field '{name}'"):
+            dense_config(recipe)
 
 
 @pytest.mark.parametrize("model", ["x.gguf", "./nowhere/x", "/nowhere", "a/b/c"])
