@@ -25,8 +25,9 @@ def cohere(config: Config) -> Architecture:
     )
 
 
-@family("cohere2", keys=f"{LAYER_NORM} {WINDOWS} logit_scale sliding_window_pattern _sliding_window_pattern")
+@family("cohere2", keys=f"{LAYER_NORM} {WINDOWS} logit_scale sliding_window_pattern _sliding_window_pattern rotary_pct")
 def cohere2(config: Config) -> Architecture:
     """Windows turn, layers that see everything do not."""
+    config.require("rotary_pct", (1.0,))
     turning = [kind == "sliding_attention" for kind in layer_kinds(config)]
     return replace(cohere(config), each=layers(config, interleaved=True, turning=turning))

@@ -20,9 +20,15 @@ def exaone4(config: Config) -> Architecture:
     return replace(base, residual=POST_NORM, attention=replace(base.attention, norm=norm))
 
 
-@family("hunyuan_v1_dense", keys=f"{COMMON} eod_token_id")
+@family(
+    "hunyuan_v1_dense",
+    keys=f"""{COMMON} eod_token_id attention_head_dim cla_share_factor norm_type use_qk_norm use_rotary_pos_emb
+    num_experts norm_topk_prob""",
+)
 def hunyuan(config: Config) -> Architecture:
     """Queries and keys are normalised after they have turned; an `alpha` fixes the rotation of type `dynamic`."""
+    for key, value in (("use_cla", False), ("use_qk_norm", True), ("norm_type", "rms"), ("num_experts", 1)):
+        config.require(key, (value,))
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key, {})
         if rope.get("alpha") and "dynamic" in (rope.get("rope_type"), rope.get("type")):

@@ -20,7 +20,7 @@ from soco_export.onnx.families.registry import family
 @family(
     "falcon",
     keys=f"""hidden_size num_hidden_layers num_attention_heads num_ln_in_parallel_attn layer_norm_epsilon num_kv_heads
-    alibi new_decoder_architecture multi_query parallel_attn bias ffn_hidden_size activation {ROPE}""",
+    alibi new_decoder_architecture multi_query parallel_attn bias ffn_hidden_size ff_factor activation {ROPE}""",
 )
 def falcon(config: Config) -> Architecture:
     """The 7B, 40B and 11B layouts; alibi (the RW models) is refused: transformers rounds it to bfloat16."""

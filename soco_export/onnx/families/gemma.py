@@ -15,7 +15,8 @@ _SANDWICH = Residual(
     before_mlp="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
 )
-LATER = f"{COMMON} {WINDOWS} hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping"
+LATER = f"""{COMMON} {WINDOWS} hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping
+    sliding_window_size"""
 
 
 def _norm(config: Config) -> Norm:

@@ -25,9 +25,11 @@ def phi(config: Config) -> Architecture:
     )
 
 
-@family("phi3", keys=f"{COMMON} {WINDOWS}")
+@family("phi3", keys=f"{COMMON} {WINDOWS} full_attn_mod interpolate_factor")
 def phi3(config: Config) -> Architecture:
     """One projection for queries, keys and values, one for gate and up."""
+    config.require("full_attn_mod", (1,))
+    config.require("interpolate_factor", (1,))
     mlp = Mlp(
         config["intermediate_size"],
         ("mlp.gate_up_proj",),

@@ -19,6 +19,7 @@ HARMLESS = """architectures attention_dropout attn_pdrop
     embed_dropout embedding_dropout emb_pdrop eos_token_id hidden_dropout init_device init_std initializer_range
     initializer_cutoff_factor use_flash_attention_2 _flash_attn_2_enabled use_flash_attn use_flash_attention
     layerdrop pad_token_id pretraining_tp quantization_config resid_dropout resid_pdrop residual_dropout sep_token_id
+    attention_probs_dropout_prob hidden_dropout_prob
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings
     torch_dtype use_cache vocab_size _attn_implementation_autoset attn_implementation _attn_implementation"""
 # Keys that no config class declares matter only if their names speak of mathematics; the rest is somebody's note.

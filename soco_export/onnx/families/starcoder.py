@@ -20,9 +20,13 @@ def starcoder2(config: Config) -> Architecture:
     return decoder(config, Norm("layer", config["norm_epsilon"], bias=True), _plain(config, "c_fc", "c_proj"))
 
 
-@family("stablelm", keys=f"{LAYER_NORM} use_qkv_bias qk_layernorm use_parallel_residual rope_pct")
+@family(
+    "stablelm",
+    keys=f"{LAYER_NORM} use_qkv_bias qk_layernorm use_parallel_residual rope_pct norm_eps rotary_scaling_factor",
+)
 def stablelm(config: Config) -> Architecture:
     """LayerNorm, gated MLP, a quarter of each head turns; queries and keys may have a norm for each head."""
+    config.require("rotary_scaling_factor", (1.0,))
     norm = Norm("layer", config["layer_norm_eps"], bias=True)
     base = decoder(config, norm)
     bare = Norm("layer", config["layer_norm_eps"])
@@ -33,7 +37,7 @@ def stablelm(config: Config) -> Architecture:
     return replace(found, residual=Residual(before_attention="input_layernorm", parallel=True))
 
 
-@family("nemotron", keys=f"{SIZES} norm_eps attention_bias mlp_bias")
+@family("nemotron", keys=f"{SIZES} norm_eps attention_bias mlp_bias rope_percent")
 def nemotron(config: Config) -> Architecture:
     """LayerNorm stored less one, squared ReLU, half of each head turns."""
     norm = Norm("layer", config["norm_eps"], offset=1.0, bias=True)

@@ -187,6 +187,32 @@ def test_what_a_flavour_cannot_do_is_said_before_anything_is_trained(tmp_path: P
         check_architecture(odd, ExportSettings(flavour="contrib"))
 
 
+# Of published config.json files: what their classes do not read, and a value that would be another model.
+PUBLISHED = {
+    "phi4-mini": ({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}, {"interpolate_factor": 2}),
+    "cohere2": ({"rotary_pct": 1.0, "layer_switch": 4, "position_embedding_type": "rope_gptj"}, {"rotary_pct": 0.5}),
+    "stablelm": ({"norm_eps": 1e-5, "rotary_scaling_factor": 1.0}, {"rotary_scaling_factor": 2.0}),
+    "hunyuan_v1_dense": (
+        {"attention_head_dim": 16, "cla_share_factor": 2, "use_cla": False, "use_qk_norm": True, "norm_type": "rms"},
+        {"use_cla": True},
+    ),
+    "falcon-11b": ({"ff_factor": 4}, {"alibi": True}),
+    "gpt_neox": ({"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}, {"rope_parameters": {"type": "?"}}),
+}
+
+
+@pytest.mark.parametrize("name", map(known_here, PUBLISHED))
+def test_keys_that_publishers_write_are_understood(name: str, tmp_path: Path) -> None:
+    model_type, values = ZOO[name]
+    written, other = PUBLISHED[name]
+    found = [{"model_type": model_type, **values}, {"model_type": model_type, **values, **written}]
+    plain, published = (check_architecture(config_of(tmp_path, **one), ExportSettings()) for one in found)
+    assert plain is not None
+    assert plain == published
+    with pytest.raises(SocoError):
+        check_architecture(config_of(tmp_path, **found[1] | other), ExportSettings())
+
+
 OLD = version.parse(transformers.__version__).major < 5
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
