@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.whole.seal import GOLDEN, more_runs, take
 
@@ -21,8 +22,16 @@ def recorded() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_run: Path, short: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return take({"run": tiny_run, **more_runs(tiny_run, short, tmp_path_factory.mktemp("seal"))})
+def found(
+    tiny_run: Path, short: tuple[str, ...], shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return what is sealed of the runs, which one worker makes for all."""
+    taken = shared / "seal.json"
+    with FileLock(f"{taken}.lock"):
+        if not taken.exists():
+            runs = {"run": tiny_run, **more_runs(tiny_run, short, tmp_path_factory.mktemp("seal"))}
+            taken.write_text(json.dumps(take(runs)), encoding="utf-8")
+    return json.loads(taken.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("part", PARTS)
