@@ -16,7 +16,7 @@ from soco_export.onnx.write.matrix import Matrix, Part
 from tests.support import fresh
 from tests.support.decoders import CONFIGS, factor, tiny_model
 
-HIDDEN, INNER = 512, 49152
+HIDDEN, INNER = 256, 49152
 LARGEST = 4 * HIDDEN * INNER
 # down_proj stays dense and takes its columns in the order that the pivoted gate gives them.
 FORMS = {"low rank": {"gate_proj": ("pivoted", 64), "up_proj": ("stacked", 64)}, "dense": {}}
