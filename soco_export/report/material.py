@@ -52,7 +52,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Material:
-    """`layers`: the rank plan; `curves`: rows of files/curve.py; `command`: as it was typed."""
+    """`layers`: the rank plan; `curves`: rows of run/stages/curve.py; `command`: as it was typed."""
 
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     curves: Sequence[Mapping[str, Any]] = ()

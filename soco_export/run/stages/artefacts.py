@@ -15,12 +15,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soco_export.files.curve import recording
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.context import RunContext
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
 from soco_export.run.folder.names import CARD_FILE, DAMAGE, EXPORT_FILE, FACTORS_CURVE, KEPT_CURVE, SIZES_FILE, Format
 from soco_export.run.pipeline import Stage
+from soco_export.run.stages.curve import recording
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
 from soco_train.bounded import read_json

@@ -9,7 +9,6 @@ from typing import Any
 
 from soco_export.bench.machine import describe_machine
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, PerplexityFigures
-from soco_export.files.curve import read_curve
 from soco_export.files.json import read_config
 from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import folder_bytes
@@ -34,6 +33,7 @@ from soco_export.run.folder.names import (
     SCORES_CURVE,
     Format,
 )
+from soco_export.run.stages.curve import read_curve
 from soco_export.run.stages.model_card import model_card
 from soco_train.bounded import MADE_ANEW, read_json
 from soco_train.plan import left_out

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soco_export.files.curve import recording
 from soco_export.run.context import RunContext
 from soco_export.run.folder.names import KEPT_CURVE, SCORES_CURVE
 from soco_export.run.pipeline import Stage
+from soco_export.run.stages.curve import recording
 from soco_train import parallel
 
 PLAN_KEYS = ("keep_params", "storage", "allocation", "multiple")

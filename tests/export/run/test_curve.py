@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soco_export.files.curve import read_curve, recording
+from soco_export.run.stages.curve import read_curve, recording
 from soco_train.errors import DataError
 from soco_train.events import Event, silent
 
