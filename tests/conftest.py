@@ -101,7 +101,13 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this environment has nothing for."""
+    """Skip what this environment has nothing for, and let files of long tests come first.
+
+    One of two workers then makes `tiny_run` while the other, which has the second half, is busy; in the end short
+    tests are left to be shared out.
+    """
+    on_a_run = {item.path for item in items if "tiny_run" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path not in on_a_run, "whole" not in item.path.parts))
     missing = {"optimum": lambda: find_spec("optimum") is None, "gpu": _no_gpu}
     for mark, absent in missing.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
