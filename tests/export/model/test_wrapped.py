@@ -79,6 +79,18 @@ WRAPPERS = {
         "vision_config": {**PICTURES, "model_type": "pixtral", "head_dim": 8},
         "image_token_index": 5,
     },
+    "qwen3_vl": {
+        "text_config": {
+            **SIZES,
+            **dict.fromkeys(("bos_token_id", "eos_token_id"), 1),
+            "head_dim": 8,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+        },
+        "vision_config": {
+            **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32},
+            "deepstack_visual_indexes": [0],
+        },
+    },
     "qwen2_5_vl": {
         "text_config": {
             **SIZES,
