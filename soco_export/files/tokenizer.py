@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _FILES = (
     "merges.txt",
 )
 _TEMPLATES = "additional_chat_templates"  # where transformers looks for chat templates that have a name
+_MOST_GROWTH = 256  # characters that a normalizer makes of one: published ones make at most a few
 _FIX_TEMPLATE = "chat_template: the text of a Jinja template, or texts by name"
 
 
@@ -50,8 +52,28 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
             fix=FIX_TOKENIZER,
             where=str(path),
         )
+    growth = _growth(fields.get("normalizer")) if path.name == "tokenizer.json" else 1
+    if growth > _MOST_GROWTH:
+        raise DataError(
+            f"{path.name} has a normalizer that makes up to {growth:,} characters of one",
+            fix=FIX_TOKENIZER,
+            where=str(path),
+        )
     if path.name == "tokenizer_config.json":
         _check_template(fields.get("chat_template"), path)
+
+
+def _growth(normalizer: Any) -> int:
+    """Return how many characters a normalizer of a tokenizer.json makes of one, at most; what it does not know, 1."""
+    if not isinstance(normalizer, dict):
+        return 1
+    inner = normalizer.get("normalizers")
+    if isinstance(inner, list):
+        return math.prod(map(_growth, inner))
+    longest = max(
+        (len(text) for key in ("content", "prepend") if isinstance(text := normalizer.get(key), str)), default=1
+    )
+    return max(1, longest)
 
 
 def _check_template(found: Any, path: Path) -> None:

@@ -527,6 +527,20 @@ def test_a_tokenizers_file_that_is_none_is_refused(tmp_path: Path, case: str, na
 
 
 @pytest.mark.parametrize(
+    ("each", "steps", "held"), [("▁▁▁", 2, True), ("e" * 10, 2, True), ("e" * 10, 4, False), ("e" * 5000, 1, False)]
+)
+def test_a_normalizer_that_lets_a_text_grow_without_end_is_refused(
+    tmp_path: Path, each: str, steps: int, held: bool
+) -> None:
+    """Its library ends the process where memory ends: four replacements made 10,000 characters of one."""
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": each}
+    fields = {"normalizer": {"type": "Sequence", "normalizers": [step] * steps}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with nullcontext() if held else refused("characters of one"):
+        check_tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize(
     "template",
     [
         *(5, True, [1], ["a"], [{"template": "a"}], [{"name": "a", "template": 1}], {"a": None}, {"../a": "b"}),
