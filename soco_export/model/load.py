@@ -5,7 +5,8 @@ Everything that can be wrong with a folder is found before the first weight is r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,29 @@ def load_tokenizer(recipe: Recipe) -> Any:
     folder = BUILTIN_MODEL if recipe.model.weights == "random" else fetch_folder(recipe)
     check_tokenizer_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
+        with _panics_as_errors():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as first:  # the library of tokenizers raises bare Exceptions
         reason: Exception = first
     # transformers 4.57 does not know the tokenizer class that 5 writes, but reads its tokenizer.json
     if (folder / "tokenizer.json").is_file():
         try:
-            return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+            with _panics_as_errors():
+                return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
         except Exception as second:
             reason = second
     raise _no_tokenizer(folder, reason) from reason
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Raise ValueError for a panic of Rust, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
 
 
 def _no_tokenizer(folder: Path, error: Exception) -> RecipeError:

@@ -25,7 +25,7 @@ from soco_export.files.json import plain_floats, read_config
 from soco_export.files.rope import check_rope
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.files.tokenizer import check_tokenizer_files
-from soco_export.model.load import dense_config
+from soco_export.model.load import dense_config, load_tokenizer
 from soco_export.model.source import BUILTIN_MODEL
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families import describe
@@ -641,6 +641,15 @@ def test_leftovers_of_others_are_passed_over(tmp_path: Path, case: str) -> None:
     with changed_model(tmp_path / "model", lambda tensors, config: config.update(GOOD_CONFIGS[case])) as folder:
         recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
         assert dense_config(recipe).to_dict() == dense_config(plain).to_dict()
+
+
+def test_a_tokenizer_that_its_library_panics_at_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    fields = json.loads(file.read_text()) | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    file.write_text(json.dumps(fields))
+    with refused("charsmap"):
+        load_tokenizer(load_recipe("base", model={"path": str(tmp_path / "model"), "weights": "pretrained"}))
 
 
 @pytest.mark.parametrize("name", ["save_pretrained", "validate", "__init__", "to_dict"])
