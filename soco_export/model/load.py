@@ -44,7 +44,20 @@ def dense_config(recipe: Recipe) -> Any:
     check_sizes(fields, "model.architecture")
     _check_names(fields, CONFIG_MAPPING[kind], str(folder or "model.architecture"))
     with making_a_model(folder or "model.architecture"):
-        return AutoConfig.for_model(kind, **fields)
+        config = AutoConfig.for_model(kind, **fields)
+    _check_window(config, str(folder or "model.architecture"))
+    return config
+
+
+def _check_window(config: Any, where: str) -> None:
+    """Raise DataError for layers that look back over a window of which the config gives no size."""
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if windowed and getattr(config, "sliding_window", None) is None:
+        raise DataError(
+            "config.json has layers of sliding_attention, and no sliding_window",
+            fix="give the config.json that was published with the model",
+            where=f"{where}: layer_types",
+        )
 
 
 def _check_names(fields: Iterable[str], kind: type, where: str) -> None:

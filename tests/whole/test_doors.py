@@ -643,6 +643,14 @@ def test_leftovers_of_others_are_passed_over(tmp_path: Path, case: str) -> None:
         assert dense_config(recipe).to_dict() == dense_config(plain).to_dict()
 
 
+def test_layers_with_a_window_of_no_size_are_refused(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", *["full_attention"] * 5]
+    with changed_model(tmp_path / "model", lambda tensors, config: config.update(layer_types=kinds)) as folder:
+        recipe = load_recipe("base", model={"path": str(folder), "weights": "pretrained"})
+        with refused("no sliding_window"):
+            dense_config(recipe)
+
+
 def test_a_tokenizer_that_its_library_panics_at_is_refused(tmp_path: Path) -> None:
     shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
