@@ -67,16 +67,17 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     recipe = run_recipe(run, request)
     check_trained(run)
     changed = recipe.override(request.overrides)
-    stages = (*TRAINING, *artefacts(changed, request.format), *EVIDENCE[request.format])
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
     if not keys and request.out is None:
         check(request, changed, run, notify)
-        advance(request, changed, run, stages, notify)
+        homes = homes_of(run)
+        advance(request, changed, run, stages_of(changed, request.format, homes), notify, homes)
         return run_outcome(run)
     _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
     check(request, changed, root, notify)
-    advance(request, changed, root, stages, notify, {**trained_in(run, recipe), **_priced_in(run, recipe, changed)})
+    homes = {**trained_in(run, recipe), **_priced_in(run, recipe, changed)}
+    advance(request, changed, root, stages_of(changed, request.format, homes), notify, homes)
     return run_outcome(root)
 
 
@@ -103,15 +104,16 @@ Homes = Mapping[str, tuple[Path, Recipe]]
 
 
 def trained_in(run: Path, recipe: Recipe) -> Homes:
-    """Return what a run that cuts the scores of `run` anew has there."""
+    """Return what a run that cuts the scores of `run` anew has there, or where `run` has them that is one itself."""
+    there = homes_of(run)
     once = (*TRAINING, SIZES_STAGE) if recipe.refine.distill.sizes else TRAINING
-    return {stage.name: (run, recipe) for stage in once}
+    return {stage.name: there.get(stage.name, (run, recipe)) for stage in once}
 
 
 def _priced_in(run: Path, recipe: Recipe, changed: Recipe) -> Homes:
     """Return where the price of bytes lies: in the run itself, for all its sizes, unless this one rounds otherwise."""
     own = changed.keep_bytes is not None and not _priced_otherwise(recipe, changed)
-    return {PRICE.name: (run, recipe)} if own else {}
+    return {PRICE.name: homes_of(run).get(PRICE.name, (run, recipe))} if own else {}
 
 
 def _priced_otherwise(recipe: Recipe, changed: Recipe) -> list[str]:

@@ -177,7 +177,11 @@ class TestExport:
         again = soco("validate", run / "keep-0.75", "--json")
         assert again.code == 0, again.err
         assert stages(again)["scores"] == "up to date"
-        assert not (run / "keep-0.75" / "scores.safetensors").exists()
+        for other in (["--format", "dense"], ["--keep-params", "0.9", "--format", "hf"]):  # of that size, and from it
+            ran = soco("export", run / "keep-0.75", *other, "--json")
+            assert ran.code == 0, ran.err
+            assert stages(ran)["scores"] == "up to date"
+        assert not [*(run / "keep-0.75").rglob("scores.safetensors")]
 
     def test_what_the_scores_depend_on_is_refused(self, run: Path) -> None:
         ran = soco("export", run, "--set", "train.steps=9", "--out", run.parent / "other")
