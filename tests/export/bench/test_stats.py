@@ -67,9 +67,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_the_interval_is_the_same_for_the_same_seed():
     rng = fresh.rng()
-    dense, compressed = rng.uniform(1, 2, (2, 10, 2))
+    dense, compressed = rng.uniform(1, 2, (2, 60, 2))
     assert paired_ratio(dense, compressed, seed=3) == paired_ratio(dense, compressed, seed=3)
-    # An interval's ends are medians of ten rounds, of which there are few: two seeds may well agree, thirty do not.
+    # An interval's ends are medians of rounds, of which few come into question: two seeds may agree, thirty do not.
     assert len({paired_ratio(dense, compressed, seed=seed) for seed in range(30)}) > 1
 
 
