@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
-from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, check_folder, check_place, read_lock
+from soco_export.run.folder.allowed import check_folder, check_place, read_lock
 from soco_export.run.folder.held import check_idle, open_folder, read_folder
-from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, digest, stage_key
-from soco_export.run.folder.names import DAMAGE, LOCK, MANIFEST, REPORT_FILES, Format
+from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
+from soco_export.run.folder.names import LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
-from soco_export.run.stages.artefacts import PLAN, PRICE, SIZES_STAGE, artefacts
+from soco_export.run.stages.artefacts import artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, write_reports
 from soco_export.run.stages.training import SCORES, TRAINING
@@ -58,29 +58,6 @@ def whole_road(request: Request, notify: Notify) -> Outcome:
     return run_outcome(root)
 
 
-def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
-    """Write an existing run's model in another form, or at another size or with other settings in a folder of its own.
-
-    That folder is `request.out`, or keep-SIZE inside the run; spectrum and scores stay where they are.
-    Raises RecipeError if the settings differ in what the scores depend on, or if there are no scores yet.
-    """
-    recipe = run_recipe(run, request)
-    check_trained(run)
-    changed = recipe.override(request.overrides)
-    keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
-    if not keys and request.out is None:
-        check(request, changed, run, notify)
-        homes = homes_of(run)
-        advance(request, changed, run, stages_of(changed, request.format, homes), notify, homes)
-        return run_outcome(run)
-    _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
-    root = request.out or _recut_folder(run, keys, changed)
-    check(request, changed, root, notify)
-    homes = {**trained_in(run, recipe), **_priced_in(run, recipe, changed)}
-    advance(request, changed, root, stages_of(changed, request.format, homes), notify, homes)
-    return run_outcome(root)
-
-
 def check_trained(run: Path) -> None:
     """Raise RecipeError if the training of the run in `run` has not ended: a verb on a run would go on with it.
 
@@ -101,71 +78,6 @@ def check_trained(run: Path) -> None:
 
 # where stages have their files that are not the run's own: stage → the other run's folder and recipe
 Homes = Mapping[str, tuple[Path, Recipe]]
-
-
-def trained_in(run: Path, recipe: Recipe) -> Homes:
-    """Return what a run that cuts the scores of `run` anew has there, or where `run` has them that is one itself."""
-    there = homes_of(run)
-    once = (*TRAINING, SIZES_STAGE) if recipe.refine.distill.sizes else TRAINING
-    return {stage.name: there.get(stage.name, (run, recipe)) for stage in once}
-
-
-def _priced_in(run: Path, recipe: Recipe, changed: Recipe) -> Homes:
-    """Return where the price of bytes lies: in the run itself, for all its sizes, unless this one rounds otherwise."""
-    own = changed.keep_bytes is not None and not _priced_otherwise(recipe, changed)
-    return {PRICE.name: homes_of(run).get(PRICE.name, (run, recipe))} if own else {}
-
-
-def _priced_otherwise(recipe: Recipe, changed: Recipe) -> list[str]:
-    """Return the keys in which two recipes differ that the price of bytes depends on."""
-    return _within(differences(recipe, changed), PRICE.settings)
-
-
-def _within(keys: Iterable[str], sections: Iterable[str]) -> list[str]:
-    """Return the dotted keys that are one of `sections` or lie in one."""
-    roots = tuple(f"{section}." for section in sections)
-    return [key for key in keys if f"{key}.".startswith(roots)]
-
-
-def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:
-    """Raise RecipeError if the price that lies in `run`, whose recipe is `recipe`, is not that of what is `asked`.
-
-    What no manifest knows is taken as it is.
-    """
-    manifest = Manifest.load(run)
-    stages = manifest.stages if manifest else {}
-    price, scores = stages.get(PRICE.name), stages.get(SCORES.name)
-    other = _priced_otherwise(recipe, asked)
-    if price and scores and price.inputs.get(SCORES.name) != digest(scores):
-        other = ["the scores"]
-    if other:
-        raise RecipeError(
-            f"what layers lose was measured in {run.name} with other values of {', '.join(other)}",
-            fix="measure with these once: soco-export export RUN --keep-bytes 90MB, with the same --set and an --out",
-            where=str(run / DAMAGE),
-        )
-
-
-def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
-    fixed = {key for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
-    fixed |= distilled | {"model", "data"}
-    wrong = [key for key in _within(keys, fixed) if key != "model.dtype"]
-    if wrong:
-        raise RecipeError(
-            f"{', '.join(wrong)} cannot change after training",
-            fix="train another run: soco-export train --set … --out FOLDER",
-            where="--set",
-        )
-
-
-def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
-    if list(keys) == ["keep_params"]:
-        return run / f"keep-{recipe.keep_params:g}"
-    if list(keys) == ["keep_bytes"]:
-        return run / f"keep-{recipe.keep_bytes}-bytes"
-    raise RecipeError(
-        f"{', '.join(keys)} differ from the run's", fix="say with --out where this other model goes", where="--set"
-    )
 
 
 def _check_out(request: Request) -> None:

@@ -21,11 +21,12 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import dense_point, frontier_table, frontier_text, point_of
 from soco_export.report.material import FrontierPoint
 from soco_export.report.schema import RESULTS_FILE, Results
+from soco_export.run.another_size import trained_in
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
 from soco_export.run.folder.held import open_folder
 from soco_export.run.folder.manifest import StageRecord, stage_key
 from soco_export.run.folder.names import FRONTIER_FILE
-from soco_export.run.on_run import Homes, advance, check, check_trained, report_again, stages_of, trained_in
+from soco_export.run.on_run import Homes, advance, check, check_trained, report_again, stages_of
 from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe
 from soco_train import parallel
 from soco_train.errors import RecipeError

@@ -56,7 +56,7 @@ def plan(
     recipe = own.override(request.overrides)
     check_unchanged(root, ["scores.safetensors"])
     if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
-        from soco_export.run.on_run import check_priced
+        from soco_export.run.another_size import check_priced
 
         check_priced(root, own, recipe)
         return plan_byte_sizes(root, recipe, parse_byte_sizes(byte_sizes, recipe.keep_bytes), request.out)
@@ -67,7 +67,7 @@ def plan(
 def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
     """Write a run or a Hugging Face folder in `request.format`, or a run at another size."""
     if (folder / LOCK).is_file():
-        from soco_export.run.on_run import from_run
+        from soco_export.run.another_size import from_run
 
         return from_run(request, folder, notify)
     from soco_export.run.on_folder import export_folder

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from soco_export.onnx.build import STAMP
+from soco_export.run.another_size import _priced_in
 from soco_export.run.folder.allowed import read_lock
-from soco_export.run.on_run import _priced_in
 from soco_export.run.verbs import Request, export, plan
 from soco_train.errors import RecipeError
 from soco_train.plan.ranks import RankPlan
