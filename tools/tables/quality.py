@@ -126,6 +126,8 @@ def _phases() -> Iterator[tuple[str, ...]]:
     yield _line(("soco-scores: whitened, scores alone",), "soco-0.6", "soco-scores", 0.6)
     yield _line(("soco: whitened, then distilled",), "soco-0.6", "soco", 0.6)
     yield _line(("soco-plus: two-sided, then distilled",), "soco-0.6", "soco-plus", 0.6)
+    together = "soco-together: two-sided, components learn beside their scores, then distilled"
+    yield _line((together,), "soco-together-0.6", "soco-together", 0.6)
     yield _line(
         ("two-sided-distilled: closed form, all tokens for distillation",), "keep-0.6", "two-sided-distilled", 0.6
     )
