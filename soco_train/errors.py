@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -52,3 +54,18 @@ class MachineError(SocoError):
 
 class DataError(SocoError):
     """Weights, texts or losses are not what they must be: NaN, truncated, wrong encoding (exit code 2)."""
+
+
+class PanicError(Exception):
+    """A library written in Rust gave up; whoever called it says what that means."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise PanicError for a panic of Rust, which is no Exception and passes every door."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise PanicError(str(error)) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,16 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
                 raise DataError(
                     f"config.json sets {key} to {shown}", fix=f"{key}: a whole number up to {most:,}", where=where
                 )
+
+
+def check_window(kinds: Collection[str] | None, window: int | None, where: str) -> None:
+    """Raise DataError for layers, by their kinds, that look back over a window of which a config gives no size."""
+    if "sliding_attention" in (kinds or ()) and not window:
+        raise DataError(
+            "config.json has layers of sliding_attention, and no sliding_window",
+            fix="give the config.json that was published with the model",
+            where=f"{where}: layer_types",
+        )
 
 
 def _check_numbers(fields: Mapping[str, Any], where: str) -> None:

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from soco_export.files.json import making_a_model
+from soco_export.files.rope import TABLES
 
 # what must agree for a folder to be a recipe's model
 MODEL_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -55,7 +56,7 @@ def _as_text(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = inner["model_type"]
     if kind not in _ALONE:
         return dict(inner)
-    ropes = {key: _plain_rope(inner[key]) for key in ("rope_scaling", "rope_parameters") if inner.get(key)}
+    ropes = {key: _plain_rope(inner[key]) for key in TABLES if inner.get(key)}
     return {**inner, **ropes, "model_type": _ALONE[kind]}
 
 
@@ -67,11 +68,11 @@ def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def left_behind(fields: Mapping[str, Any]) -> list[str]:
     """Return a line that says what a config.json of several models has beside its decoder; none if it is of one."""
-    inner, kind = language_model(fields), fields.get("model_type")
-    said = (
-        f"of the {kind} model the decoder alone is taken ({inner['model_type']}): it reads text only" if inner else ""
-    )
-    return [said] if said else []
+    inner = language_model(fields)
+    if inner is None:
+        return []
+    whole = fields.get("model_type")
+    return [f"of the {whole} model the decoder alone is taken ({inner['model_type']}): it reads text only"]
 
 
 def language_names(names: Collection[str]) -> dict[str, str]:

@@ -5,17 +5,16 @@ Everything that can be wrong with a folder is found before the first weight is r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from soco_export.files.json import check_sizes, making_a_model, read_generation_config
+from soco_export.files.json import check_sizes, check_window, making_a_model, read_generation_config
 from soco_export.files.tokenizer import FIX_TOKENIZER, check_tokenizer_files
 from soco_export.model.source import BUILTIN_MODEL, architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.recipe.load import suggestion
 from soco_export.recipe.recipe import Recipe
-from soco_train.errors import DataError, RecipeError
+from soco_train.errors import DataError, RecipeError, panics_as_errors
 
 # a tokenizer of fewer ids than this share of the embedding rows is another model's (rows are padded by far less)
 SMALLEST_VOCABULARY = 0.75
@@ -42,22 +41,12 @@ def dense_config(recipe: Recipe) -> Any:
             where="model.architecture.model_type",
         )
     check_sizes(fields, "model.architecture")
-    _check_names(fields, CONFIG_MAPPING[kind], str(folder or "model.architecture"))
+    where = str(folder or "model.architecture")
+    _check_names(fields, CONFIG_MAPPING[kind], where)
     with making_a_model(folder or "model.architecture"):
         config = AutoConfig.for_model(kind, **fields)
-    _check_window(config, str(folder or "model.architecture"))
+    check_window(getattr(config, "layer_types", None), getattr(config, "sliding_window", None), where)
     return config
-
-
-def _check_window(config: Any, where: str) -> None:
-    """Raise DataError for layers that look back over a window of which the config gives no size."""
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if windowed and getattr(config, "sliding_window", None) is None:
-        raise DataError(
-            "config.json has layers of sliding_attention, and no sliding_window",
-            fix="give the config.json that was published with the model",
-            where=f"{where}: layer_types",
-        )
 
 
 def _check_names(fields: Iterable[str], kind: type, where: str) -> None:
@@ -88,29 +77,18 @@ def load_tokenizer(recipe: Recipe) -> Any:
     folder = BUILTIN_MODEL if recipe.model.weights == "random" else fetch_folder(recipe)
     check_tokenizer_files(folder)
     try:
-        with _panics_as_errors():
+        with panics_as_errors():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as first:  # the library of tokenizers raises bare Exceptions
         reason: Exception = first
     # transformers 4.57 does not know the tokenizer class that 5 writes, but reads its tokenizer.json
     if (folder / "tokenizer.json").is_file():
         try:
-            with _panics_as_errors():
+            with panics_as_errors():
                 return PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
         except Exception as second:
             reason = second
     raise _no_tokenizer(folder, reason) from reason
-
-
-@contextmanager
-def _panics_as_errors() -> Iterator[None]:
-    """Raise ValueError for a panic of Rust, which is no Exception."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(str(error)) from None
 
 
 def _no_tokenizer(folder: Path, error: Exception) -> RecipeError:

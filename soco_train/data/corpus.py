@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from soco_train.data.reading import READ_AT_ONCE, decoded, kind_of, read_objects, text_of
-from soco_train.errors import DataError, RecipeError
+from soco_train.errors import DataError, PanicError, RecipeError, panics_as_errors
 from soco_train.installed import install_command
 from soco_train.settings.data import SHORTEST_BLOCK, DataSettings
 
@@ -83,10 +83,9 @@ def _cut(tokenizer: Any, documents: Iterator[str], wanted: int | None, block: in
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Return a text's tokens; DataError where the tokenizer's library gives up, as on an expression without end."""
     try:
-        found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what Rust raises, which is no Exception
-            raise
+        with panics_as_errors():
+            found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except PanicError as error:
         fix = "look at pre_tokenizer in its tokenizer.json, or take the one that was published"
         raise DataError(f"the tokenizer cannot take the text apart: {error}", fix=fix, where="tokenizer.json") from None
     return list(found)

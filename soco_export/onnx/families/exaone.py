@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from soco_export.files.rope import TABLES
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Norm
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, POST_NORM, WINDOWS, decoder, layer_kinds, layers
@@ -29,7 +30,7 @@ def hunyuan(config: Config) -> Architecture:
     """Queries and keys are normalised after they have turned; an `alpha` fixes the rotation of type `dynamic`."""
     for key, value in (("use_cla", False), ("use_qk_norm", True), ("norm_type", "rms"), ("num_experts", 1)):
         config.require(key, (value,))
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in TABLES:
         rope = config.get(key, {})
         if rope.get("alpha") and "dynamic" in (rope.get("rope_type"), rope.get("type")):
             stretched = {**rope, "rope_type": "alpha"}

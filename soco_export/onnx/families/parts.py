@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from soco_export.files.json import check_window
 from soco_export.onnx.describe.architecture import (
     Activation,
     Architecture,
@@ -63,8 +64,7 @@ def layer_kinds(config: Config) -> list[str]:
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
         raise config.refuse("layer_types", f"{sorted(unknown) or len(kinds)} is not described")
-    if "sliding_attention" in kinds and not config.get("sliding_window"):
-        raise config.refuse("sliding_window", "layer_types says that there are layers with a window")
+    check_window(kinds, config.get("sliding_window"), config.where)
     return kinds
 
 
