@@ -11,7 +11,7 @@ import torch
 from soco_export.checkpoint.reader import check_checkpoint
 from soco_export.files.json import making_a_model, read_config
 from soco_export.files.safetensors import REPAIR, StoredTensor, renamed_views
-from soco_export.files.wrapped import language_model, language_names
+from soco_export.files.wrapped import decoder_config, language_model, language_names
 from soco_train.errors import DataError
 
 
@@ -48,11 +48,11 @@ def _as_it_is(folder: Path, trust_remote_code: bool, **reading: Any) -> Any:
 
 def _decoder(folder: Path, stored: Mapping[str, StoredTensor], **reading: Any) -> Any:
     """Return (model, report) of the decoder among several models, None where the folder is of one."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     inner = language_model(read_config(folder))
     if inner is None:
         return None
-    config = AutoConfig.for_model(**inner)
+    config = decoder_config(inner)
     views = renamed_views(stored, language_names(stored))
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=views, **reading)

@@ -32,7 +32,6 @@ def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     inner = _as_text(fields)
     if inner is None:
         return None
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
     if inner["model_type"] not in DECODERS:
@@ -41,8 +40,15 @@ def language_model(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     if fields.get("tie_word_embeddings"):  # the head may be the whole's, whatever the part says
         inner["tie_word_embeddings"] = True
     with making_a_model("model.architecture"):
-        filled = AutoConfig.for_model(**deepcopy(inner))  # it writes into tables
+        filled = decoder_config(inner)
     return {**inner, **{key: getattr(filled, key) for key in MODEL_SIZES if key not in inner and hasattr(filled, key)}}
+
+
+def decoder_config(fields: Mapping[str, Any]) -> Any:
+    """Return the config of a decoder with these `fields`, which stay as they are: transformers writes into tables."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**deepcopy(dict(fields)))
 
 
 def _as_text(fields: Mapping[str, Any]) -> dict[str, Any] | None:

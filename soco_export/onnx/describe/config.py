@@ -9,7 +9,7 @@ from typing import Any
 
 from soco_export.files.json import making_a_model
 from soco_export.files.json import read_config as read_fields
-from soco_export.files.wrapped import language_model
+from soco_export.files.wrapped import decoder_config, language_model
 from soco_train.errors import DataError, RecipeError
 
 
@@ -77,7 +77,7 @@ def resolve_config(folder: Path, trust_remote_code: bool = False) -> Config:
         if inner is None:
             resolved = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         else:
-            resolved, written = AutoConfig.for_model(**inner), inner
+            resolved, written = decoder_config(inner), inner
     # Either generation of transformers drops the other's way of writing rope: what is written wins.
     rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
     return as_config(resolved, str(path), rope)
