@@ -39,7 +39,7 @@ def statistics_of(m: int, n: int) -> LayerStatistics:
         output_curvature=covariance(m),
         row_fisher=torch.rand(m, dtype=torch.float64) + 0.01,
         column_fisher=torch.rand(n, dtype=torch.float64) + 0.01,
-        column_survivors=torch.randint(m + 1, (n,), dtype=torch.float64),
+        column_survivors=torch.randint(1, m + 1, (n,), dtype=torch.float64),
         tokens=4 * n,
     )
 
