@@ -24,8 +24,8 @@ import onnxruntime as ort
 
 from benchmarks.bits.models import tokenizer_of
 from soco_export.bench.machine import describe_machine
-from soco_export.evaluate.decoder import IntArray
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.decoder import IntArray
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.files.atomic import write_atomic
 from soco_train.data.corpus import load_blocks

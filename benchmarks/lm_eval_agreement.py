@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from soco_export.evaluate.decoder import Decoder
+from soco_export.evaluate.decoders.decoder import Decoder
 from soco_export.evaluate.items import load_items
 from soco_export.evaluate.settings import TaskSettings, ValidateSettings
 from soco_export.evaluate.tasks import answer_task, score_choices

@@ -39,9 +39,9 @@ from benchmarks.bits.run import blocks_of, key_of, make_parser, rounding, settin
 from soco_export.checkpoint.layers import apply_factors, record_types
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bits.models import LEARNING, LEARNING_RATES, Found, Subject, tokenizer_of
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic

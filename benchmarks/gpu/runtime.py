@@ -27,7 +27,7 @@ from benchmarks.gpu.torch_models import torch_decoders
 from benchmarks.speed.models import architecture_of, forms_of, uniform_plan, write_model
 from benchmarks.speed.series import measure
 from soco_export.bench.roofline import measure_bandwidth
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.source import StoredForm

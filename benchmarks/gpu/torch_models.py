@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.options import CUDA
 from benchmarks.speed.others import TimedTorch
 from soco_export.checkpoint.layers import apply_factors
-from soco_export.evaluate.decoder import IntArray
+from soco_export.evaluate.decoders.decoder import IntArray
 from soco_train.forms.pivoted import PivotedFactors
 from soco_train.forms.registry import LayerFactors
 from soco_train.forms.stacked import StackedFactors

@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.kv.__main__ import step_bytes
 from soco_export.checkpoint.writer import save_checkpoint
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.parity import compare_logits
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.model.load import load_model
 from soco_export.onnx.inspect import cache_bytes

@@ -26,7 +26,7 @@ from soco_export.bench.runner import Run, Workload, prepare
 from soco_export.bench.stats import paired_ratio
 from soco_export.checkpoint.layers import apply_factors
 from soco_export.checkpoint.writer import save_checkpoint
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.model.load import load_model
 from soco_export.onnx.settings import ExportSettings

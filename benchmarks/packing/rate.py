@@ -22,8 +22,8 @@ from benchmarks.bits.models import LEARNING, tokenizer_of
 from soco_export.checkpoint.layers import apply_factors
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic

@@ -26,7 +26,7 @@ import soco_train
 from benchmarks.quality.cells import DENSE, Cell, CellResult, Perplexity, Task, saliency_tokens, training_tokens
 from soco_export.checkpoint.layers import apply_factors, count_parameters, record_layers
 from soco_export.checkpoint.writer import save_checkpoint
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 from soco_export.evaluate.items import Item, load_items
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.evaluate.tasks import TaskAnswers, answer_task, compare_answers

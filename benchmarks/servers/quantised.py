@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from soco_export.checkpoint.load import load_checkpoint
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_train.data.corpus import load_blocks

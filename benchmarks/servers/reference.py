@@ -15,7 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from soco_export.checkpoint.load import load_checkpoint
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 
 TIE = 1e-3  # logits; exports agree with PyTorch to about this much
 

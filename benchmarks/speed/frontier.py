@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.export import export_onnx
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import record_file
 from soco_export.onnx.settings import ExportSettings, QuantizeSettings
-from soco_export.report.plots import svg
+from soco_export.report.pages.plots import svg
 from soco_export.run.folder.manifest import stage_key
 from soco_train.data.corpus import load_blocks
 from soco_train.settings.data import DataSettings

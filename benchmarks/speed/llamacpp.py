@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from soco_export.evaluate.decoder import IntArray
+from soco_export.evaluate.decoders.decoder import IntArray
 from soco_export.files.json import read_config
 
 KINDS = {"same": "F32", "int8": "Q8_0", "int4": "Q4_0"}

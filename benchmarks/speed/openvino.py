@@ -20,7 +20,7 @@ from benchmarks.speed.models import RandomModel, architecture_of, forms_of, unif
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.runner import Workload, interleave, prepare
 from soco_export.bench.stats import paired_ratio
-from soco_export.evaluate.openvino import OpenVinoDecoder
+from soco_export.evaluate.decoders.openvino import OpenVinoDecoder
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.settings import ExportSettings
 from soco_train.events import silent

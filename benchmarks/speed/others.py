@@ -24,7 +24,7 @@ from benchmarks.speed.series import Entry, measure
 from soco_export.checkpoint.layers import apply_factors
 from soco_export.checkpoint.load import load_checkpoint
 from soco_export.checkpoint.writer import save_checkpoint, save_dense
-from soco_export.evaluate.decoder import IntArray, TorchDecoder
+from soco_export.evaluate.decoders.decoder import IntArray, TorchDecoder
 from soco_export.export import export_onnx
 from soco_export.model.load import load_tokenizer
 from soco_export.onnx.settings import ExportSettings

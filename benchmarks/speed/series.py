@@ -14,7 +14,7 @@ import onnx
 from soco_export.bench.roofline import bytes_per_decode_step
 from soco_export.bench.runner import Run, Workload, interleave, prepare
 from soco_export.bench.stats import paired_ratio
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
 from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.inspect import summarise_graph

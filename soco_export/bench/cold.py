@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from soco_export.bench.figures import ColdStart
-from soco_export.evaluate.decoder import IntArray
-from soco_export.evaluate.session import OnnxDecoder, Placement
+from soco_export.evaluate.decoders.decoder import IntArray
+from soco_export.evaluate.decoders.session import OnnxDecoder, Placement
 
 
 class _Unproven(OnnxDecoder):

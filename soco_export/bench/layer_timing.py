@@ -21,7 +21,7 @@ from soco_export.bench.layer_times import Conditions, FormTimes, Profile, Shape,
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.runner import Run, interleave
 from soco_export.bench.settings import LatencySettings
-from soco_export.evaluate.session import DEVICES, check_provider, session_options
+from soco_export.evaluate.decoders.session import DEVICES, check_provider, session_options
 from soco_export.evaluate.settings import CPU
 from soco_export.files.names import MODEL_FILE
 from soco_export.onnx.build import ONNX_DTYPES

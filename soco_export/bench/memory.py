@@ -62,7 +62,7 @@ def high_water_mark() -> int:
 def _main(folder: str, provider: str, threads: str, tokens: str) -> None:
     import numpy as np
 
-    from soco_export.evaluate.session import OnnxDecoder
+    from soco_export.evaluate.decoders.session import OnnxDecoder
 
     interpreter = high_water_mark()
     decoder = OnnxDecoder(Path(folder), provider, int(threads))

@@ -21,8 +21,8 @@ from soco_export.bench.memory import measure_peak_memory
 from soco_export.bench.roofline import bytes_per_decode_step, measure_bandwidth, roofline
 from soco_export.bench.settings import BenchSettings
 from soco_export.bench.stats import paired_ratio, summarise_rounds
-from soco_export.evaluate.decoder import IntArray
-from soco_export.evaluate.session import DEVICES, OnnxDecoder, Placement
+from soco_export.evaluate.decoders.decoder import IntArray
+from soco_export.evaluate.decoders.session import DEVICES, OnnxDecoder, Placement
 from soco_export.files.json import read_config
 from soco_export.files.names import MODEL_FILE
 from soco_train.events import Event, Notify, silent

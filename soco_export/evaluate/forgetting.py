@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_export.evaluate.bootstrap import pooled_intervals
-from soco_export.evaluate.decoder import IntArray
+from soco_export.evaluate.decoders.decoder import IntArray
 from soco_export.evaluate.figures import DomainFigures, ForgettingFigures, GenerationFigures, Tokens
 from soco_export.evaluate.paired import perplexity_interval
 from soco_export.evaluate.perplexity import Doubles, Readings

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
+from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.figures import ParityFigures, StepParity
 from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
+from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.figures import PerplexityFigures
 from soco_export.evaluate.paired import perplexity_interval
 from soco_train.errors import DataError

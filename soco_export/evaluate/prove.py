@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from soco_export.evaluate.decoder import Decoder
+from soco_export.evaluate.decoders.decoder import Decoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED, StepParity
 from soco_export.evaluate.forgetting import compare_readings, compare_texts
 from soco_export.evaluate.items import load_items

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from soco_export.evaluate.decoder import Decoder
+from soco_export.evaluate.decoders.decoder import Decoder
 from soco_export.evaluate.figures import TaskComparison, TaskFigures
 from soco_export.evaluate.items import Item
 from soco_export.evaluate.paired import chance_corrected, difference_interval, ratio_interval

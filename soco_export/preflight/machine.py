@@ -27,7 +27,7 @@ class Resources:
 def check_onnxruntime(recipe: Recipe) -> None:
     """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
     try:
-        from soco_export.evaluate.session import check_int8_cache, check_provider
+        from soco_export.evaluate.decoders.session import check_int8_cache, check_provider
     except ImportError as error:
         raise MachineError(
             f"onnxruntime is not installed ({error})",

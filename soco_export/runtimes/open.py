@@ -11,7 +11,7 @@ from soco_export.runtimes.registry import check_opens, find_runtime
 from soco_train.errors import RecipeError
 
 if TYPE_CHECKING:
-    from soco_export.evaluate.decoder import Decoder, TorchDecoder
+    from soco_export.evaluate.decoders.decoder import Decoder, TorchDecoder
 
 
 def is_onnx(folder: Path) -> bool:
@@ -52,6 +52,6 @@ def torch_decoder(model: Any, name: str) -> TorchDecoder:
     """Open a PyTorch model under `name`, on the GPU where there is one."""
     import torch
 
-    from soco_export.evaluate.decoder import TorchDecoder
+    from soco_export.evaluate.decoders.decoder import TorchDecoder
 
     return TorchDecoder(model.to("cuda" if torch.cuda.is_available() else "cpu"), name)

@@ -12,7 +12,7 @@ from soco_train.errors import RecipeError
 from soco_train.installed import install_command
 
 if TYPE_CHECKING:
-    from soco_export.evaluate.decoder import Decoder
+    from soco_export.evaluate.decoders.decoder import Decoder
     from soco_export.evaluate.settings import ValidateSettings
 
 
@@ -41,7 +41,7 @@ class OpenVino(Runtime):
 
     def open(self, folder: Path, settings: ValidateSettings, name: str) -> Decoder:
         """Return the graph as OpenVINO compiles it; DataError if it does not load."""
-        from soco_export.evaluate.openvino import OpenVinoDecoder
+        from soco_export.evaluate.decoders.openvino import OpenVinoDecoder
 
         return OpenVinoDecoder(folder, settings.threads, name)
 

@@ -10,7 +10,7 @@ from soco_export.runtimes.registry import Layout, Runtime, runtime
 from soco_train.installed import install_command, version_of
 
 if TYPE_CHECKING:
-    from soco_export.evaluate.decoder import Decoder
+    from soco_export.evaluate.decoders.decoder import Decoder
     from soco_export.evaluate.settings import ValidateSettings
 
 
@@ -28,7 +28,7 @@ class Ort(Runtime):
 
     def open(self, folder: Path, settings: ValidateSettings, name: str) -> Decoder:
         """Return the graph in a session of ONNX Runtime; raises what OnnxDecoder raises."""
-        from soco_export.evaluate.session import OnnxDecoder
+        from soco_export.evaluate.decoders.session import OnnxDecoder
 
         return OnnxDecoder(folder, settings.provider, settings.threads, name)
 

@@ -20,7 +20,7 @@ from soco_train.errors import MachineError, RecipeError
 from soco_train.installed import version_of
 
 if TYPE_CHECKING:
-    from soco_export.evaluate.decoder import Decoder
+    from soco_export.evaluate.decoders.decoder import Decoder
     from soco_export.evaluate.settings import ValidateSettings
 
 

@@ -30,7 +30,7 @@ from benchmarks.gpu.torch_models import last_logits
 from benchmarks.quality.cells import method_file
 from benchmarks.scale.parts import Size, TimeUp, random_factors
 from benchmarks.speed import series
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.recipe.load import load_recipe
 from soco_train.events import Event, silent

@@ -27,7 +27,7 @@ from benchmarks.quality.cells import (
 from benchmarks.quality.laboratory import Laboratory, rotated
 from benchmarks.quality.table import markdown, rows
 from soco_export.checkpoint.load import load_checkpoint
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.recipe.load import list_recipes, load_recipe
 from soco_train.data.corpus import load_blocks

@@ -34,7 +34,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
 def here(example: str, *arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a Python example in this process, which has imported what it needs; return what it prints."""
     monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
-    monkeypatch.setattr("soco_export.report.html.draw_plots", lambda *given: ([], ""))
+    monkeypatch.setattr("soco_export.report.pages.html.draw_plots", lambda *given: ([], ""))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     return out.getvalue()

@@ -55,7 +55,11 @@ class Ran:
 def soco(*arguments: Any, plots: bool = False) -> Ran:
     """Run one command in this process; where nobody looks at the plots, a third of a short run's time is saved."""
     out, err = io.StringIO(), io.StringIO()
-    drawn = contextlib.nullcontext() if plots else patch("soco_export.report.html.draw_plots", lambda *given: ([], ""))
+    drawn = (
+        contextlib.nullcontext()
+        if plots
+        else patch("soco_export.report.pages.html.draw_plots", lambda *given: ([], ""))
+    )
     with drawn, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([str(argument) for argument in arguments])
     return Ran(code, out.getvalue(), err.getvalue())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 from soco_export.evaluate.perplexity import measure_perplexity
 from soco_train import cut_factors, learn_scores, plan_ranks
 from soco_train.forms.stacked import StackedFactors

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soco_export.evaluate.decoder import Decoder
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.decoder import Decoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.onnx.inspect import read_ports
 from soco_export.preflight.checks import check_everything, check_recipe
 from soco_export.preflight.doctor import examine

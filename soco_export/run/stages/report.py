@@ -16,10 +16,10 @@ from soco_export.onnx.inspect import cache_bytes
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.frontier import read_frontier
 from soco_export.report.gates import GATES, GateSettings
-from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
-from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import Material, Sample
+from soco_export.report.pages.html import render_html
+from soco_export.report.pages.markdown import render_comment, render_markdown
 from soco_export.report.schema import ModelFigures, PerplexityResults, Results, SizeFigures
 from soco_export.run.context import RunContext
 from soco_export.run.folder.manifest import digest

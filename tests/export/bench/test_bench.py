@@ -25,7 +25,7 @@ from soco_export.bench.runner import (
     prepare,
 )
 from soco_export.bench.settings import BenchSettings
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_train.errors import MachineError
 from tests.support.graphs import CONTEXT, HEADS, VOCABULARY, WIDTH, ToyModel, save_toy
 

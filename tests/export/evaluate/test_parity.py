@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.parity import common_prefix, compare_logits, compare_observations, observe
-from soco_export.evaluate.session import OnnxDecoder
 from soco_export.evaluate.settings import ParitySettings
 from soco_train.errors import DataError
 from tests.support import fresh

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.perplexity import measure_perplexity, token_losses
-from soco_export.evaluate.session import OnnxDecoder
 from soco_train.errors import DataError
 from tests.support import fresh
 from tests.support.graphs import VOCABULARY, ToyModel, save_toy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from soco_export.evaluate.decoder import Decoder, TorchDecoder
+from soco_export.evaluate.decoders.decoder import Decoder, TorchDecoder
 from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
 from soco_export.evaluate.perplexity import read_windows
 from soco_export.evaluate.prove import Questions, prove

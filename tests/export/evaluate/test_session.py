@@ -5,8 +5,8 @@ import torch
 from onnx import TensorProto
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soco_export.evaluate.decoder import TorchDecoder
-from soco_export.evaluate.session import OnnxDecoder, _as_float32, read_placement
+from soco_export.evaluate.decoders.decoder import TorchDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder, _as_float32, read_placement
 from soco_train.errors import DataError, ExitCode, MachineError, RecipeError
 from tests.support.fresh import SEED
 from tests.support.graphs import VOCABULARY, ToyModel, save_toy

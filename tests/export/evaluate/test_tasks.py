@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.evaluate.decoder import Decoder, TorchDecoder
+from soco_export.evaluate.decoders.decoder import Decoder, TorchDecoder
 from soco_export.evaluate.items import Item
 from soco_export.evaluate.tasks import (
     TaskAnswers,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from soco_export.evaluate import session
-from soco_export.evaluate.session import OnnxDecoder, check_int8_cache
+from soco_export.evaluate.decoders import session
+from soco_export.evaluate.decoders.session import OnnxDecoder, check_int8_cache
 from soco_export.export import export_onnx
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.describe.config import resolve_config

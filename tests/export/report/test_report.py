@@ -17,13 +17,14 @@ from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, StepP
 from soco_export.evaluate.forgetting import compare_readings, compare_texts
 from soco_export.evaluate.perplexity import Readings
 from soco_export.files.text import human_bytes, visible
-from soco_export.report import plots
 from soco_export.report.compare import compare_results, render_comparison
 from soco_export.report.gates import GateSettings, Verdict
-from soco_export.report.html import render_html
 from soco_export.report.junit import render_junit
-from soco_export.report.markdown import render_comment, render_markdown
 from soco_export.report.material import FrontierPoint, Material, Sample
+from soco_export.report.pages import plots
+from soco_export.report.pages.html import render_html
+from soco_export.report.pages.markdown import render_comment, render_markdown
+from soco_export.report.pages.tables import all_tables
 from soco_export.report.rendering import number, percent
 from soco_export.report.schema import (
     ModelFigures,
@@ -33,7 +34,6 @@ from soco_export.report.schema import (
     SizeFigures,
 )
 from soco_export.report.sentences import verdict_line, verdict_sentence
-from soco_export.report.tables import all_tables
 from soco_export.report.words import PLAIN, SIGNS, verdict_words
 from soco_export.run.stages.report import _largest_coefficient, slower
 from soco_train.errors import DataError
@@ -513,6 +513,6 @@ def test_numbers_for_people():
 
 
 def test_reading_results_needs_neither_torch_nor_onnxruntime():
-    imports = "import sys, soco_export.report.compare, soco_export.report.junit, soco_export.report.html"
+    imports = "import sys, soco_export.report.compare, soco_export.report.junit, soco_export.report.pages.html"
     code = f"{imports}; sys.exit(bool({{'torch', 'onnxruntime'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from soco_export.evaluate.session import OnnxDecoder
+from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.export import export_onnx
 from soco_export.onnx.inspect import read_ports
 from soco_export.onnx.settings import ExportSettings

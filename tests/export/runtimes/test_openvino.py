@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from soco_export.evaluate.decoder import TorchDecoder
+from soco_export.evaluate.decoders.decoder import TorchDecoder
 from soco_export.evaluate.settings import ValidateSettings
 from soco_export.export import export_onnx
 from soco_export.onnx.settings import ExportSettings

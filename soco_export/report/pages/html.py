@@ -9,12 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from soco_export.files.text import visible
 from soco_export.report.frontier import frontier_table
-from soco_export.report.markdown import render_recipe
 from soco_export.report.material import Material
-from soco_export.report.plots import NO_PLOT, draw_plots
+from soco_export.report.pages.markdown import render_recipe
+from soco_export.report.pages.plots import NO_PLOT, draw_plots
+from soco_export.report.pages.tables import all_tables, changed, run_table
 from soco_export.report.schema import Results
 from soco_export.report.sentences import figures_sentence, origin, verdict_line
-from soco_export.report.tables import all_tables, changed, run_table
 from soco_export.report.words import SIGNS, verdict_words
 
 _TEMPLATE = "report.html.jinja"

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
+from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.settings import CPU
 from soco_export.files.names import INT8_CACHE, MODEL_FILE
 from soco_train.errors import DataError, MachineError, RecipeError

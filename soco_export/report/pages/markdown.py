@@ -9,10 +9,10 @@ import yaml
 from soco_export.files.text import as_yaml, fence, markdown
 from soco_export.report.frontier import frontier_table
 from soco_export.report.material import Material
+from soco_export.report.pages.tables import all_tables, changed, run_table
 from soco_export.report.rendering import Row, Table
 from soco_export.report.schema import Results
 from soco_export.report.sentences import figures_sentence, origin, verdict_line
-from soco_export.report.tables import all_tables, changed, run_table
 from soco_export.report.words import SIGNS, verdict_words
 
 

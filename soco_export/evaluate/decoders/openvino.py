@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import openvino
 
-from soco_export.evaluate.decoder import Decoder, FloatArray, IntArray
+from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.files.names import MODEL_FILE
 from soco_train.errors import DataError
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from soco_export.evaluate.figures import ParityFigures, PerplexityFigures, TaskComparison
 from soco_export.evaluate.paired import perplexity_ratio
 from soco_export.files.text import human_bytes
-from soco_export.report.forgetting import domains_table, kinds_table, predictions_table
 from soco_export.report.material import Material
+from soco_export.report.pages.forgetting import domains_table, kinds_table, predictions_table
+from soco_export.report.pages.speed_tables import ceiling_table, cold_start_table, latency_table, memory_table
 from soco_export.report.rendering import Row, Table, noise_note, number, percent, with_ends
 from soco_export.report.schema import ParityResults, PerplexityResults, Results, SizeFigures
-from soco_export.report.speed_tables import ceiling_table, cold_start_table, latency_table, memory_table
 
 
 def changed(results: Results) -> Table:
