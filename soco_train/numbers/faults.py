@@ -10,6 +10,8 @@ from soco_train.errors import DataError
 
 # float32 below this has lost digits, and most kernels take it for 0 (IEEE 754: the smallest normal number)
 _NORMAL = torch.finfo(torch.float32).tiny
+# Beyond this a norm, a variance or a covariance in float32 is infinite.
+_SQUARED = math.sqrt(torch.finfo(torch.float32).max)
 NONE = "NaN or infinity"
 _FIX = "look for where it appears first: the base model, the calibration, or half precision"
 
@@ -17,8 +19,8 @@ _FIX = "look for where it appears first: the base model, the calibration, or hal
 def number_fault(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """Return what a tensor of weights holds that it must not, "" if nothing; takes no memory unless there is some.
 
-    NaN, infinity and what overflows in `dtype`; in matrices also nothing but subnormal numbers, and nothing that
-    `dtype` does not round to 0.
+    NaN, infinity and what overflows in `dtype`; in matrices also what overflows when squared, nothing but subnormal
+    numbers, and nothing that `dtype` does not round to 0.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return ""
@@ -40,6 +42,8 @@ def range_fault(low: float, high: float, matrix: bool, dtype: torch.dtype) -> st
         return f"|w| = {largest:.5g}, and {dtype} ends at {torch.finfo(dtype).max:.5g}"
     if not matrix or not largest:
         return ""
+    if largest > _SQUARED:
+        return f"|w| = {largest:.5g}, and float32 has no room for its square"
     if largest < _NORMAL:
         return f"nothing but subnormal numbers (up to {largest:.3g}), which most kernels take for 0"
     return "" if rounded else f"nothing that {dtype} does not round to 0 (up to {largest:.3g})"

@@ -49,6 +49,16 @@ def test_a_matrix_of_subnormal_numbers_alone_is_one_and_a_bias_is_not() -> None:
     assert number_fault(tiny) == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_weight_whose_square_is_infinite_in_float32_is_named(dtype: torch.dtype) -> None:
+    large = torch.randn(4, 6).to(dtype)
+    large[1, 5] = -1e20
+    assert "its square" in number_fault(large)
+    assert number_fault(large[1]) == ""  # a mask or a bias of the logits may be as large
+    large[1, 5] = -1e19
+    assert number_fault(large) == ""
+
+
 def test_what_half_precision_has_no_room_for_is_named_for_it_alone() -> None:
     large, small = torch.randn(4, 6), torch.full((4, 6), 1e-9)
     large[2, 3] = -70000
