@@ -77,7 +77,8 @@ def _parameters(config: Config, kind: str | None) -> Mapping[str, Any]:
         "rope_theta": config.get("rope_theta", 10000.0),
         **config.get("rope_scaling", {}),
     }
-    found: dict[str, Any] = dict(written.get(kind) or written)
+    # transformers looks for `truncate` beside the tables of a layer type, never in one
+    found = {**written[kind], "truncate": written.get("truncate", True)} if written.get(kind) else dict(written)
     # phi3 and others keep the trained context outside, where it wins
     trained = config.get("original_max_position_embeddings")
     return {**found, "original_max_position_embeddings": trained} if trained else found
