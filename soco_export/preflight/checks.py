@@ -88,10 +88,12 @@ def check_recipe(recipe: Recipe, format: str) -> None:
 
 
 def check_steps(recipe: Recipe) -> None:
-    """Raise RecipeError for what the scorer, or a rung that is asked for, says it cannot do."""
+    """Raise RecipeError for a basis that is none, and for what the scorer or a rung that is asked for cannot do."""
     from soco_train.refine.rungs import wanted_rungs
     from soco_train.scores.registry import find_scorer
+    from soco_train.spectra.bases import find_basis
 
+    find_basis(recipe.train.basis)
     find_scorer(recipe.train.scorer).check(recipe.train, recipe.plan)
     for rung in wanted_rungs(recipe.refine):
         rung.check(recipe.refine.of_step(rung.name), recipe.storage)

@@ -104,9 +104,7 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes
     from soco_export.run.plans.measured_plan import check_profile
-    from soco_train.spectra.bases import find_basis
 
-    find_basis(recipe.train.basis)
     check_everything(recipe, root, request.format)
     check_profile(recipe, root)
     for note in [*_unread(request, recipe), *participation_notes(recipe)]:
