@@ -153,4 +153,4 @@ def answering(what: str, where: str, fix: str, make: Callable[[], Any]) -> Any:
     except DataError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"{what}: {error}", fix=fix, where=where) from error
+        raise DataError(f"{what}: {' '.join(str(error).split())[:200]}", fix=fix, where=where) from error

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from soco_train.errors import RecipeError
+from soco_train.errors import DataError, RecipeError
 
 _SHOWN = 3  # files that an error names
 
@@ -32,8 +33,13 @@ class FileRecord(Record):
 
 
 def record_file(path: Path, known: FileRecord | None = None) -> FileRecord:
-    """Return the record of `path`; its content is read only if size or time differ from `known`."""
+    """Return the record of `path`; its content is read only if size or time differ from `known`.
+
+    DataError for a pipe, a device or a folder: reading one may never end.
+    """
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path.name} is no file", fix="put the file in its place, or move it away", where=str(path))
     if known and (known.bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns):
         return known
     digest = hashlib.sha256()

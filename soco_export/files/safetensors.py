@@ -83,12 +83,25 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 
 
 def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
-    """Return the headers of `files`, by tensor name; DataError if one is truncated or not safetensors."""
-    return {
+    """Return the headers of `files`, by tensor name; DataError if one is truncated, or holds what is no weight.
+
+    Whole numbers under the name of a weight are half of one, without the scales that they were rounded with: they load
+    without an error, as another model. Tensors of other names (masks, orders) may be whole.
+    """
+    found = {
         name: StoredTensor(file, shape, dtype)
         for file in map(Path, files)
         for name, (dtype, shape) in read_header(file, REPAIR).tensors.items()
     }
+    whole = [name for name, tensor in found.items() if name.endswith(".weight") and "F" not in tensor.dtype]
+    if whole:
+        kind = found[whole[0]].dtype
+        raise DataError(
+            f"{whole[0]} is stored as {kind}, whole numbers without their scales ({len(whole)} such weights)",
+            fix="give the model as it was before it was rounded",
+            where=str(found[whole[0]].file),
+        )
+    return found
 
 
 def renamed_views(stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:

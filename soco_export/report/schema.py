@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
 from soco_export.evaluate.figures import ForgettingFigures, PerplexityFigures, StepParity, TaskComparison
@@ -27,6 +27,10 @@ from soco_train.errors import DataError
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"
 MEASURED = ("sizes", "parity", "perplexity", "tasks", "forgetting", "latency", "memory")
+
+
+# of what a run tells of itself, the parts that have parts
+_TABLES = {"calibration": (str,), "made": (str,), "seconds": (int, float)}
 
 
 class _Part(BaseModel):
@@ -160,6 +164,16 @@ class Results(_Part):
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = {}
     verdicts: tuple[Verdict, ...] = ()
+
+    @field_validator("provenance")
+    @classmethod
+    def _check_tables(cls, told: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Refuse what is no table where reports look one up; the rest of what a run tells is shown as it is."""
+        for key, kinds in _TABLES.items():
+            table = told.get(key) or {}
+            if not isinstance(table, Mapping) or not all(isinstance(value, kinds) for value in table.values()):
+                raise ValueError(f"{key} is not a table of {'numbers' if float in kinds else 'texts'}")
+        return told
 
     @property
     def passed(self) -> bool:

@@ -38,7 +38,7 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
     recipe = load_recipe(request.recipe or "base", request.overrides)
     out = request.out or folder.absolute().with_name(f"{folder.resolve().name}-{request.format}")
-    if request.format == "hf" or not (folder / "config.json").is_file():
+    if request.format == "hf" or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise RecipeError(
             f"{folder} is no run" + (", and a Hugging Face folder already" if request.format == "hf" else ""),
             fix="give a run folder, or a Hugging Face folder with --format onnx or dense",

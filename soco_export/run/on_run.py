@@ -17,12 +17,12 @@ from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import check_folder, check_place, read_lock
 from soco_export.run.folder.held import check_idle, open_folder, read_folder
 from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
-from soco_export.run.folder.names import LOCK, MANIFEST, REPORT_FILES, Format
+from soco_export.run.folder.names import EVIDENCE_FILES, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.artefacts import artefacts
 from soco_export.run.stages.evidence import EVIDENCE
-from soco_export.run.stages.report import applicable, write_reports
+from soco_export.run.stages.report import applicable, read_material, write_reports
 from soco_export.run.stages.training import SCORES, TRAINING
 from soco_export.run.terminal import run_outcome
 from soco_train import parallel
@@ -166,7 +166,7 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
 
     Raises RecipeError if anything but gates is to change: the report would tell of what was not measured.
     """
-    check_unchanged(run, ["plan.json", *REPORT_FILES])
+    check_unchanged(run, ["plan.json", *REPORT_FILES, *EVIDENCE_FILES])
     results = Results.load(run)
     measured = read_lock(run)
     recipe = measured.override(request.overrides)
@@ -178,6 +178,8 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
             fix="set gates alone, or measure again with soco-export validate or bench",
             where="--set",
         )
+    check_folder(run, recipe, fresh=False)
+    read_material(RunContext(read_folder(run, recipe), results.format, notify))  # before gates change for good
     if changed:
         notify(Event("report", 1, 1, {"": f"{', '.join(changed)}: changed for good, in {LOCK} too"}, "done"))
     with open_folder(run, recipe) as folder:

@@ -43,7 +43,7 @@ def plan_sizes(
         size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
         for size in sizes
     }
-    return _outcome(plans, int(scores.provenance["parameters"]), out)
+    return _outcome(plans, scores.parameters, out)
 
 
 def _outcome(plans: dict[float, RankPlan], total: int, out: Path | None) -> Outcome:
@@ -71,7 +71,7 @@ def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path |
     plans: dict[float, RankPlan] = {
         size: plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage) for size in sizes
     }
-    return _outcome(plans, int(Scores.load(run / "scores.safetensors").provenance["parameters"]), out)
+    return _outcome(plans, Scores.load(run / "scores.safetensors").parameters, out)
 
 
 def _check_free(out: Path, sizes: Sequence[float]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from soco_train.bounded import MADE_ANEW, answering
 
 AS_WRITTEN = ConfigDict(strict=True, extra="forbid")  # of what plan.json holds: as it was written, and nothing else
 HARDLY_VISITED = "the calibration text hardly visits this expert (fewer tokens than components)"
@@ -37,6 +40,17 @@ class LeftOut:
     def record(self) -> list[Any]:
         """Return it as JSON has it, to be read as LeftOut(*record)."""
         return [list(self.shape), self.reason, *([] if self.stay is None else [self.stay])]
+
+
+def read_left_out(records: Any) -> dict[str, LeftOut]:
+    """Return what `LeftOut.record` wrote, by tensor name; DataError if it is something else."""
+
+    def make() -> dict[str, LeftOut]:
+        found = {name: asdict(LeftOut(*record)) for name, record in records.items()}
+        return TypeAdapter(dict[str, LeftOut]).validate_json(json.dumps(found))
+
+    made: dict[str, LeftOut] = answering("these are no weights that take no part", "left_out", MADE_ANEW, make)
+    return made
 
 
 def taking_part(selected: int, left_out: Mapping[str, LeftOut]) -> float:

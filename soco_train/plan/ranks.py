@@ -24,7 +24,7 @@ from soco_train.plan.allocation import (
     refuse_impossible,
     uniform_ranks,
 )
-from soco_train.plan.left_out import AS_WRITTEN, LeftOut, taking_part
+from soco_train.plan.left_out import AS_WRITTEN, LeftOut, read_left_out, taking_part
 from soco_train.settings.plan import Allocation, PlanSettings, Storage
 from soco_train.settings.rounding import RoundingSettings, WeightType
 
@@ -237,8 +237,7 @@ def plan_ranks(
         allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
         survivors = allocate(ladders, importances, budget)
     layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))
-    records = scores.provenance.get("left_out", {})
-    rest = {name: LeftOut(tuple(shape), *why) for name, (shape, *why) in records.items()}
+    rest = read_left_out(scores.provenance.get("left_out", {}))
     return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest)
 
 

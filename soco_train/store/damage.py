@@ -11,7 +11,7 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import FORMS
 from soco_train.settings.rounding import TYPES, WeightType
-from soco_train.store.tensorfile import read_tensors, write_tensors
+from soco_train.store.tensorfile import check_sizes, read_tensors, write_tensors
 
 DENSE = "dense"
 StorageKind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
@@ -83,7 +83,10 @@ class Damage:
                     raise ValueError(f"{key} is no list of finite numbers for a type of weights")
                 curves[name][form, weights, int(block)] = curve
             shapes = header["shapes"].items()
-            layers = {name: LayerDamage((m, n), curves[name], bool(biased)) for name, (m, n, biased) in shapes}
+            layers = {
+                name: LayerDamage(check_sizes(name, sizes), curves[name], bool(biased))
+                for name, (*sizes, biased) in shapes
+            }
             return Damage(layers, dict(header["provenance"]))
 
         return answering("this is no damage of layers", str(path), MADE_ANEW, make)

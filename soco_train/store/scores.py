@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from soco_train.bounded import MADE_ANEW, answering
+from soco_train.errors import DataError
 from soco_train.store.spectra import Spectrum
-from soco_train.store.tensorfile import Provenance, checked, read_tensors, write_tensors
+from soco_train.store.tensorfile import Provenance, check_sizes, checked, read_tensors, write_tensors
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _PAIRS = (("correction", "C", "A"), ("adapter", "C", "A"), ("components", "P", "B"))  # and what their halves are called
@@ -52,6 +53,16 @@ class Scores:
     layers: Mapping[str, LayerScores]
     provenance: Provenance = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the whole dense model has; DataError where that was not written."""
+        found = self.provenance.get("parameters")
+        if type(found) is not int or found < 1:
+            raise DataError(
+                f"the scores say that their model has {str(found)[:60]} parameters", fix=MADE_ANEW, where="provenance"
+            )
+        return found
+
     def save(self, path: Path) -> None:
         """Write `scores.safetensors`; DataError, naming the layer, if a number is NaN or infinite."""
         tensors: dict[str, torch.Tensor] = {}
@@ -74,6 +85,8 @@ class Scores:
 
         def make() -> Scores:
             layers = {name: _layer(name, shape, tensors) for name, shape in header["shapes"].items()}
+            if not layers:
+                raise ValueError("there is no layer in them")
             return Scores(layers, dict(header["provenance"]))
 
         return answering("these are no scores", str(path), MADE_ANEW, make)
@@ -81,7 +94,7 @@ class Scores:
 
 def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> LayerScores:
     """Return one layer's scores; ValueError if a tensor is not of the layer's shape, or not finite."""
-    m, n = shape
+    m, n = check_sizes(name, shape)
     layer = LayerScores(
         importance=tensors[f"{name}:importance"],
         scale=tensors[f"{name}:scale"],

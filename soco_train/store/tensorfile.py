@@ -85,6 +85,13 @@ def _bytes(name: str, pending: Pending) -> memoryview:
 Provenance = Mapping[str, Any]
 
 
+def check_sizes(name: str, shape: Any) -> tuple[int, int]:
+    """Return (m, n) of a layer as a header has it; ValueError unless it is two counts: torch takes any number."""
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"{name} is of the shape {str(shape)[:60]}")
+    return shape[0], shape[1]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], header: Mapping[str, Any]) -> None:
     """Write safetensors atomically, a tensor at a time, with `header` as JSON in the file's metadata.
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
+from soco_export.files.records import record_files
 from soco_export.files.rope import check_rope
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.files.tokenizer import check_tokenizer_files
@@ -33,15 +34,24 @@ from soco_export.preflight.checks import check_dense_export
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.yaml import read_yaml, read_yaml_value
 from soco_export.report.schema import Results
+from soco_export.run import verbs
+from soco_export.run.context import RunContext
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.folder.held import read_folder
 from soco_export.run.folder.manifest import Manifest
+from soco_export.run.folder.names import CARD_FILE, PROOF_FILE
+from soco_export.run.stages.report import read_material
 from soco_export.runtimes.optimum import write_hugging_face_files
 from soco_train.bounded import parse_object, read_json
 from soco_train.errors import DataError, RecipeError, SocoError
+from soco_train.events import silent
+from soco_train.plan.left_out import LeftOut, read_left_out
 from soco_train.plan.ranks import LayerPlan, RankPlan
 from soco_train.store.factors import Factors
 from soco_train.store.header import MOST_TENSORS, read_header
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum, SpectrumStore
+from tests.support.cli import contents
 
 FIX = "mend it"
 Made = Callable[[Path], object]
@@ -179,6 +189,8 @@ def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with refused("PEFT adapter"):
         read_config(tmp_path)
+    with refused("PEFT adapter"):
+        verbs.export(verbs.Request(), tmp_path)
 
 
 def header(text: bytes, numbers: bytes = b"") -> Made:
@@ -277,6 +289,16 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole, eighth = torch.ones(2, dtype=dtype), torch.ones(2).to(torch.float8_e4m3fn)
+    save_file({"a.order": whole, "a.weight": eighth}, tmp_path / "model.safetensors")
+    assert set(open_shards(weight_files(tmp_path))) == {"a.order", "a.weight"}
+    save_file({"a.weight": whole}, tmp_path / "model.safetensors")
+    with refused("whole numbers"):
+        open_shards(weight_files(tmp_path))
+
+
 @pytest.mark.parametrize("layers", [[], "x", {"a": None}, {"a": {}}, {"a": {"kind": [], "rank": 1, "bias": True}}])
 @pytest.mark.parametrize("rank", [1, "1", True, -1, None])
 def test_a_record_of_layers_that_is_none_is_refused(layers: Any, rank: Any) -> None:
@@ -340,6 +362,8 @@ def broken_scores(path: Path, **changes: Any) -> None:
         {"deviation": torch.ones(6)},
         {"shape": ("4", "6")},
         {"shape": (4,)},
+        {"shape": (-1, 6)},
+        {"shape": (4, 6.0)},
         {"correction": (torch.ones(3, 2), torch.ones(2, 6))},
     ],
 )
@@ -349,6 +373,25 @@ def test_scores_that_are_none_are_refused(tmp_path: Path, changes: dict[str, Any
     broken_scores(tmp_path / "scores.safetensors", **changes)
     with refused("no scores"):
         Scores.load(tmp_path / "scores.safetensors")
+
+
+def test_scores_that_say_nothing_of_their_model_are_refused(tmp_path: Path) -> None:
+    layer = LayerScores(torch.ones(4), torch.ones(4), None, (4, 6))
+    assert Scores({"a": layer}, {"parameters": 24}).parameters == 24
+    for said in ({}, {"parameters": "24"}, {"parameters": True}, {"parameters": 0}):
+        with refused("parameters"):
+            _ = Scores({"a": layer}, said).parameters
+    Scores({}).save(tmp_path / "scores.safetensors")
+    with refused("no layer"):
+        Scores.load(tmp_path / "scores.safetensors")
+
+
+@pytest.mark.parametrize("records", [[1], "x", {"a": 1}, {"a": []}, {"a": [[1], "w"]}, {"a": [["2", 3], "w"]}])
+def test_weights_left_out_that_are_none_are_refused(records: Any) -> None:
+    left_out = LeftOut((2, 3), "why", 4)
+    assert read_left_out({"a": left_out.record()}) == {"a": left_out}
+    with refused("take no part"):
+        read_left_out(records)
 
 
 @pytest.mark.parametrize("said", ["", "null", "[]", '{"kind": "factors"}', '{"kind": "factors", "layers": {"a": 1}}'])
@@ -378,6 +421,39 @@ def test_results_and_manifests_that_are_none_are_refused(tmp_path: Path, case: s
         make(tmp_path / "manifest.json")
         with refused():
             Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "told", [{"calibration": "x"}, {"calibration": {"text": 1}}, {"made": ["x"]}, {"seconds": {"plan": "1"}}]
+)
+def test_what_results_tell_of_their_run_is_in_tables(tmp_path: Path, tiny_run: Path, told: dict[str, Any]) -> None:
+    found = json.loads((tiny_run / "results.json").read_text())
+    found["provenance"] |= told
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with refused("is not a table of"):
+        Results.load(tmp_path)
+
+
+def test_evidence_that_no_run_writes_so_is_refused_before_anything_is_written(tmp_path: Path, tiny_run: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(run)
+    proof = json.loads((run / PROOF_FILE).read_text())
+    for file, text in ((PROOF_FILE, json.dumps(proof | {"samples": [{"a": 1}]})), (CARD_FILE, '{"groups": [5]}')):
+        whole = (run / file).read_bytes()
+        (run / file).write_text(text)
+        with refused("changed since it was written"):
+            verbs.report(verbs.Request(), run)
+        context = RunContext(read_folder(run, read_lock(run)), "onnx", silent)
+        with refused("no summary of layers" if file == CARD_FILE else "not as a run writes it"):
+            read_material(context)
+        (run / file).write_bytes(whole)
+    assert contents(run) == before
+
+
+def test_a_pipe_among_a_runs_files_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with refused("no file"):
+        record_files(tmp_path, ["."])
 
 
 NO_RECIPE = {
@@ -681,8 +757,6 @@ def test_a_model_that_is_no_folder_is_said_to_be_none(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(("edited", "verb"), [("scores.safetensors", "plan"), ("results.json", "compare")])
 def test_what_was_edited_is_not_read(tmp_path: Path, tiny_run: Path, edited: str, verb: str) -> None:
-    from soco_export.run import verbs
-
     run = shutil.copytree(tiny_run, tmp_path / "run")
     ask = {
         "plan": lambda: verbs.plan(verbs.Request(), run),
@@ -697,8 +771,6 @@ def test_what_was_edited_is_not_read(tmp_path: Path, tiny_run: Path, edited: str
 
 @pytest.mark.parametrize("lost", ["manifest.json", "recipe.lock.yaml"])
 def test_a_run_that_lost_what_says_what_it_is_is_named(tmp_path: Path, tiny_run: Path, lost: str) -> None:
-    from soco_export.run import verbs
-
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / lost).unlink()
     with refused(f"lost its {lost}"):

@@ -52,7 +52,7 @@ def cold_start_table(latency: LatencyFigures | None) -> Table | None:
     names = {"dense": "dense", "compressed": "this model"}
     rows = [
         (
-            names[model],
+            names.get(model, model),
             f"{cold.load_ms:.4g} ms",
             f"{cold.first_token_ms:.4g} ms",
             f"{cold.load_ms + cold.first_token_ms:.4g} ms",

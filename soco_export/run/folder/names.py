@@ -20,5 +20,7 @@ SCORES_CURVE, FACTORS_CURVE = "evidence/scores.jsonl", "evidence/factors.jsonl"
 SIZES_FILE = "any-size.safetensors"
 # the points of a sweep of the run
 FRONTIER_FILE = "evidence/frontier.json"
+# what a report tells beside results.json
+EVIDENCE_FILES = (CARD_FILE, EXPORT_FILE, PROOF_FILE, BENCH_FILE, SCORES_CURVE, FACTORS_CURVE, FRONTIER_FILE)
 KEPT_CURVE = "work/curve.jsonl"
 REPORT_FILES = ("results.json", "report.md", "report.html", "comment.md", "junit.xml", "hf/README.md")

@@ -6,10 +6,14 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from soco_export.checkpoint.card import CardSummary, PrunedGroup, render_card, summarise_layers
+from pydantic import TypeAdapter
+
+from soco_export.checkpoint.card import CardSummary, render_card, summarise_layers
 from soco_export.recipe.load import lock
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
+from soco_export.run.folder.names import CARD_FILE
+from soco_train.bounded import MADE_ANEW, answering, parse_object
 
 DENSE, LOW_RANK, ONNX = "dense", "low rank", "ONNX"
 
@@ -25,10 +29,16 @@ def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
 
 def model_card(recipe: Recipe, summary: str, results: Results | None = None) -> str:
     """Return README.md; `summary` is what `summary_json` wrote."""
-    found = json.loads(summary)
-    groups = tuple(PrunedGroup(**group) for group in found.pop("groups"))
-    measured = _measured(results) if results else None
-    return render_card(lock(recipe), measured, CardSummary(**found, groups=groups))
+    return render_card(lock(recipe), _measured(results) if results else None, read_summary(summary))
+
+
+def read_summary(text: str) -> CardSummary:
+    """Return what `summary_json` wrote; DataError if it is something else."""
+    found = parse_object(text, CARD_FILE, CARD_FILE, MADE_ANEW)
+    made: CardSummary = answering(
+        "this is no summary of layers", CARD_FILE, MADE_ANEW, lambda: TypeAdapter(CardSummary).validate_python(found)
+    )
+    return made
 
 
 def _measured(results: Results) -> dict[str, dict[str, float | int | str | None]]:

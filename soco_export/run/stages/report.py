@@ -34,8 +34,8 @@ from soco_export.run.folder.names import (
     Format,
 )
 from soco_export.run.stages.curve import read_curve
-from soco_export.run.stages.model_card import model_card
-from soco_train.bounded import MADE_ANEW, read_json
+from soco_export.run.stages.model_card import model_card, read_summary
+from soco_train.bounded import MADE_ANEW, answering, read_json, read_text
 from soco_train.plan import left_out
 from soco_train.plan.ranks import RankPlan
 from soco_train.settings.rounding import BITS
@@ -44,6 +44,7 @@ FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "
 # What can only be measured where an ONNX model was written, and what needs a step after the checkpoint.
 ONNX_ONLY = ("latency.", "memory.", "sizes.bytes_ratio")
 EXPORT_ONLY = "parity.export."
+_NOT_MEASURED = "what was measured is not as a run writes it"
 
 
 def applicable(recipe: Recipe, format: Format) -> GateSettings:
@@ -69,7 +70,16 @@ def _narrowest(recipe: Recipe) -> str:
 
 
 def collect(context: RunContext) -> Results:
-    """Return all figures of the run, not yet judged."""
+    """Return all figures of the run, not yet judged; DataError for evidence that is not as a run writes it."""
+    results: Results = answering(_NOT_MEASURED, _evidence(context), MADE_ANEW, lambda: _collected(context))
+    return results.model_copy(update={"notes": (*results.notes, *slower(results))})
+
+
+def _evidence(context: RunContext) -> str:
+    return str(context.path("proof", PROOF_FILE).parent)
+
+
+def _collected(context: RunContext) -> Results:
     recipe = context.recipe
     proof = _read(context.path("proof", PROOF_FILE))
     bench = _read(context.path("bench", BENCH_FILE)) if context.format == "onnx" else {}
@@ -89,8 +99,7 @@ def collect(context: RunContext) -> Results:
         "notes": tuple(_notes(context)),
         "provenance": _provenance(context),
     }
-    results = Results.model_validate(document)
-    return results.model_copy(update={"notes": (*results.notes, *slower(results))})
+    return Results.model_validate(document)
 
 
 def slower(results: Results) -> Iterator[str]:
@@ -116,7 +125,7 @@ def _sizes(context: RunContext) -> SizeFigures:
     from soco_train.store.scores import Scores
 
     plan = RankPlan.load(context.path("plan", "plan.json"))
-    total = int(Scores.load(context.path("scores", "scores.safetensors")).provenance["parameters"])
+    total = Scores.load(context.path("scores", "scores.safetensors")).parameters
     wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
     sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
     return SizeFigures(
@@ -242,8 +251,7 @@ def _read(path: Path) -> dict[str, Any]:
 def write_reports(results: Results, context: RunContext, out: Path) -> None:
     """Write results.json, report.md, report.html, comment.md, junit.xml and the model card."""
     (out / "hf").mkdir(exist_ok=True)
-    summary = context.path("checkpoint", CARD_FILE).read_text(encoding="utf-8")
-    material = gather(context)
+    summary, material = read_material(context)
     results.save(out / "results.json")
     for name, text in {
         "report.md": render_markdown(results, material),
@@ -253,6 +261,13 @@ def write_reports(results: Results, context: RunContext, out: Path) -> None:
         "hf/README.md": model_card(context.recipe, summary, results),
     }.items():
         (out / name).write_text(text, encoding="utf-8")
+
+
+def read_material(context: RunContext) -> tuple[str, Material]:
+    """Return the card's summary and what the reports show beside figures; DataError for what no run writes so."""
+    summary = read_text(context.path("checkpoint", CARD_FILE), MADE_ANEW)
+    read_summary(summary)
+    return summary, answering(_NOT_MEASURED, _evidence(context), MADE_ANEW, lambda: gather(context))
 
 
 def gather(context: RunContext) -> Material:
