@@ -64,7 +64,8 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": _of("olmo", BASE, clip_qkv=0.9),
     "olmo2": _of("olmo2", BASE, attention_bias=True),
     "olmo3": _of("olmo3", BASE, WINDOW, rope_parameters={
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {**YARN, "truncate": False}}),
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {**YARN, "truncate": False}}),
     "cohere": _of("cohere", BASE, use_qk_norm=True, logit_scale=0.4, attention_bias=True),
     "cohere2": _of("cohere2", BASE, WINDOW, head_dim=16, logit_scale=0.4),
     "glm": _of("glm", BASE, head_dim=24, attention_bias=True),
