@@ -69,6 +69,12 @@ def no_file(path: Path) -> str:
     return "a link" if path.is_symlink() else "" if path.is_file() else "a pipe or a device"
 
 
+def _behind_link(root: Path, path: Path) -> str:
+    """Return what is wrong with a file that a link among the folders on its way from `root` leads out to, else ""."""
+    inner = path.relative_to(root).parents
+    return "in a folder that is a link" if any((root / folder).is_symlink() for folder in inner[:-1]) else ""
+
+
 def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[FileRecord]]) -> list[str]:
     """Return the files under `names` that are not as `known` has them, each with why: these must not be touched.
 
@@ -77,7 +83,7 @@ def not_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[File
     found = []
     for path in sorted(path for name in names for path in walk(root / name)):
         name = path.relative_to(root).as_posix()
-        if kind := no_file(path):
+        if kind := no_file(path) or _behind_link(root, path):
             found.append(f"{name} ({kind})")
         elif name not in known:
             found.append(f"{name} (not written by soco-export)")

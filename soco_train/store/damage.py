@@ -11,7 +11,7 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import FORMS
 from soco_train.settings.rounding import TYPES, WeightType
-from soco_train.store.tensorfile import check_sizes, read_tensors, write_tensors
+from soco_train.store.tensorfile import layer_shape, read_tensors, write_tensors
 
 DENSE = "dense"
 StorageKind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)
@@ -84,7 +84,7 @@ class Damage:
                 curves[name][form, weights, int(block)] = curve
             shapes = header["shapes"].items()
             layers = {
-                name: LayerDamage(check_sizes(name, sizes), curves[name], bool(biased))
+                name: LayerDamage(layer_shape(name, sizes), curves[name], bool(biased))
                 for name, (*sizes, biased) in shapes
             }
             return Damage(layers, dict(header["provenance"]))

@@ -11,7 +11,7 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.errors import DataError
 from soco_train.store.spectra import Spectrum
-from soco_train.store.tensorfile import Provenance, check_sizes, checked, read_tensors, write_tensors
+from soco_train.store.tensorfile import Provenance, checked, layer_shape, read_tensors, write_tensors
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _PAIRS = (("correction", "C", "A"), ("adapter", "C", "A"), ("components", "P", "B"))  # and what their halves are called
@@ -94,7 +94,7 @@ class Scores:
 
 def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> LayerScores:
     """Return one layer's scores; ValueError if a tensor is not of the layer's shape, or not finite."""
-    m, n = check_sizes(name, shape)
+    m, n = layer_shape(name, shape)
     layer = LayerScores(
         importance=tensors[f"{name}:importance"],
         scale=tensors[f"{name}:scale"],

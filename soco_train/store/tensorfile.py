@@ -85,7 +85,7 @@ def _bytes(name: str, pending: Pending) -> memoryview:
 Provenance = Mapping[str, Any]
 
 
-def check_sizes(name: str, shape: Any) -> tuple[int, int]:
+def layer_shape(name: str, shape: Any) -> tuple[int, int]:
     """Return (m, n) of a layer as a header has it; ValueError unless it is two counts: torch takes any number."""
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{name} is of the shape {str(shape)[:60]}")

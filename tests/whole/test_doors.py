@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.files.json import plain_floats, read_config
-from soco_export.files.records import record_files
+from soco_export.files.records import not_ours, record_file, record_files
 from soco_export.files.rope import check_rope
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.files.tokenizer import check_tokenizer_files
@@ -450,10 +450,37 @@ def test_evidence_that_no_run_writes_so_is_refused_before_anything_is_written(tm
     assert contents(run) == before
 
 
+def test_what_lies_behind_a_link_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a").write_text("a")
+    known = {"b/a": [record_file(tmp_path / "theirs" / "a")]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "b").symlink_to(tmp_path / "theirs")
+    assert not_ours(tmp_path / "run", ["b/a"], known) == ["b/a (in a folder that is a link)"]
+    (tmp_path / "run" / "b").unlink()
+    (tmp_path / "theirs").rename(tmp_path / "run" / "b")
+    assert not not_ours(tmp_path / "run", ["b/a"], known)
+
+
 def test_a_pipe_among_a_runs_files_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with refused("no file"):
         record_files(tmp_path, ["."])
+
+
+@pytest.mark.parametrize("name", ["../theirs", "/theirs", "hf/../../theirs", "a//b", "", ".", "a\0"])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, tiny_run: Path, name: str) -> None:
+    """What a manifest lists with its hash may be deleted as the run's own, so it lies in the run."""
+    found = json.loads((tiny_run / "manifest.json").read_text())
+    known = next(iter(found["written"].values()))
+    for box in (found["written"], found["earlier"], found["stages"]["plan"]["outputs"]):
+        box[name] = known
+        (tmp_path / "manifest.json").write_text(json.dumps(found))
+        with refused("not a manifest"):
+            Manifest.load(tmp_path)
+        del box[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(found))
+    assert Manifest.load(tmp_path) == Manifest.load(tiny_run)
 
 
 NO_RECIPE = {

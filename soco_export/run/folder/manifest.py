@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
@@ -27,13 +27,23 @@ EDITED = (
 )
 
 
+def _check_inside(name: str) -> str:
+    """Return a file's name relative to the run; ValueError for one that leads elsewhere: it would be deleted there."""
+    if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
+        raise ValueError(f"{name[:60]!r} is no name of a file in the run")
+    return name
+
+
+_Files = dict[Annotated[str, AfterValidator(_check_inside)], FileRecord]  # by path in the run
+
+
 class StageRecord(Record):
     """`key` hashes the settings and inputs; `inputs` are hashes by name; `outputs` are files by path in the run."""
 
     status: Literal["running", "done"]
     key: str
     inputs: dict[str, str] = Field(default_factory=dict)
-    outputs: dict[str, FileRecord] = Field(default_factory=dict)
+    outputs: _Files = Field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -66,8 +76,8 @@ class Manifest(Record):
     process: Process
     inputs: dict[str, FileRecord] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)
-    written: dict[str, FileRecord] = Field(default_factory=dict)
-    earlier: dict[str, FileRecord] = Field(default_factory=dict)
+    written: _Files = Field(default_factory=dict)
+    earlier: _Files = Field(default_factory=dict)
     homes: dict[str, str] = Field(default_factory=dict)
 
     @staticmethod
