@@ -88,11 +88,16 @@ def open_shards(files: Iterable[Path | str]) -> dict[str, StoredTensor]:
     Whole numbers under the name of a weight are half of one, without the scales that they were rounded with: they load
     without an error, as another model. Tensors of other names (masks, orders) may be whole.
     """
-    found = {
-        name: StoredTensor(file, shape, dtype)
-        for file in map(Path, files)
-        for name, (dtype, shape) in read_header(file, REPAIR).tensors.items()
-    }
+    found: dict[str, StoredTensor] = {}
+    for file in map(Path, files):
+        held = read_header(file, REPAIR).tensors
+        if twice := sorted(found.keys() & held.keys()):
+            raise DataError(
+                f"{twice[0]} lies in {found[twice[0]].file.name} and in {file.name} ({len(twice)} such tensors)",
+                fix="keep one of them: programs differ in which they read",
+                where=str(file),
+            )
+        found |= {name: StoredTensor(file, shape, dtype) for name, (dtype, shape) in held.items()}
     whole = [name for name, tensor in found.items() if name.endswith(".weight") and "F" not in tensor.dtype]
     if whole:
         kind = found[whole[0]].dtype

@@ -282,6 +282,16 @@ def test_weights_that_lie_there_twice_are_refused(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1", "b": "2"}}')
+    save_file({"a": torch.zeros(1)}, tmp_path / "1")
+    save_file({"b": torch.zeros(1)}, tmp_path / "2")
+    assert set(open_shards(weight_files(tmp_path))) == {"a", "b"}
+    save_file({"a": torch.ones(1), "b": torch.zeros(1)}, tmp_path / "2")
+    with refused("a lies in 1 and in 2"):
+        open_shards(weight_files(tmp_path))
+
+
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
