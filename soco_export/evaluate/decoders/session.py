@@ -95,6 +95,7 @@ class OnnxDecoder(Decoder):
             self._session = _open_session(folder, provider, threads, Path(profiles) / "step")
             self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
             self._outputs = [entry.name for entry in self._session.get_outputs()]
+            self._check_names()
             self._cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
             self.placement = self._prove_placement()
 
@@ -107,6 +108,15 @@ class OnnxDecoder(Decoder):
                 where=str(self.folder / MODEL_FILE),
             )
         return super().prefill(ids, mask)
+
+    def _check_names(self) -> None:
+        """Raise DataError for a graph that is no decoder's: without tokens there is nothing to ask."""
+        if "input_ids" not in self._inputs or "logits" not in self._outputs:
+            raise DataError(
+                f"{MODEL_FILE} is no graph from input_ids to logits",
+                fix="give a decoder as this program exports it",
+                where=str(self.folder / MODEL_FILE),
+            )
 
     def _prove_placement(self) -> Placement:
         self.prefill(np.zeros((1, 1), dtype=np.int64))

@@ -2,7 +2,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soco_export.evaluate.decoders.decoder import TorchDecoder
@@ -38,6 +38,15 @@ def llama():
 
 def random_ids(*shape):
     return np.random.default_rng(SEED).integers(0, VOCABULARY, shape)
+
+
+@pytest.mark.parametrize("names", [("ids", "logits"), ("input_ids", "scores")])
+def test_a_graph_of_something_else_is_refused(tmp_path, names):
+    read, written = (helper.make_tensor_value_info(name, TensorProto.INT64, [1, 1]) for name in names)
+    graph = helper.make_graph([helper.make_node("Identity", [names[0]], [names[1]])], "g", [read], [written])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "model.onnx")
+    with pytest.raises(DataError, match="no graph from input_ids to logits"):
+        OnnxDecoder(tmp_path, threads=1)
 
 
 def decoders(model, folder):
