@@ -192,11 +192,12 @@ def _texts(settings: DataSettings, purpose: Purpose, take: Take) -> Iterator[Ite
 
 
 def _documents(path: Path, settings: DataSettings, take: Take) -> Iterator[str]:
-    """Yield a file's documents: one for each JSON line, else one for the file, or for what is taken of it."""
+    """Yield a file's documents: each JSON line's that is not blank, else one for the file, or what is taken of it."""
     kind = settings.format if settings.format != "auto" else _kind(path)
     if kind == "jsonl":
         for where, row in read_objects(path, EXAMPLE):
-            yield f"{take(_pieces(text_of(row, 'text', where)))}{PARAGRAPH}"
+            if (text := text_of(row, "text", where)).strip():
+                yield f"{take(_pieces(text))}{PARAGRAPH}"
         return
     text = take(decoded(path))
     if not text.strip():

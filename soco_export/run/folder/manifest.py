@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from soco_export.files.atomic import write_atomic
-from soco_export.files.records import FileRecord, Record, check_ours, record_file, record_files
+from soco_export.files.records import FileRecord, Record, check_ours, not_ours, record_file, record_files
 from soco_export.run.folder.names import MANIFEST
 from soco_train.bounded import read_bytes
 from soco_train.errors import RecipeError
@@ -106,12 +106,16 @@ class Manifest(Record):
         write_atomic(root / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     def check_own(self, root: Path, names: Iterable[str]) -> None:
-        """Raise RecipeError if a file under `names` is not the run's own, as it wrote it; reads only."""
-        known: dict[str, list[FileRecord]] = {}
+        """Raise RecipeError if a file under `names`, which is to be replaced, is not the run's own, as it wrote it."""
+        check_ours(root, names, self.known(), EDITED)
+
+    def known(self) -> dict[str, list[FileRecord]]:
+        """Return what the run wrote in each place: as it is listed now, and before a replacement that was cut off."""
+        found: dict[str, list[FileRecord]] = {}
         for records in (self.written, self.earlier):
             for name, record in records.items():
-                known.setdefault(name, []).append(record)
-        check_ours(root, names, known, EDITED)
+                found.setdefault(name, []).append(record)
+        return found
 
     def disown(self, stage: str) -> None:
         """Forget a stage, and that what it wrote is the run's own."""
@@ -134,8 +138,14 @@ def check_unchanged(root: Path, names: Iterable[str]) -> None:
     What the manifest does not list, or a folder without one, is taken as it is.
     """
     manifest = Manifest.load(root)
-    if manifest is not None:
-        manifest.check_own(root, [name for name in names if name in manifest.written])
+    if manifest is None:
+        return
+    if strangers := not_ours(root, [name for name in names if name in manifest.written], manifest.known()):
+        raise RecipeError(
+            f"{root} is not as its run wrote it: {', '.join(strangers)}",
+            fix="put back what was written, or move it elsewhere and give the command that made the run again",
+            where=str(root),
+        )
 
 
 def stage_key(settings: Any, inputs: Mapping[str, str]) -> str:

@@ -65,9 +65,14 @@ def test_marks_of_other_editors_are_not_text(tmp_path: Path) -> None:
 
 
 def test_jsonl_documents_are_joined(tmp_path: Path) -> None:
-    lines = "\n".join(json.dumps({"text": text, "url": "-"}) for text in ("one", "twö")) + "\n"
-    settings = DataSettings(path=written(tmp_path, lines, "more.jsonl"), block=8)
-    assert decoded(load_blocks(characters, settings, "calibration").tokens) == "one\n\ntwö"
+    def settings(*texts: str) -> DataSettings:
+        lines = "\n".join(json.dumps({"text": text, "url": "-"}) for text in texts) + "\n"
+        return DataSettings(path=written(tmp_path, lines, "more.jsonl"), block=8)
+
+    assert decoded(load_blocks(characters, settings("one", "twö"), "calibration").tokens) == "one\n\ntwö"
+    assert decoded(load_blocks(characters, settings("", "one", " \n", "twö"), "calibration").tokens) == "one\n\ntwö"
+    with pytest.raises(DataError, match="has 0 tokens"):
+        load_blocks(characters, settings(*[""] * 20), "calibration")
 
 
 def test_any_first_blocks_of_several_texts_are_a_fair_mixture(tmp_path: Path) -> None:
