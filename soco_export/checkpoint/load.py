@@ -23,11 +23,12 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
     of the model's weights.
     """
     stored = check_checkpoint(folder)
-    reading = {"dtype": dtype, "output_loading_info": True}
+    # what is mismatched is named below: transformers would tell of it on the terminal, and raise without a name
+    reading = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with making_a_model(folder):
         model, report = _decoder(folder, stored, **reading) or _as_it_is(folder, trust_remote_code, **reading)
-    for problem in ("missing_keys", "unexpected_keys"):
-        names = sorted(report[problem])
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[problem])
         if names:
             raise DataError(
                 f"weights and config.json disagree: {problem.replace('_', ' ')} {names[:3]} ({len(names)} in all)",

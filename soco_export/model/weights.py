@@ -77,7 +77,8 @@ def read_weights(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 def _build(folder: Path, config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     stored = open_shards(weight_files(folder))
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    reading: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    # misshapen weights are in the report, by name; transformers itself tells of them on the terminal alone
+    reading = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet(), making_a_model(folder):
         if names := _own_names(kind, config, stored):
             model, report = read_apart(kind, state_dict=renamed_views(stored, names), **reading)
@@ -100,7 +101,7 @@ def _own_names(kind: Any, config: Any, stored: Collection[str]) -> dict[str, str
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Raise DataError for weights of the model that no file holds, or tensors of the files that the model leaves out.
+    """Raise DataError for weights of the model that no file holds in its size, or tensors that the model leaves out.
 
     What it leaves out may be half of a number (a scale of 8-bit weights) or layers that config.json forgets.
     """
@@ -108,6 +109,14 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
     if missing:
         raise DataError(
             f"{len(missing)} weights of the model are not in its files, among them {missing[0]}",
+            fix="download the model again; config.json may be another model's",
+            where=str(folder),
+        )
+    if misshapen := sorted(report["mismatched_keys"]):
+        name, stored, wanted = misshapen[0]
+        raise DataError(
+            f"{len(misshapen)} weights are not of the size that config.json gives them, among them {name}: "
+            f"{list(stored)} is stored, {list(wanted)} is the model's",
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )

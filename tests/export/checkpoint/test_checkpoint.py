@@ -335,6 +335,11 @@ def lose_a_dense_weight(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
 
 
+def shorten_a_dense_weight(folder: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+
+
 def name_a_strange_tensor(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.bias": torch.ones(32)}))
 
@@ -350,6 +355,7 @@ DAMAGE = {
     shorten_a_factor: r"do not make a stacked layer of rank",
     garble_the_config: r"cannot read config\.json",
     lose_a_dense_weight: r"missing keys \['model\.layers\.1\.mlp\.down_proj\.weight'\]",
+    shorten_a_dense_weight: r"mismatched keys \['model\.layers\.1\.mlp\.down_proj\.weight'\]",
     name_a_strange_tensor: r"unexpected keys \['model\.layers\.1\.mlp\.down_proj\.bias'\]",
 }
 
