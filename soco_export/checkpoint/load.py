@@ -27,8 +27,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
     reading = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with making_a_model(folder):
         model, report = _decoder(folder, stored, **reading) or _as_it_is(folder, trust_remote_code, **reading)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(key if isinstance(key, str) else key[0] for key in report[problem])
+    problems = {name: sorted(report[name]) for name in ("missing_keys", "unexpected_keys")}
+    for problem, names in {**problems, "mismatched_keys": misshapen(report)}.items():
         if names:
             raise DataError(
                 f"weights and config.json disagree: {problem.replace('_', ' ')} {names[:3]} ({len(names)} in all)",
@@ -36,6 +36,14 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
                 where=str(folder),
             )
     return model
+
+
+def misshapen(report: Mapping[str, Any]) -> list[str]:
+    """Return the weights that are not of the size that config.json gives them, as `from_pretrained` tells of them.
+
+    transformers 4.57 has their names, 5 also the sizes.
+    """
+    return sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
 
 
 def _as_it_is(folder: Path, trust_remote_code: bool, **reading: Any) -> Any:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from soco_export.checkpoint.load import misshapen
 from soco_export.files.json import making_a_model
 from soco_export.files.safetensors import open_shards, renamed_views, weight_files
 from soco_export.files.wrapped import language_names
@@ -112,11 +113,9 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )
-    if misshapen := sorted(report["mismatched_keys"]):
-        name, stored, wanted = misshapen[0]
+    if wrong := misshapen(report):
         raise DataError(
-            f"{len(misshapen)} weights are not of the size that config.json gives them, among them {name}: "
-            f"{list(stored)} is stored, {list(wanted)} is the model's",
+            f"{len(wrong)} weights are not of the size that config.json gives them, among them {wrong[0]}",
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )

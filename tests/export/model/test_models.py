@@ -299,7 +299,7 @@ def test_a_missing_weight_is_named(folder: Path) -> None:
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(folder, name, torch.zeros(47, 32))
-    assert f"{name}: [47, 32] is stored" in refused(DataError, recipe_for(str(folder))).message
+    assert refused(DataError, recipe_for(str(folder))).message.endswith(f"gives them, among them {name}")
 
 
 def test_pickles_are_not_read(folder: Path) -> None:
