@@ -87,7 +87,7 @@ def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
         dropped=0,
     )
     monkeypatch.setattr(report.RankPlan, "from_json", lambda text: plan)
-    monkeypatch.setattr(Scores, "load", lambda path: SimpleNamespace(provenance={"parameters": 20}))
+    monkeypatch.setattr(Scores, "load", lambda path: Scores({}, {"parameters": 20}))
     monkeypatch.setattr(report, "_largest_coefficient", lambda path: None)
     monkeypatch.setattr(report, "cache_bytes", lambda path: len(path.name))
     sizes = report._sizes(Run(tmp_path))
