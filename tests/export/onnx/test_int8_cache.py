@@ -68,9 +68,10 @@ def test_prompt_and_steps_are_those_of_rounded_keys_and_values(name: str, tmp_pa
     decoder, mask = Decoder(tmp_path / "onnx"), np.ones_like(tokens)
     pieces = [(0, 13), *((at, at + 1) for at in range(13, tokens.shape[1]))]
     found = np.concatenate([decoder.step(tokens[:, start:stop], mask[:, :stop]) for start, stop in pieces], axis=1)
-    largest = np.abs(exact).max()
-    assert np.abs(found - expected).max() < 1e-3 * largest
-    assert 3e-3 * largest < np.abs(exact - expected).max()
+    # A value on the edge between two levels may fall to either side of it, and moves all that follows: of thousands
+    # of values some do, and together they move less than a part of what the rounding of all does.
+    assert np.linalg.norm(found - expected) < 0.25 * np.linalg.norm(exact - expected)
+    assert 3e-3 * np.abs(exact).max() < np.abs(exact - expected).max()
     assert cache_bytes(tmp_path / "onnx") == architecture.cached
 
 
