@@ -8,6 +8,8 @@ from pathlib import Path
 from soco_export.report.baseline import changes, judge_against, parse_tolerances
 from soco_export.report.gates import Verdict
 from soco_export.report.words import verdict_terminal
+from soco_export.run.folder.allowed import check_lock
+from soco_export.run.folder.manifest import check_uncut
 from soco_export.run.folder.results import load_results
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
@@ -16,6 +18,9 @@ from soco_train.errors import ExitCode
 def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> Outcome:
     """Judge the results of `run`; a failed gate or a figure worse than the baseline's allows is exit code 3."""
     results, allowed = load_results(run), parse_tolerances(tolerances)
+    if run.is_dir():  # not measured again, but what lies there is what was measured, as far as a look can tell
+        check_lock(run)
+        check_uncut(run)
     own = results.verdicts
     against: tuple[Verdict, ...] = ()
     differences: list[str] = []

@@ -33,7 +33,7 @@ def plan_sizes(
     if not scores_file.is_file():
         raise RecipeError(
             f"{scores_file.parent} has no scores yet",
-            fix=f"soco-export train --model {recipe.name}, or give the folder of a finished training",
+            fix=f"soco-export train --model {recipe.name} --out {scores_file.parent}, or give a trained run",
             where=str(scores_file),
         )
     if out:

@@ -22,7 +22,7 @@ from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import read_lock
 from soco_export.run.folder.held import RunFolder, hold, read_folder
-from soco_export.run.folder.manifest import Manifest, Process, check_unchanged, digest
+from soco_export.run.folder.manifest import Manifest, Process, check_unchanged, digest, lock_hash
 from soco_export.run.folder.names import LOCK, MANIFEST
 from soco_export.run.on_run import homes_of, run_format, stages_of
 from soco_export.run.pipeline import Pipeline, Stage
@@ -146,7 +146,11 @@ def _restore_lock(request: Request, root: Path, notify: Notify) -> Outcome:
             fix=_flags(root, folder.manifest),
             where=str(root / MANIFEST),
         )
-    write_atomic(root / LOCK, lock(recipe))
+    written = lock(recipe)
+    write_atomic(root / LOCK, written)
+    if folder.manifest.locks and lock_hash(written) not in folder.manifest.locks:  # looked at in another way since
+        folder.manifest.locks.append(lock_hash(written))
+        folder.save()
     names = [stage.name for stage in known]
     text = f"{root / LOCK} was written: it gives the keys of {', '.join(names)}"
     return Outcome({"run": str(root), "written": LOCK, "stages": names, "left_out": {}}, text)

@@ -806,6 +806,34 @@ def test_what_was_edited_is_not_read(tmp_path: Path, tiny_run: Path, edited: str
         ask()
 
 
+def test_a_changed_recipe_or_a_shortened_model_is_not_taken_for_what_was_measured(
+    tmp_path: Path, tiny_run: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert verbs.gate(verbs.Request(), run).code == 0
+    lock, before = run / "recipe.lock.yaml", contents(run)
+    (run / "hf" / "README.md").write_text("a card of the user's own")
+    assert verbs.gate(verbs.Request(), run).code == 0
+    (run / "hf" / "README.md").write_bytes(before["hf/README.md"])
+    whole = lock.read_text()
+    lock.write_text(whole.replace("keep_params: 0.6", "keep_params: 0.5"))
+    assert lock.read_text() != whole
+    again = verbs.Request(model="tiny", out=run)
+    for ask in (verbs.gate, verbs.report, verbs.validate, verbs.plan, verbs.repair):
+        with refused("recipe.lock.yaml was changed"):
+            ask(verbs.Request(), run)
+    with refused("recipe.lock.yaml was changed"):
+        verbs.train_and_export(again)
+    lock.write_text(whole)
+    with (run / "onnx" / "model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    with refused("onnx/model.onnx.data has 1,000 bytes"):
+        verbs.gate(verbs.Request(), run)
+    (run / "onnx" / "model.onnx.data").write_bytes(before["onnx/model.onnx.data"])
+    assert verbs.gate(verbs.Request(), run).code == 0
+    assert contents(run) == before
+
+
 @pytest.mark.parametrize("lost", ["manifest.json", "recipe.lock.yaml"])
 def test_a_run_that_lost_what_says_what_it_is_is_named(tmp_path: Path, tiny_run: Path, lost: str) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")

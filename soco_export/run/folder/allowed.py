@@ -10,8 +10,9 @@ from soco_export.files.safetensors import weight_files
 from soco_export.recipe.difference import differences
 from soco_export.recipe.load import load_recipe
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder.manifest import Manifest
+from soco_export.run.folder.manifest import Manifest, lock_hash
 from soco_export.run.folder.names import DAMAGE, HELD, LOCK, MANIFEST, PROFILE, SIZES_FILE, UNFINISHED
+from soco_train.bounded import read_text
 from soco_train.errors import RecipeError
 
 CONTENT = (
@@ -89,6 +90,7 @@ def _check_free(root: Path) -> None:
 def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
     if not manifest.stages and not (root / LOCK).exists():
         return  # died before it began
+    check_lock(root)
     try:
         there = read_lock(root)
     except RecipeError as error:
@@ -126,7 +128,7 @@ def _check_moved(folder: Path, manifest: Manifest) -> None:
 
 
 def read_lock(root: Path) -> Recipe:
-    """Return the recipe of the run in `root`; RecipeError if there is none."""
+    """Return the recipe of the run in `root`; RecipeError if there is none, or not the one that the run wrote."""
     if not (root / LOCK).is_file() and (root / MANIFEST).is_file():
         raise RecipeError(
             f"{root} holds a run that has lost its {LOCK}",
@@ -139,4 +141,17 @@ def read_lock(root: Path) -> Recipe:
             fix="give the folder that train or train-and-export wrote (it holds recipe.lock.yaml)",
             where=str(root),
         )
-    return load_recipe(root / LOCK)
+    recipe = load_recipe(root / LOCK)
+    check_lock(root)
+    return recipe
+
+
+def check_lock(root: Path) -> None:
+    """Raise RecipeError for a lock file that somebody changed: the run was made with other settings."""
+    manifest = Manifest.load(root) if (root / LOCK).is_file() else None
+    if manifest and manifest.locks and lock_hash(read_text(root / LOCK, "put it back")) not in manifest.locks:
+        raise RecipeError(
+            f"{root / LOCK} was changed since the run wrote it: what lies there was made with other settings",
+            fix=f"move it away and give soco-export repair {root}, which writes it again; --set changes settings",
+            where=str(root / LOCK),
+        )

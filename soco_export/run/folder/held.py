@@ -24,7 +24,7 @@ from soco_export.preflight.doctor import versions
 from soco_export.recipe.load import lock
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.allowed import PARTIAL, check_folder
-from soco_export.run.folder.manifest import Manifest, Process, StageRecord, record_outputs
+from soco_export.run.folder.manifest import Manifest, Process, StageRecord, lock_hash, record_outputs
 from soco_export.run.folder.names import HELD, LOCK, UNFINISHED
 from soco_train.errors import MachineError, RecipeError
 
@@ -153,7 +153,7 @@ def hold(root: Path) -> Iterator[None]:
 def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunFolder:
     """Write manifest and lock, the manifest first: a folder is known as ours before anything else lies in it."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    before = Manifest.load(root)
+    before, text = Manifest.load(root), lock(recipe)
     _clear_unfinished(root, before, fresh)
     manifest = Manifest(
         model=recipe.name,
@@ -166,10 +166,11 @@ def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunF
         written=before.written if before else {},
         earlier=before.earlier if before else {},
         homes=before.homes if before else {},
+        locks=list(dict.fromkeys([lock_hash(text), *(before.locks[:1] if before else ())])),
     )
     manifest.settle(root)
     manifest.save(root)
-    write_atomic(root / LOCK, lock(recipe))
+    write_atomic(root / LOCK, text)
     return RunFolder(root, recipe, manifest)
 
 

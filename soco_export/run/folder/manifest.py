@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from soco_export.files.atomic import write_atomic
 from soco_export.files.records import FileRecord, Record, check_ours, not_ours, record_file, record_files
-from soco_export.run.folder.names import MANIFEST
+from soco_export.run.folder.names import MANIFEST, REPORT_FILES
 from soco_train.bounded import read_bytes
 from soco_train.errors import RecipeError
 
@@ -65,7 +65,8 @@ class Manifest(Record):
 
     `written` are all files of the run as they were last written; while some are being replaced `earlier` still has
     the ones that go, so that a run killed in between knows either as its own. `homes`: the folder, relative to this
-    one, of each stage whose files are another run's.
+    one, of each stage whose files are another run's. `locks`: sha256 of the lock file as the run writes it, and as it
+    was before, for a run that is killed between the two; empty in a manifest that was made again.
     """
 
     schema_version: Literal[1] = 1
@@ -79,6 +80,7 @@ class Manifest(Record):
     written: _Files = Field(default_factory=dict)
     earlier: _Files = Field(default_factory=dict)
     homes: dict[str, str] = Field(default_factory=dict)
+    locks: list[str] = Field(default_factory=list)
 
     @staticmethod
     def load(root: Path) -> Manifest | None:
@@ -91,8 +93,8 @@ class Manifest(Record):
         except ValidationError as error:
             raise RecipeError(
                 f"{MANIFEST} is not a manifest of this version of soco-export",
-                fix="give another --out: what another program or version wrote is left alone, even with --fresh; "
-                "one that was damaged is moved away and made again by soco-export repair",
+                fix=f"was it damaged, move it away and give soco-export repair {root}; what another program or version "
+                "wrote is left alone, even with --fresh: give another --out",
                 where=str(path),
             ) from error
         if not manifest.written:  # made before files were listed apart from stages
@@ -146,6 +148,28 @@ def check_unchanged(root: Path, names: Iterable[str]) -> None:
             fix="put back what was written, or move it elsewhere and give the command that made the run again",
             where=str(root),
         )
+
+
+def check_uncut(root: Path) -> None:
+    """Raise RecipeError if a file of the run in `root` is not as long as it was written.
+
+    What is gone is not asked for (a CI job may have the results alone), nor what people read, such as the model card.
+    """
+    manifest = Manifest.load(root)
+    written = manifest.written if manifest else {}
+    for name in (name for name in written if name not in REPORT_FILES and (root / name).is_file()):
+        found, record = (root / name).stat().st_size, written[name]
+        if found != record.bytes:
+            raise RecipeError(
+                f"{name} has {found:,} bytes, and {record.bytes:,} were written and measured",
+                fix="put back what was written, or move it elsewhere and give the command that made the run again",
+                where=str(root / name),
+            )
+
+
+def lock_hash(text: str) -> str:
+    """Return what `Manifest.locks` has of a lock file."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_key(settings: Any, inputs: Mapping[str, str]) -> str:
