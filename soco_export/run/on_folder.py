@@ -95,7 +95,10 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Any:
 
 
 def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
-    """Measure parity and perplexity of `candidate` against `reference`, and judge them by the gates of that step."""
+    """Measure parity and perplexity of `candidate` against `reference`, and judge them by the gates of that step.
+
+    ONNX beside a checkpoint is its export, held to be the same; two of a kind are a model and what became of it.
+    """
     for folder in (reference, candidate):
         check_holds_model(folder)
     from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
@@ -105,7 +108,8 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     quiet_transformers()
     for folder in (reference, candidate):
         _check_opens(recipe, folder)
-    step, forms = ("export", (LOW_RANK, SHIPPED)) if is_onnx(candidate) else ("compression", (DENSE, LOW_RANK))
+    exported = is_onnx(candidate) and not is_onnx(reference)
+    step, forms = ("export", (LOW_RANK, SHIPPED)) if exported else ("compression", (DENSE, LOW_RANK))
     tokenizer = _tokenizer(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")

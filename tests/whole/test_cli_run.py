@@ -229,6 +229,10 @@ class TestFolders:
         wrong = soco("validate", tiny_run / "onnx-dense", "--against", tiny_run / "hf", *few)
         assert wrong.code == 3
         assert "FAILED max_export_kl" in wrong.out
+        beside = soco("validate", tiny_run / "onnx", "--against", tiny_run / "onnx-dense", *few)  # as a CI job has them
+        assert beside.code == 0, beside.err
+        assert "compression" in beside.out
+        assert "max_ppl_ratio" in beside.out
 
     def test_bench_two_folders(self, tiny_run: Path) -> None:
         few = [
