@@ -73,14 +73,18 @@ def export_onnx(
     _check_calibration(settings, calibration)
     forms = Counter(source.form(name).kind for name in architecture.linears()) if architecture else Counter[str]()
     metadata = {**_described(config, settings, forms), **(provenance or {})}
-    rounding = None
+    rounding: RoundingFigures | None = None
     with replacing_folder(out) as partial:
         if architecture is None:
             model = load_checkpoint(folder, getattr(torch, settings.dtype), trust_remote_code=trust_remote_code)
             export_traced(model, partial, settings, notify, metadata)
         else:
-            rounding = _calibrated(source, partial / "levels", settings, calibration, notify)
-            scales = _cache_scales(folder, architecture, settings, calibration, trust_remote_code)
+            blocks, scales = _text_for(settings, calibration), list[CacheScales]()
+            if blocks is not None and settings.calibrates:
+                source.kept = KeptLevels(partial / "levels")
+                rounding = calibrate(folder, blocks, settings, source.kept, notify)
+            if blocks is not None and settings.cache != "same":
+                scales = cache_scales(folder, architecture, blocks, trust_remote_code)
             write_graph(architecture, source, settings, partial, notify, metadata, scales)
             if source.kept:
                 source.kept.remove()
@@ -152,32 +156,9 @@ def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch
             )
 
 
-def _cache_scales(
-    folder: Path,
-    architecture: Architecture,
-    settings: ExportSettings,
-    calibration: Callable[[], torch.Tensor] | None,
-    trust_remote_code: bool,
-) -> list[CacheScales]:
-    """Return the scales of each layer's cache, none where it is not rounded."""
-    if calibration is None or settings.cache == "same":
-        return []
-    blocks = calibration()
-    few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
-    return cache_scales(folder, architecture, few, trust_remote_code)
-
-
-def _calibrated(
-    source: CheckpointWeights,
-    work: Path,
-    settings: ExportSettings,
-    calibration: Callable[[], torch.Tensor] | None,
-    notify: Notify,
-) -> RoundingFigures | None:
-    """Let `source` know how its matrices are rounded, if that asks for a text; the levels lie in `work` meanwhile."""
-    if calibration is None or not settings.calibrates:
+def _text_for(settings: ExportSettings, calibration: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
+    """Return the token blocks [b, t] that weights and cache are rounded by, None where neither asks for any."""
+    if calibration is None or not (settings.calibrates or settings.cache != "same"):
         return None
     blocks = calibration()
-    source.kept = KeptLevels(work)
-    few = blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]
-    return calibrate(source.folder, few, settings, source.kept, notify)
+    return blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]

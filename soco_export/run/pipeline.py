@@ -24,6 +24,8 @@ from soco_train.errors import MachineError
 from soco_train.events import Event, Notify, silent
 
 Context = TypeVar("Context")
+# How torch and ONNX Runtime say that no memory is left; not on every device is there a type for it.
+NO_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _limits(stage: str, root: Path) -> Iterator[None]:
         with machine_limits(stage, root):
             yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "alloc" not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
             raise
         fix = "lower train.batch_tokens or data.block, or use a larger machine; --dry-run shows what each phase needs"
         raise MachineError(f"out of memory ({stage}): {str(error)[:200]}", fix=fix, where=str(root)) from error

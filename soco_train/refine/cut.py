@@ -23,7 +23,7 @@ from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 
 
-def make_factors(
+def cut_layers(
     spectra: Mapping[str, Spectrum], scores: Scores, plan: RankPlan, linears: Mapping[str, nn.Linear]
 ) -> LazyLayers[StackedFactors]:
     """Cut every pruned layer of `plan`: stacked factors, up: [m, r], down: [r, n], bias: [m] or None.

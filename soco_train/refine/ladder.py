@@ -13,7 +13,7 @@ from soco_train.errors import RecipeError
 from soco_train.forms.base import LayerFactors
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
-from soco_train.refine.cut import make_factors, store_as
+from soco_train.refine.cut import cut_layers, store_as
 from soco_train.refine.rungs import wanted_rungs
 from soco_train.settings.refine import RefineSettings
 from soco_train.settings.section import Section
@@ -45,7 +45,7 @@ def refine(
         rung.check(settings.of_step(rung.name), plan.storage)
     for rung in wanted_rungs(settings, on="scores"):
         scores = rung.run(subject, scores, plan, settings.of_step(rung.name), session)
-    layers: Mapping[str, LayerFactors] = make_factors(subject.spectra, scores, plan, subject.linears)
+    layers: Mapping[str, LayerFactors] = cut_layers(subject.spectra, scores, plan, subject.linears)
     for rung in wanted_rungs(settings, on="factors"):
         own, named = settings.of_step(rung.name), session
         if rung.trains:  # all of them, in memory, until the last step

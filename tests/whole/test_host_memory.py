@@ -56,7 +56,7 @@ from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum
 from soco_train.plan.ranks import plan_ranks
 from soco_train.events import silent
-from soco_train.refine.cut import make_factors, store_as
+from soco_train.refine.cut import cut_layers, store_as
 from soco_train.modules.layers import select_linears
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
@@ -78,7 +78,7 @@ class Spectra:
         return Spectrum(torch.ones(m, min(m, n)), torch.ones(min(m, n), n), torch.ones(min(m, n)))
 def cut(root, storage):
     plan = plan_ranks(scores, PlanSettings(keep_params=0.6, allocation="uniform", storage=storage))
-    factors = store_as(make_factors(Spectra(), scores, plan, linears), storage)
+    factors = store_as(cut_layers(Spectra(), scores, plan, linears), storage)
     Factors(factors).save(root / f"{storage}.safetensors")
 small, large, mixture = map(Path, sys.argv[1:])
 write(small, "bfloat16")  # all imports are done

@@ -27,7 +27,7 @@ from soco_train.learn.loop import Loop
 from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan
-from soco_train.refine.cut import make_factors
+from soco_train.refine.cut import cut_layers
 from soco_train.refine.rungs import RUNGS, rung
 from soco_train.scores.closed_form import untrained
 from soco_train.scores.registry import READ_BY_ALL, SCORERS, scorer
@@ -149,7 +149,7 @@ def test_the_whole_road(short: tuple[str, ...], tmp_path: Path) -> None:
     assert "train" not in again  # finished stages stay finished
     plan, loud = RankPlan.load(run / "plan.json"), Factors.load(run / "factors.safetensors").layers
     linears = {name: nn.Linear(*reversed(layer.shape), bias=False) for name, layer in plan.layers.items()}
-    for name, layer in make_factors(SpectrumStore(run / "spectrum"), scores, plan, linears).items():
+    for name, layer in cut_layers(SpectrumStore(run / "spectrum"), scores, plan, linears).items():
         torch.testing.assert_close(loud[name].up, layer.up * 4)
         torch.testing.assert_close(loud[name].down, layer.down / 4)
 

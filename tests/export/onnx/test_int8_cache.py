@@ -18,7 +18,7 @@ from soco_export.onnx.describe.config import resolve_config
 from soco_export.onnx.describe.order import head_order
 from soco_export.onnx.families import describe
 from soco_export.onnx.inspect import cache_bytes
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import ExportSettings, QuantizeSettings
 from soco_export.preflight.checks import check_graph
 from soco_export.recipe.load import load_recipe
 from soco_train.errors import MachineError, RecipeError
@@ -73,6 +73,15 @@ def test_prompt_and_steps_are_those_of_rounded_keys_and_values(name: str, tmp_pa
     assert np.linalg.norm(found - expected) < 0.25 * np.linalg.norm(exact - expected)
     assert 3e-3 * np.abs(exact).max() < np.abs(exact - expected).max()
     assert cache_bytes(tmp_path / "onnx") == architecture.cached
+
+
+def test_the_text_of_rounded_weights_and_cache_is_read_once(tmp_path: Path) -> None:
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
+    asked: list[None] = []
+    both = INT8.model_copy(update={"weights": "int4", "quantize": QuantizeSettings(rule="calibrated")})
+    folder = save_dense(tiny_model("llama"), tmp_path / "hf")
+    export_onnx(folder, tmp_path / "onnx", both, calibration=lambda: (asked.append(None), text)[1])
+    assert len(asked) == 1
 
 
 def test_the_decoder_and_the_example_feed_it(tmp_path: Path) -> None:

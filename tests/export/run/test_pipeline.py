@@ -238,6 +238,8 @@ class TestPipeline:
             RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
             "out of memory",
         ),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 8589934592"), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
     ],
 )
 def test_what_the_machine_lacks_is_said(tmp_path: Path, error: Exception, words: str) -> None:
@@ -249,7 +251,9 @@ def test_what_the_machine_lacks_is_said(tmp_path: Path, error: Exception, words:
     assert run(tmp_path, a_recipe()) == [stage.name for stage in STAGES]
 
 
-@pytest.mark.parametrize("error", [OSError("no number"), RuntimeError("shapes differ"), SafetensorError("header")])
+@pytest.mark.parametrize(
+    "error", [OSError("no number"), RuntimeError("the allocation differs"), SafetensorError("header")]
+)
 def test_other_errors_are_ours(tmp_path: Path, error: Exception) -> None:
     def fail(log: Log, out: Path) -> None:
         raise error

@@ -19,7 +19,7 @@ from soco_train.modules.factored import FactorPair, factored
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.refine.any_size import cut_to, distill_any_size, prefix
-from soco_train.refine.cut import make_factors
+from soco_train.refine.cut import cut_layers
 from soco_train.refine.distill import Smaller
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.distill import DistillSettings
@@ -135,7 +135,7 @@ def test_undistilled_a_prefix_is_the_cut_of_its_size(scored, tmp_path: Path) -> 
     whole = distill_any_size(subject, scores, plan, none, Session(tmp_path), {})
     for size in (0.4, 0.7, 0.9):
         found = cut_to(whole, plan(size)).layers
-        for name, layer in make_factors(subject.spectra, scores, plan(size), subject.linears).items():
+        for name, layer in cut_layers(subject.spectra, scores, plan(size), subject.linears).items():
             assert torch.allclose(found[name].up @ found[name].down, layer.up @ layer.down, atol=1e-5)
         for name, layer in found.items():
             if isinstance(layer, DenseWeight):

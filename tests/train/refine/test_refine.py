@@ -23,7 +23,7 @@ from soco_train.numbers.rate import bits_per_weight
 from soco_train.numbers.rounding import rounded
 from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.compensate import SKIPPED, compensate, compensated, score_fisher
-from soco_train.refine.cut import make_factors
+from soco_train.refine.cut import cut_layers
 from soco_train.refine.distill import distill
 from soco_train.refine.refit import Moments, refit, solve
 from soco_train.scores.registry import train_scores
@@ -67,7 +67,7 @@ def cut(subject: Subject, tmp_path_factory: pytest.TempPathFactory):
     work = tmp_path_factory.mktemp("work")
     scores = train_scores(subject, TRAIN, PLAN, Session(work))
     plan = plan_ranks(scores, PLAN)
-    return scores, plan, make_factors(subject.spectra, scores, plan, subject.linears)
+    return scores, plan, cut_layers(subject.spectra, scores, plan, subject.linears)
 
 
 class PositionScored(nn.Module):
@@ -237,7 +237,7 @@ def test_refit_brings_other_families_closer_to_their_dense_layers(family: str, t
     plain = TRAIN.model_copy(update={"basis": "plain"})
     decompose_model(model, linears, tokens, plain, store, silent)
     scores = train_scores(Subject(model, linears, store, tokens), plain, PLAN, Session(tmp_path / "work"))
-    factors = make_factors(store, scores, plan_ranks(scores, PLAN), linears)
+    factors = cut_layers(store, scores, plan_ranks(scores, PLAN), linears)
 
     def error(factors) -> float:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from soco_train.modules.layers import select_linears
 from soco_train.modules.masked import ADAPTER_RANK, ADAPTER_SCALE, MaskedLinear
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import plan_ranks
-from soco_train.refine.cut import make_factors
+from soco_train.refine.cut import cut_layers
 from soco_train.scores.acip import MASKS_STOP
 from soco_train.scores.registry import train_scores
 from soco_train.settings.data import LayerSettings
@@ -102,7 +102,7 @@ def test_the_cut_is_the_support_and_the_adapter_in_it_and_costs_nothing(model, t
     scores = Scores.load(tmp_path / "scores.safetensors")
     plan = plan_ranks(scores, work.plan)
     assert plan.ratio <= 0.5
-    factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
+    factors = cut_layers(work.subject.spectra, scores, plan, work.subject.linears)
     assert factors
     for name, layer in plan.layers.items():
         alive = scores.layers[name].importance > 1
@@ -124,7 +124,7 @@ def test_the_published_adapter_stays_beside_the_support_and_its_ranks_are_counte
     scores = Scores.load(tmp_path / "scores.safetensors")
     plan = plan_ranks(scores, work.plan)
     assert plan.ratio <= 0.5
-    factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
+    factors = cut_layers(work.subject.spectra, scores, plan, work.subject.linears)
     for name, layer in factors.items():
         parts, own, rank = work.subject.spectra[name], scores.layers[name], plan.layers[name].rank
         alive = torch.nonzero(own.importance > 1).flatten()

@@ -17,7 +17,7 @@ from soco_train.modules.factored import factored
 from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
 from soco_train.plan.ranks import kept, plan_ranks
-from soco_train.refine.cut import make_factors
+from soco_train.refine.cut import cut_layers
 from soco_train.refine.distill import distill
 from soco_train.scores.closed_form import saliency
 from soco_train.scores.registry import find_scorer, train_scores
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(model, tokens, tmp_path: Pat
 def test_distillation_brings_the_factors_closer_and_resumes(model, tokens, tmp_path: Path) -> None:
     work, _ = task(model, tokens, tmp_path, TRAIN.model_copy(update={"scorer": "fisher"}))
     scores = train_scores(*work)
-    factors = make_factors(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)
+    factors = cut_layers(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)
     events: list[Event] = []
     settings = DistillSettings(steps=20, batch_tokens=64, lr=3e-3, checkpoint_every=8)
     expected = distill(work.subject, factors, settings, Session(tmp_path / "a", events.append))
@@ -284,7 +284,7 @@ def test_a_larger_size_brings_components_back_as_they_were(model, tokens, tmp_pa
     divergences = []
     for keep in (0.4, 0.9):
         plan = plan_ranks(scores, work.plan.model_copy(update={"keep_params": keep}))
-        factors = make_factors(work.subject.spectra, scores, plan, work.subject.linears)
+        factors = cut_layers(work.subject.spectra, scores, plan, work.subject.linears)
         with torch.no_grad():
             dense = model(input_ids=tokens).logits
             with factored(model, work.subject.linears, factors):
@@ -318,7 +318,7 @@ def test_the_cut_takes_components_as_they_were_learnt(model, tokens, tmp_path: P
     assert float((P @ B - spectrum.P @ spectrum.B).abs().max()) > 1e-3
     survivors = kept(layer.importance, planned.rank)
     expected = (P[:, survivors].double() * layer.scale[survivors].double()) @ B[survivors].double()
-    factors = make_factors(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)[name]
+    factors = cut_layers(work.subject.spectra, scores, plan_ranks(scores, work.plan), work.subject.linears)[name]
     torch.testing.assert_close(factors.up.double() @ factors.down.double(), expected, rtol=1e-5, atol=1e-6)
     never = layer.importance.argmin()  # dead from the first deaths on: it is hardly other than it was
     lost = (P[:, never, None] * B[never] - spectrum.P[:, never, None] * spectrum.B[never]).norm()
