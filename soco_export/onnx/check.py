@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families import describe
@@ -11,6 +13,8 @@ from soco_export.onnx.source import Shapes, StoredForm, WeightSource
 from soco_export.onnx.trace import check_fallback
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.registry import state_of
+
+ROWS = 4096  # of two matrices that are compared, at a time
 
 
 def check_architecture(config: Config, settings: ExportSettings) -> Architecture | None:
@@ -78,6 +82,26 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
                 fix="give the config.json that belongs to these weights",
                 where=where,
             )
+
+
+def check_ties(architecture: Architecture, source: CheckpointWeights) -> None:
+    """Raise DataError if head and token table are one matrix by config.json and two in the files."""
+    head, table = (f"{name}.weight" for name in (architecture.tensors.head, architecture.tensors.embed))
+    if not architecture.tied or head not in source:
+        return
+    one, other = source.read(head), source.read(table)
+    starts = range(0, architecture.vocab, ROWS)
+    if not all(np.array_equal(one[start : start + ROWS], other[start : start + ROWS]) for start in starts):
+        raise tied_apart(head, table)
+
+
+def tied_apart(head: str, table: str) -> DataError:
+    """Return what to say of a head and a token table that should be one matrix and differ."""
+    return DataError(
+        f"config.json says that head and embedding are one matrix, but {head} and {table} differ",
+        fix="tie_word_embeddings: false if the head is its own; else remove it from the files",
+        where=head,
+    )
 
 
 def expected_tensors(architecture: Architecture, source: WeightSource) -> tuple[Shapes, Shapes]:

@@ -216,6 +216,7 @@ def check_ties(model: Any, recipe: Recipe) -> None:
 
     from soco_export.files.safetensors import open_shards, weight_files
     from soco_export.model.source import fetch_folder
+    from soco_export.onnx.check import tied_apart
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -231,8 +232,4 @@ def check_ties(model: Any, recipe: Recipe) -> None:
         with safe_open(str(stored[name].file), framework="pt") as file:
             values.append(file.get_tensor(name))
     if not torch.equal(*values):
-        raise DataError(
-            f"config.json says that head and embedding are one matrix, but {names[0]} and {names[1]} differ",
-            fix="tie_word_embeddings: false if the head is its own; else remove it from the files",
-            where=names[0],
-        )
+        raise tied_apart(*names)

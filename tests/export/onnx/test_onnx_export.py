@@ -123,6 +123,19 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     assert sum(int(np.prod(t.dims)) for t in weights if t.data_location == t.EXTERNAL) == numbers + frequencies
 
 
+def test_a_head_that_is_tied_by_name_only_is_refused(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, "llama-biased", factored=False)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    export_onnx(folder, tmp_path / "one", ExportSettings())
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(DataError, match="lm_head.*embed_tokens.* differ"):
+        export_onnx(folder, tmp_path / "two", ExportSettings())
+    assert not (tmp_path / "two").exists()
+
+
 def test_what_lies_beside_the_model(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
     (folder / "tokenizer.json").write_text("{}")
