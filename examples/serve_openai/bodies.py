@@ -6,6 +6,8 @@ What is not implemented is accepted when it asks for the default, because client
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -198,12 +200,35 @@ Kind = TypeVar("Kind", bound=Options)
 
 
 def read_body(kind: type[Kind], raw: bytes) -> Kind:
-    """Return the request's body; Refusal (400) with the field for what it must not hold."""
+    """Return the request's body; Refusal (400) with the field for what it must not hold.
+
+    Of a field that may be of several types, the fault of the one that came furthest is told.
+    """
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        body = _parsed(raw)
+        first = max(faults, key=lambda fault: len(_named(fault["loc"], body)))
+        absent = first["loc"][-1:] if first["type"] == "missing" else ()
+        place = ".".join(map(str, (*_named(first["loc"], body), *absent)))
         said = first["msg"].removeprefix("Value error, ")
         message = (f"{place}: {said}" if place else said)[:LONGEST_ANSWER]
         raise Refusal(400, message, param=place[:LONGEST_ANSWER] or None) from None
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _named(loc: Sequence[str | int], value: Any) -> list[str | int]:
+    """Return the steps of a fault's place that lead through `value`; the others name types that a field may be of."""
+    found: list[str | int] = []
+    for part in loc:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and part in range(len(value))):
+            value = value[part]  # type: ignore[index, call-overload]
+            found.append(part)
+    return found

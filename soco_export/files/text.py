@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +69,11 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
+
+
+def exact(value: float) -> str:
+    """Return a figure to hold against another: six significant digits, whole numbers of more with all of them."""
+    return f"{value:,.0f}" if 1e6 <= abs(value) < math.inf else f"{value:.6g}"
 
 
 def human_bytes(number: float) -> str:

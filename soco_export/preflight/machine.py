@@ -53,8 +53,9 @@ def check_room(card: CostCard, machine: Resources, already: int = 0) -> None:
     needed = card.disk_total - already
     if needed > machine.disk:
         largest = max(card.disk, key=lambda name: card.disk[name])
+        free = f"{human_bytes(machine.disk)} are" if machine.disk else "nothing is"
         raise MachineError(
-            f"the run needs about {human_bytes(needed)} of disk, and {human_bytes(machine.disk)} are free",
+            f"the run needs about {human_bytes(needed)} of disk, and {free} free",
             fix=f"give --out on a larger disk (most of it is {largest}: {human_bytes(card.disk[largest])})",
             where="--out",
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from soco_export.files.text import exact
 from soco_export.report.material import FrontierPoint
 
 Preference = Literal["quality", "bytes", "speed"]
@@ -34,7 +35,8 @@ class Bound:
         found = getattr(point, self.figure)
         if found is None:
             return f"{self.name}: {self.figure} was not measured"
-        return f"{self.name}: {self.figure} is {found:.6g}, {'above' if self.at_most else 'below'} {self.value:.6g}"
+        side = "above" if self.at_most else "below"
+        return f"{self.name}: {self.figure} is {exact(found)}, {side} {exact(self.value)}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from soco_export.files.text import exact
 from soco_train.settings.section import Section
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -200,7 +201,7 @@ def _badness(figure: float, at_most: bool) -> float:
 
 def _message(gate: Gate, reading: _Reading, threshold: float, state: State) -> str:
     figure, source = reading.value, reading.name
-    shown, limit = f"{figure:.6g}", f"{threshold:.6g}"
+    shown, limit = exact(figure), exact(threshold)
     if shown == limit and figure != threshold:
         shown, limit = repr(figure), repr(threshold)
     if math.isnan(figure):

@@ -204,7 +204,7 @@ class Results(_Part):
         """Read results.json (or the run folder that holds it); raises DataError if it is not one of this version."""
         file = path / RESULTS_FILE if path.is_dir() else path
         try:
-            text = read_text(file, "give a results.json, or the folder of a run")
+            text = read_text(file, "give the folder of a finished run, or its results.json")
             _check_version(text, file)
             return Results.model_validate_json(text)
         except ValidationError as error:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from soco_export.report.gates import State, Verdict
-from soco_export.report.rendering import percent
+from soco_export.report.rendering import number, percent
 
 # gate → what its figure is, and its unit ("%": a share; "×": a ratio to the dense model)
 PLAIN: Mapping[str, tuple[str, str]] = {
@@ -58,4 +58,4 @@ def verdict_terminal(verdict: Verdict) -> str:
 def _with_unit(value: float, unit: str) -> str:
     if unit == "%":
         return percent(value)
-    return f"{value:.4g} {unit}".strip()
+    return f"{number(value)} {unit}".strip()

@@ -219,6 +219,9 @@ def test_defaults_are_accepted(path: str, port: int) -> None:
         ({"prompt": "a " * 40000}, "room"),
         ({"seed": 1.5}, "seed"),
         ({"model": 3}, "model"),
+        ({"prompt": 5}, "prompt: "),  # and not the names of the types that a prompt may be of
+        ({"prompt": [[1, "a"]]}, "prompt.0"),
+        ({"stop": [1]}, "stop"),
     ],
 )
 def test_what_is_not_implemented_or_no_value_is_refused_by_name(body: dict[str, Any], named: str, port: int) -> None:

@@ -131,7 +131,7 @@ def test_a_head_that_is_tied_by_name_only_is_refused(tmp_path: Path) -> None:
     export_onnx(folder, tmp_path / "one", ExportSettings())
     head[-1, -1] += 1
     save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
-    with pytest.raises(DataError, match="lm_head.*embed_tokens.* differ"):
+    with pytest.raises(DataError, match=r"lm_head.*embed_tokens.* differ"):
         export_onnx(folder, tmp_path / "two", ExportSettings())
     assert not (tmp_path / "two").exists()
 

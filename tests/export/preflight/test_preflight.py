@@ -88,6 +88,8 @@ def test_too_small_a_machine_is_told_what_is_missing() -> None:
     with pytest.raises(MachineError, match=r"needs about 1\.0 TB of disk") as caught:
         check_room(card(disk=10**12), Resources(10**12, None, 10**9))
     assert "most of it is spectrum" in caught.value.fix
+    with pytest.raises(MachineError, match="and nothing is free"):
+        check_room(card(disk=10**12), Resources(10**12, None, 0))
     assert caught.value.code == ExitCode.MACHINE
 
 

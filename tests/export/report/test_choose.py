@@ -88,6 +88,11 @@ def test_each_reason_names_the_limit_and_the_nearest_misses_least() -> None:
     assert found == Pick(None, found.rejected, large)  # 12.5 % too many bytes, small 43 % too much perplexity
     assert found.rejected["small"] == ("--max-ppl-ratio: perplexity_ratio is 1.5, above 1.05",)
     assert len(found.rejected["large"]) == 2
+    assert (
+        Bound("--max-bytes", "bytes", 11e6)
+        .reason(replace(large, bytes=11227700))
+        .endswith("bytes is 11,227,700, above 11,000,000")
+    )
     assert found.rejected["dense int8"] == ("--max-ppl-ratio: perplexity_ratio was not measured",)
 
 
