@@ -28,7 +28,7 @@ SAYINGS: dict[int, tuple[str, str]] = {
     errno.EEXIST: ("something else is there", "give another path: a link that leads nowhere is such a thing"),
     errno.ENOENT: ("something on the path is not there", "create it; a link on the way may lead nowhere"),
     errno.ELOOP: ("links on the path lead in a circle", "give a path without them"),
-    errno.ENAMETOOLONG: ("a name is too long for the file system", "give a shorter --out or recipe name"),
+    errno.ENAMETOOLONG: ("a name is too long for the file system", "give a shorter one, or a shorter --out"),
     errno.EMFILE: ("too many open files", f"raise the limit (ulimit -n){GO_ON}"),
     errno.EIO: ("the disk cannot be read or written", "look at the disk (dmesg), and give a path on another one"),
     errno.ENOMEM: ("out of memory", f"free some memory{GO_ON}"),
