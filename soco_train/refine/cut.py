@@ -49,7 +49,7 @@ Adapter = tuple[torch.Tensor, torch.Tensor]
 
 def _cut(spectrum: Spectrum, layer: LayerScores, rank: int, bias: torch.Tensor | None) -> StackedFactors:
     beside = _adapter(layer, rank)
-    survivors = kept(layer.importance, rank - len(beside[1]) if beside else rank)
+    survivors = kept(layer.importance, rank - (len(beside[1]) if beside else 0))
     return cut_layer(spectrum, layer, survivors, bias, beside)
 
 
