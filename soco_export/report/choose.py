@@ -52,7 +52,7 @@ class Pick:
 
 
 def _quality(point: FrontierPoint) -> float:
-    return math.inf if point.perplexity_ratio is None else point.perplexity_ratio
+    return _known(point.perplexity_ratio)
 
 
 def _bytes(point: FrontierPoint) -> float:
@@ -60,7 +60,12 @@ def _bytes(point: FrontierPoint) -> float:
 
 
 def _speed(point: FrontierPoint) -> float:
-    return math.inf if point.decode_ms is None else point.decode_ms
+    return _known(point.decode_ms)
+
+
+def _known(figure: float | None) -> float:
+    """Return a figure, worse than all others where it was not measured, or is NaN: nothing is below NaN."""
+    return math.inf if figure is None or math.isnan(figure) else figure
 
 
 # what decides, then what decides among equals

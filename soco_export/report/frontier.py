@@ -7,29 +7,52 @@ model is known.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from soco_export.bench.figures import LatencyFigures, WorkloadFigures
 from soco_export.files.text import human_bytes
-from soco_export.report.material import OWN, FrontierPoint
+from soco_export.report.material import OWN, FrontierPoint, Judgement
 from soco_export.report.rendering import Table, ratio_text
 from soco_export.report.schema import Results
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
+from soco_train.settings.section import MOST_NUMBER
 
-SWEEP_VERSION = 1
+SWEEP_VERSION: Literal[1] = 1
 AGAIN = "make it anew: soco-export sweep RUN"
 _COLUMNS = ("keep", "weights", "size", "bytes", "perplexity", "decode", "gates")
 NOTE = (
     "bytes: beside the dense model in the run's own weights; perplexity: beside the dense model unrounded; decode: how "
     "many times faster than the dense model in the same weights. Intervals at 95 %."
 )
-_POINTS = TypeAdapter(tuple[FrontierPoint, ...])
+_FIGURES = ("bytes", "bytes_ratio", "perplexity_ratio", "recovery", "decode", "decode_ms")
+
+
+class _Stored(BaseModel):
+    """A frontier as its file has it; what no sweep writes is refused, for `choose` would weigh it like the rest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    sweep_version: Literal[1]
+    points: tuple[FrontierPoint, ...] = Field(min_length=1)
+
+    @field_validator("points")
+    @classmethod
+    def _measured(cls, points: tuple[FrontierPoint, ...]) -> tuple[FrontierPoint, ...]:
+        """Refuse a name that is there twice, and a figure that is none; NaN is what a ruined model has."""
+        for name, count in Counter(point.name for point in points).items():
+            if count > 1:
+                raise ValueError(f"{count} points are called {name[:60]!r}")
+        for point, figure in ((point, figure) for point in points for figure in _FIGURES):
+            value = getattr(point, figure)
+            if value is not None and (value < 0 or (figure == "bytes" and value > MOST_NUMBER)):
+                raise ValueError(f"{figure} of {point.name[:60]!r} is {str(value)[:60]}")
+        return points
 
 
 def point_of(results: Results, folder: str, dense_bytes: int) -> FrontierPoint:
@@ -78,7 +101,7 @@ def _decode(latency: LatencyFigures | None) -> WorkloadFigures | None:
     return min(steps, key=lambda work: work.past, default=None)
 
 
-def _gates(results: Results) -> str:
+def _gates(results: Results) -> Judgement:
     if not results.verdicts:
         return ""
     return "failed" if not results.passed else "unsure" if results.undecided else "passed"
@@ -93,12 +116,11 @@ def frontier_text(points: Sequence[FrontierPoint]) -> str:
 def read_frontier(path: Path) -> tuple[FrontierPoint, ...]:
     """Read a frontier.json; DataError if it is something else."""
     try:
-        document: dict[str, Any] = json.loads(read_text(path, AGAIN))
-        if document["sweep_version"] != SWEEP_VERSION:
-            raise ValueError(f"version {document['sweep_version']}")
-        return _POINTS.validate_python(document["points"])
-    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        reason = str(error).splitlines()[0][:200]
+        return _Stored.model_validate_json(read_text(path, AGAIN)).points
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"{place}: {first['msg']}"[:200]
         raise DataError(f"this is no frontier of a sweep: {reason}", fix=AGAIN, where=str(path)) from error
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from soco_train.plan.ranks import LayerPlan
 
+Judgement = Literal["passed", "failed", "unsure", ""]  # of all gates of a point; "": it has none
 OWN = "."  # the folder of the point that is the swept run itself
 
 
@@ -30,8 +31,7 @@ class FrontierPoint:
 
     `bytes_ratio`, `perplexity_ratio`: to the dense model in the run's own weights; `chosen`: the one that ships;
     `folder`: in the swept run; `bytes`: of the ONNX folder; `recovery`: of the worst task; `decode`: how many times
-    faster than the dense model in the same weights; `decode_ms`: median milliseconds a token; `gates`: "passed",
-    "failed", "unsure" or "" (none). None: not measured.
+    faster than the dense model in the same weights; `decode_ms`: median milliseconds a token. None: not measured.
     """
 
     name: str
@@ -47,7 +47,7 @@ class FrontierPoint:
     decode: float | None = None
     decode_interval: tuple[float, float] | None = None
     decode_ms: float | None = None
-    gates: str = ""
+    gates: Judgement = ""
 
 
 @dataclass(frozen=True)

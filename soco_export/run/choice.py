@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ def _lines(run: Path, found: Pick, prefer: Preference) -> Iterator[str]:
 def parse_limits(
     max_bytes: str | None, max_ppl_ratio: float | None, min_recovery: float | None, max_decode_ms: float | None
 ) -> list[Bound]:
-    """Return the limits that were given; RecipeError for bytes that are none."""
+    """Return the limits that were given; RecipeError for one that is no finite number from 0 on: all would meet it."""
     try:
         most = None if max_bytes is None else float(as_bytes(max_bytes))
     except ValueError:
@@ -62,4 +63,8 @@ def parse_limits(
         ("--min-recovery", "recovery", min_recovery, False),
         ("--max-decode-ms", "decode_ms", max_decode_ms, True),
     )
-    return [Bound(name, figure, value, at_most) for name, figure, value, at_most in given if value is not None]
+    limits = [Bound(name, figure, value, at_most) for name, figure, value, at_most in given if value is not None]
+    for limit in limits:
+        if not 0 <= limit.value < math.inf:
+            raise RecipeError(f"{limit.value:g} is no limit", fix="give a number from 0 on", where=limit.name)
+    return limits

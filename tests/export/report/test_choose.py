@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from soco_export.report.choose import ORDERS, Bound, Pick, choose
 from soco_export.report.frontier import frontier_table, frontier_text, read_frontier
-from soco_export.report.material import FrontierPoint
-from soco_train.errors import DataError
+from soco_export.report.material import FrontierPoint, Judgement
+from soco_export.run.choice import parse_limits
+from soco_train.errors import DataError, RecipeError
 from tests.support.fresh import rng
 
 FIGURES = {"bytes": True, "perplexity_ratio": True, "recovery": False, "decode_ms": True}
@@ -30,7 +33,7 @@ def points(random: np.random.Generator) -> list[FrontierPoint]:
             bytes=int(random.integers(1, 100)),
             recovery=some(random, 0.5, 1),
             decode_ms=some(random, 1, 10),
-            gates=str(random.choice(["passed", "", "unsure", "failed"], p=[0.5, 0.2, 0.1, 0.2])),
+            gates=random.choice(get_args(Judgement), p=[0.5, 0.2, 0.1, 0.2]),
         )
         for number in range(int(random.integers(1, 12)))
     ]
@@ -108,3 +111,40 @@ def test_the_file_gives_back_what_was_written(tmp_path) -> None:
         file.write_text(broken)
         with pytest.raises(DataError, match="no frontier of a sweep"):
             read_frontier(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((figure, value) for figure in ("perplexity_ratio", "decode_ms", "bytes") for value in (-1, True, "1")),
+        ("bytes", 10**400),  # more than a float holds
+        ("gates", "FAILED"),  # none of the words that are asked for: it would pass
+        ("name", "point 1"),  # of two points of one name the rejected one would hide the other
+    ],
+)
+def test_a_file_that_no_sweep_writes_is_not_weighed(tmp_path, field, value) -> None:
+    file = tmp_path / "frontier.json"
+    stored = json.loads(frontier_text([FrontierPoint(f"point {number}", 0.5, 1.1) for number in range(3)]))
+    stored["points"][2][field] = value
+    file.write_text(json.dumps(stored))
+    with pytest.raises(DataError, match="no frontier of a sweep"):
+        read_frontier(file)
+    file.write_text(json.dumps({**stored, "points": []}))
+    with pytest.raises(DataError, match="no frontier of a sweep"):
+        read_frontier(file)
+
+
+def test_a_ruined_model_is_the_last_that_is_chosen(tmp_path) -> None:
+    file = tmp_path / "frontier.json"
+    ruined, sound = FrontierPoint("ruined", 0.5, math.nan, bytes=5), FrontierPoint("sound", 0.6, 1.4, bytes=6)
+    file.write_text(frontier_text([ruined, sound]))
+    assert choose(read_frontier(file), []).chosen == sound
+    assert choose(read_frontier(file), [], "speed").chosen == sound
+
+
+@pytest.mark.parametrize("figure", ["max_ppl_ratio", "min_recovery", "max_decode_ms", "max_bytes"])
+@pytest.mark.parametrize("number", ["nan", "-1", "inf", "-inf"])
+def test_a_limit_that_everything_would_meet_is_none(figure, number) -> None:
+    none = dict.fromkeys(["max_bytes", "max_ppl_ratio", "min_recovery", "max_decode_ms"])
+    with pytest.raises(RecipeError, match=r"no limit|no size"):
+        parse_limits(**{**none, figure: number if figure == "max_bytes" else float(number)})
