@@ -6,7 +6,7 @@ Imports pydantic and yaml only, so that `--help` and `recipes list` stay fast.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -107,6 +107,11 @@ class Recipe(PlanSettings):
         for key, value in changes.items():
             values = with_key(values, key, value)
         return validated(values, {key: where for key in changes})
+
+    def with_sections(self, other: Recipe, sections: Collection[str]) -> Recipe:
+        """Return a copy whose top-level keys in `sections` are those of `other`."""
+        fields = [name for name, info in Recipe.model_fields.items() if (info.alias or name) in sections]
+        return self.model_copy(update={name: getattr(other, name) for name in fields})
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Return a copy with each `key=value` of `--set` applied, validated."""

@@ -25,7 +25,7 @@ from soco_train.errors import DataError
 from soco_train.settings.section import MOST_NUMBER
 
 SWEEP_VERSION: Literal[1] = 1
-AGAIN = "make it anew: soco-export sweep RUN"
+AGAIN = "move it away: soco-export sweep RUN makes it anew"
 _COLUMNS = ("keep", "weights", "size", "bytes", "perplexity", "decode", "gates")
 NOTE = (
     "bytes: beside the dense model in the run's own weights; perplexity: beside the dense model unrounded; decode: how "

@@ -11,7 +11,7 @@ from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
 from soco_export.run.folder.manifest import Manifest, digest
 from soco_export.run.folder.names import DAMAGE
 from soco_export.run.on_run import Homes, advance, check, check_trained, homes_of, stages_of
-from soco_export.run.request import Outcome, Request, run_recipe
+from soco_export.run.request import Outcome, Request, run_recipe, size_name
 from soco_export.run.stages.artefacts import PLAN, PRICE, SIZES_STAGE
 from soco_export.run.stages.training import SCORES, TRAINING
 from soco_export.run.terminal import run_outcome
@@ -30,14 +30,14 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     changed = recipe.override(request.overrides)
     keys = [key for key in differences(recipe, changed) if key.partition(".")[0] not in EVIDENCE_SECTIONS]
     if not keys and request.out is None:
-        check(request, changed, run, notify)
         homes = homes_of(run)
+        check(request, changed, run, notify, homes)
         advance(request, changed, run, stages_of(changed, request.format, homes), notify, homes)
         return run_outcome(run)
     _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
-    check(request, changed, root, notify)
     homes = {**trained_in(run, recipe), **_priced_in(run, recipe, changed)}
+    check(request, changed, root, notify, homes)
     advance(request, changed, root, stages_of(changed, request.format, homes), notify, homes)
     return run_outcome(root)
 
@@ -99,7 +99,7 @@ def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
 
 def _recut_folder(run: Path, keys: Sequence[str], recipe: Recipe) -> Path:
     if list(keys) == ["keep_params"]:
-        return run / f"keep-{recipe.keep_params:g}"
+        return run / f"keep-{size_name(recipe.keep_params)}"
     if list(keys) == ["keep_bytes"]:
         return run / f"keep-{recipe.keep_bytes}-bytes"
     raise RecipeError(

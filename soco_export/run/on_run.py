@@ -15,7 +15,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import check_folder, check_place, read_lock
-from soco_export.run.folder.held import check_idle, open_folder, read_folder
+from soco_export.run.folder.held import check_idle, open_folder, open_home, read_folder
 from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
 from soco_export.run.folder.names import EVIDENCE_FILES, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
@@ -87,10 +87,10 @@ def _check_out(request: Request) -> None:
         check_idle(request.out)
 
 
-def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
+def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: Homes | None = None) -> None:
     """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does.
 
-    The folder is looked at first: what it takes to look at the rest takes seconds to import.
+    The folders are looked at first: what it takes to look at the rest takes seconds to import.
     """
     if not parallel.leading():
         return
@@ -100,6 +100,9 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify) -> None:
     check_apart(root, [folder] if folder else [])
     check_folder(root, recipe, request.fresh)
     check_idle(root)
+    for home, own in dict((homes or {}).values()).items():
+        check_folder(home, own, fresh=False)
+        check_idle(home)
 
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes
@@ -128,8 +131,8 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     recipe = run_recipe(run, request).override(request.overrides)
     check_trained(run)
     there = replace(request, format=run_format(run))
-    check(there, recipe, run, notify)
     homes = homes_of(run)
+    check(there, recipe, run, notify, homes)
     stages = stages_of(recipe, there.format, homes)
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
@@ -166,6 +169,28 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
 
     Raises RecipeError if anything but gates is to change: the report would tell of what was not measured.
     """
+    results, recipe, changed = reportable(request, run, notify)
+    if changed:
+        notify(Event("report", 1, 1, {"": f"{', '.join(changed)}: changed for good, in {LOCK} too"}, "done"))
+    with open_folder(run, recipe) as folder:
+        context = RunContext(folder, results.format, notify)
+        # the lock may have other settings by now, for what was not measured since
+        settings = {**results.recipe, "gates": recipe.gates.model_dump(mode="json")}
+        rejudged = results.judged(applicable(recipe, results.format)).model_copy(update={"recipe": settings})
+        folder.manifest.check_own(run, REPORT_FILES)
+        work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"
+        work.mkdir(parents=True, exist_ok=True)
+        write_reports(rejudged, context, work)
+        # with no key the stage is stale: the next run judges by its own gates again
+        folder.install(work, "report", StageRecord(status="done", key=""), REPORT_FILES, set())
+    return run_outcome(run)
+
+
+def reportable(request: Request, run: Path, notify: Notify) -> tuple[Results, Recipe, list[str]]:
+    """Return the results of `run`, its recipe as `request.set_` changes it, and the keys of gates that it changes.
+
+    Raises RecipeError for other keys, and for what no report can be written from; reads only.
+    """
     check_unchanged(run, ["plan.json", *REPORT_FILES, *EVIDENCE_FILES])
     results = Results.load(run)
     measured = read_lock(run)
@@ -179,20 +204,8 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
             where="--set",
         )
     check_folder(run, recipe, fresh=False)
-    read_material(RunContext(read_folder(run, recipe), results.format, notify))  # before gates change for good
-    if changed:
-        notify(Event("report", 1, 1, {"": f"{', '.join(changed)}: changed for good, in {LOCK} too"}, "done"))
-    with open_folder(run, recipe) as folder:
-        context = RunContext(folder, results.format, notify)
-        rejudged = results.judged(applicable(recipe, results.format))
-        settings = recipe.model_dump(mode="json", by_alias=True)
-        folder.manifest.check_own(run, REPORT_FILES)
-        work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"
-        work.mkdir(parents=True, exist_ok=True)
-        write_reports(rejudged.model_copy(update={"recipe": settings}), context, work)
-        # with no key the stage is stale: the next run judges by its own gates again
-        folder.install(work, "report", StageRecord(status="done", key=""), REPORT_FILES, set())
-    return run_outcome(run)
+    read_material(RunContext(read_folder(run, recipe), results.format, notify))
+    return results, recipe, changed
 
 
 def run_format(run: Path) -> Format:
@@ -231,7 +244,7 @@ def _lead(
 ) -> None:
     """Bring `stages` up to date in this process; the one called `afresh` runs whatever it has done."""
     with ExitStack() as held:
-        others = {home: held.enter_context(open_folder(home, own)) for home, own in dict(homes.values()).items()}
+        others = {home: held.enter_context(open_home(home, own)) for home, own in dict(homes.values()).items()}
         folder = held.enter_context(open_folder(root, recipe, request.argv, request.fresh))
         quiet_transformers()
         places = {stage: os.path.relpath(home.absolute(), root.absolute()) for stage, (home, _) in homes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def check_no_model(request: Request) -> None:
 
 
 def parse_sizes(text: str | None, default: float) -> list[float]:
-    """Return the sizes of `--keep-params 0.9,0.8`, each in (0, 1]."""
+    """Return the sizes of `--keep-params 0.9,0.8`, each in (0, 1] and once, in a folder of its own."""
     if text is None:
         return [default]
     try:
@@ -145,11 +146,22 @@ def parse_sizes(text: str | None, default: float) -> list[float]:
             fix="give fractions in (0, 1], separated by commas: 0.9,0.8",
             where="--keep-params",
         )
+    sizes = list(dict.fromkeys(sizes))
+    names = Counter(map(size_name, sizes))
+    if twice := next((name for name, count in names.items() if count > 1), ""):
+        raise RecipeError(
+            f"two sizes go by the name {twice}", fix="give sizes that differ in six digits", where="--keep-params"
+        )
     return sizes
 
 
+def size_name(size: float) -> str:
+    """Return what a size is called in the names of folders: "0.8"."""
+    return f"{size:g}"
+
+
 def parse_byte_sizes(text: str | None, default: int | None) -> list[int]:
-    """Return the sizes of `--keep-bytes 90MB,70MB` in bytes, each above 0."""
+    """Return the sizes of `--keep-bytes 90MB,70MB` in bytes, each above 0 and once."""
     if text is None and default is not None:
         return [default]
     try:
@@ -160,4 +172,4 @@ def parse_byte_sizes(text: str | None, default: int | None) -> list[int]:
         raise RecipeError(
             f"keep_bytes is {text}", fix="give sizes separated by commas: 90MB,70MB", where="--keep-bytes"
         )
-    return sizes
+    return list(dict.fromkeys(sizes))

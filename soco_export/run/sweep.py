@@ -23,11 +23,19 @@ from soco_export.report.material import FrontierPoint
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.another_size import trained_in
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
-from soco_export.run.folder.held import open_folder
-from soco_export.run.folder.manifest import StageRecord, stage_key
+from soco_export.run.folder.held import open_home
+from soco_export.run.folder.manifest import Manifest, StageRecord, stage_key
 from soco_export.run.folder.names import FRONTIER_FILE
-from soco_export.run.on_run import Homes, advance, check, check_trained, report_again, stages_of
-from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe
+from soco_export.run.on_run import (
+    Homes,
+    advance,
+    check,
+    check_trained,
+    report_again,
+    reportable,
+    stages_of,
+)
+from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe, size_name
 from soco_train import parallel
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify
@@ -61,14 +69,18 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
         for kind in parse_weights(weights, changed.export.weights)
         for size in parse_sizes(sizes, changed.keep_params)
     ]
+    if manifest := Manifest.load(run):
+        manifest.check_own(run, [FRONTIER_FILE])
+    if (run / RESULTS_FILE).is_file():  # its report will show the frontier
+        reportable(replace(request, set_=None), run, notify)
     for point in wanted:
-        check(request, point.recipe, point.root, notify)
+        check(request, point.recipe, point.root, notify, point.homes)
     for number, point in enumerate(wanted, 1):
         notify(Event("point", number, len(wanted), {"": str(point.root)}, "done"))
         advance(request, point.recipe, point.root, stages_of(point.recipe, "onnx", point.homes), notify, point.homes)
     points = tuple(_points(run, wanted))
-    _record(run, changed, points)
-    if (run / RESULTS_FILE).is_file():  # its report shows the frontier
+    _record(run, recipe, points)
+    if (run / RESULTS_FILE).is_file():
         report_again(replace(request, set_=None), run, notify)
     found = frontier_table(points)
     assert found is not None
@@ -108,7 +120,7 @@ def place(run: Path, recipe: Recipe, size: float, weights: str) -> _Place:
     """Return where the point of `size` in `weights` is made, from a `run` with this recipe."""
     own_size, own_type = size == recipe.keep_params, weights == recipe.export.weights
     sized = recipe if own_size else recipe.replace({"keep_params": size})
-    base = run if own_size else run / f"keep-{size:g}"
+    base = run if own_size else run / f"keep-{size_name(size)}"
     shared = {} if own_size else dict(trained_in(run, recipe))
     if own_type:
         return _Place(base, sized, shared | ({"onnx-dense": (run, recipe)} if shared else {}))
@@ -117,7 +129,7 @@ def place(run: Path, recipe: Recipe, size: float, weights: str) -> _Place:
     homes: dict[str, tuple[Path, Recipe]] = {**trained_in(run, recipe), "onnx-dense": (run / f"dense-{weights}", dense)}
     if recipe.optimise_for == "params":  # else the plan follows times that the type changes
         homes |= {stage: (base, sized) for stage in BY_SIZE}
-    return _Place(run / f"keep-{size:g}-{weights}", typed, homes)
+    return _Place(run / f"keep-{size_name(size)}-{weights}", typed, homes)
 
 
 def _points(run: Path, wanted: Sequence[_Place]) -> Iterator[FrontierPoint]:
@@ -139,7 +151,7 @@ def _points(run: Path, wanted: Sequence[_Place]) -> Iterator[FrontierPoint]:
 def _record(run: Path, recipe: Recipe, points: Sequence[FrontierPoint]) -> None:
     """Put frontier.json into the run's evidence, in its manifest."""
     text = frontier_text(points)
-    with open_folder(run, recipe) as folder:
+    with open_home(run, recipe) as folder:
         work = folder.unfinished / f"frontier.{stage_key(text, {})[:12]}"
         (work / FRONTIER_FILE).parent.mkdir(parents=True, exist_ok=True)
         (work / FRONTIER_FILE).write_text(text, encoding="utf-8")

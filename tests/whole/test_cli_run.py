@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from soco_export.run.folder.allowed import read_lock
+from soco_export.run.folder.held import open_folder
 from tests.support.cli import Ran, contents, python, soco
 
 SETTINGS = ("--model", "tiny", "--set", "gates.max_ppl_ratio=null")
@@ -130,6 +132,13 @@ class TestGates:
         assert refused.code == 2
         assert "evaluation.block" in refused.err
         assert (run / "recipe.lock.yaml").read_text(encoding="utf-8") == lock
+
+    def test_a_report_tells_what_was_measured_and_not_what_is_to_be(self, run: Path) -> None:
+        before = json.loads((run / "results.json").read_text())["recipe"]
+        with open_folder(run, read_lock(run).override(["evaluation.blocks=3"])):
+            pass  # killed before it measured
+        assert soco("report", run).code == 0
+        assert json.loads((run / "results.json").read_text())["recipe"] == before
 
     def test_gates_on_onnx_are_not_judged_without_onnx(self, run: Path) -> None:
         ran = soco("export", run, "--format", "hf", "--json")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from soco_export.run.request import parse_byte_sizes, parse_sizes
+from soco_train.errors import RecipeError
 from tests.support.cli import contents, soco
 
 # of 32 decoded tokens two others are already more than the gate of int8 lets pass
@@ -54,6 +56,40 @@ def test_the_same_sweep_does_nothing_again(swept: Path) -> None:
     assert " running" not in ran.err
     changed = {name for name, data in contents(swept).items() if before.get(name) != data}
     assert {Path(name).name for name in changed} <= {"manifest.json", "report.html", "report.md"}
+
+
+def test_what_measures_the_points_leaves_the_run_as_it_was_measured(swept: Path, tiny_run: Path) -> None:
+    assert (swept / "recipe.lock.yaml").read_text() == (tiny_run / "recipe.lock.yaml").read_text()
+    told, measured = (json.loads((run / "results.json").read_text())["recipe"] for run in (swept, tiny_run))
+    assert told == measured  # bench.enabled too: it was timed
+    assert not json.loads((swept / "keep-0.8/results.json").read_text())["recipe"]["bench"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("dense-int8/mine.txt", "holds files that are no run"),
+        ("keep-0.8/mine.txt", "holds files that are no run"),  # where the int8 point has its plan
+        ("evidence/frontier.json", "not written by soco-export"),
+        ("evidence/proof.json", "is not as its run wrote it"),  # the run's report could not be written in the end
+    ],
+)
+def test_what_is_in_the_way_is_said_first(tiny_run: Path, tmp_path: Path, way: str, said: str) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    (run / way).parent.mkdir(exist_ok=True)
+    (run / way).write_text("mine")
+    before = contents(run)
+    ran = soco("sweep", run, "--keep-params", "0.6,0.8", "--weights", "int8", *QUICK)
+    assert ran.code == 2
+    assert said in ran.err
+    assert contents(run) == before
+
+
+def test_one_size_in_several_spellings_is_one() -> None:
+    assert parse_sizes("0.6,0.60,6e-1, .8", 1.0) == [0.6, 0.8]
+    assert parse_byte_sizes("9MB,9000kB,9000000", None) == [9_000_000]
+    with pytest.raises(RecipeError, match=r"two sizes go by the name 0\.8"):
+        parse_sizes("0.8000001,0.9,0.8000002", 1.0)
 
 
 def test_one_is_chosen_and_the_others_have_a_reason(swept: Path) -> None:

@@ -23,7 +23,7 @@ from soco_export.files.atomic import remove, write_atomic
 from soco_export.preflight.doctor import versions
 from soco_export.recipe.load import lock
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder.allowed import PARTIAL, check_folder
+from soco_export.run.folder.allowed import EVIDENCE_SECTIONS, PARTIAL, check_folder, read_lock
 from soco_export.run.folder.manifest import Manifest, Process, StageRecord, lock_hash, record_outputs
 from soco_export.run.folder.names import HELD, LOCK, UNFINISHED
 from soco_train.errors import MachineError, RecipeError
@@ -118,6 +118,19 @@ def open_folder(root: Path, recipe: Recipe, argv: Sequence[str] = (), fresh: boo
     check_folder(root, recipe, fresh)
     with hold(root):
         yield _begin(root, recipe, argv, fresh)
+
+
+@contextmanager
+def open_home(root: Path, recipe: Recipe) -> Iterator[RunFolder]:
+    """Hold the folder of another run of `recipe` for the stages that have their files there; errors as `open_folder`.
+
+    What measures and judges stays as that run has it: its results were measured so, and its reports tell of them.
+    """
+    check_folder(root, recipe, fresh=False)
+    if (root / LOCK).is_file():
+        recipe = recipe.with_sections(read_lock(root), EVIDENCE_SECTIONS)
+    with open_folder(root, recipe) as folder:
+        yield folder
 
 
 def check_idle(root: Path) -> None:
