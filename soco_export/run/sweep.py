@@ -10,7 +10,7 @@ Nothing is trained or written twice: a point reads what it shares where it is ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,8 +69,7 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
         for kind in parse_weights(weights, changed.export.weights)
         for size in parse_sizes(sizes, changed.keep_params)
     ]
-    if manifest := Manifest.load(run):
-        manifest.check_own(run, [FRONTIER_FILE])
+    _check_own({run, *(place for point in wanted for place in (point.root, *dict(point.homes.values())))})
     if (run / RESULTS_FILE).is_file():  # its report will show the frontier
         reportable(replace(request, set_=None), run, notify)
     for point in wanted:
@@ -105,6 +104,13 @@ def _check(recipe: Recipe, changed: Recipe) -> None:
             fix="vary --keep-params and --weights; --set may change what measures and judges",
             where="--set",
         )
+
+
+def _check_own(folders: Iterable[Path]) -> None:
+    """Raise RecipeError for a file of any point that was edited: its turn may come after hours of others."""
+    for folder in sorted(folders):
+        if manifest := Manifest.load(folder):
+            manifest.check_own(folder, [*manifest.written, FRONTIER_FILE])
 
 
 def parse_weights(text: str | None, default: str) -> list[str]:

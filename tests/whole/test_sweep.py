@@ -71,7 +71,7 @@ def test_what_measures_the_points_leaves_the_run_as_it_was_measured(swept: Path,
         ("dense-int8/mine.txt", "holds files that are no run"),
         ("keep-0.8/mine.txt", "holds files that are no run"),  # where the int8 point has its plan
         ("evidence/frontier.json", "not written by soco-export"),
-        ("evidence/proof.json", "is not as its run wrote it"),  # the run's report could not be written in the end
+        ("evidence/proof.json", "changed since it was written"),  # the run's report could not be written in the end
     ],
 )
 def test_what_is_in_the_way_is_said_first(tiny_run: Path, tmp_path: Path, way: str, said: str) -> None:
@@ -82,6 +82,17 @@ def test_what_is_in_the_way_is_said_first(tiny_run: Path, tmp_path: Path, way: s
     ran = soco("sweep", run, "--keep-params", "0.6,0.8", "--weights", "int8", *QUICK)
     assert ran.code == 2
     assert said in ran.err
+    assert contents(run) == before
+
+
+def test_an_edited_file_of_the_last_point_is_said_first(swept: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(swept, tmp_path / "tiny"))
+    with (run / "keep-0.8-int8/evidence/proof.json").open("a") as file:
+        file.write(" ")
+    before = contents(run)
+    ran = soco("sweep", run, *SWEEP)
+    assert ran.code == 2
+    assert "evidence/proof.json (changed since it was written)" in ran.err
     assert contents(run) == before
 
 
