@@ -18,7 +18,7 @@ from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
-from soco_export.onnx.check import check_architecture, check_tensors, check_ties
+from soco_export.onnx.check import check_architecture, check_tensors, check_head
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
@@ -79,7 +79,7 @@ def export_onnx(
             model = load_checkpoint(folder, getattr(torch, settings.dtype), trust_remote_code=trust_remote_code)
             export_traced(model, partial, settings, notify, metadata)
         else:
-            check_ties(architecture, source)
+            check_head(architecture, source)
             blocks, scales = _text_for(settings, calibration), list[CacheScales]()
             if blocks is not None and settings.calibrates:
                 source.kept = KeptLevels(partial / "levels")

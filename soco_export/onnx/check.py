@@ -84,7 +84,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
             )
 
 
-def check_ties(architecture: Architecture, source: CheckpointWeights) -> None:
+def check_head(architecture: Architecture, source: CheckpointWeights) -> None:
     """Raise DataError if head and token table are one matrix by config.json and two in the files."""
     head, table = (f"{name}.weight" for name in (architecture.tensors.head, architecture.tensors.embed))
     if not architecture.tied or head not in source:
