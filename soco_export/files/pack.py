@@ -3,8 +3,8 @@ r"""An exported folder as one compressed file for download, and back bit for bit
     SOCOPACK1\n · bytes of the contents (8) · contents as JSON · of each file its blocks: width (1), and of each
     plane its bytes (4) and zstandard frame
 
-The contents name each file with its size and SHA-256; numbers are little-endian. An archive is read as one that anybody
-may have made: sizes, counts and names are bounded before anything is written.
+The contents name each file with its size and SHA-256, and have one of their own; numbers are little-endian. An archive
+is read as one that anybody may have made: sizes, counts and names are bounded before anything is written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pack_folder(folder: Path, out: Path, notify: Notify = silent) -> Contents:
     load_zstandard()
     files = _files_of(folder)
     check_apart(out, [folder])
-    _check_free(out)
+    _check_new(out)
     contents = {name: (record.bytes, record.sha256) for name, record in ((n, record_file(p)) for n, p in files.items())}
     told = _Told("pack", sum(size for size, _ in contents.values()), notify)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def pack_folder(folder: Path, out: Path, notify: Notify = silent) -> Contents:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
-        _check_free(out)
+        _check_new(out)
         os.rename(partial, out)
     finally:
         Path(partial).unlink(missing_ok=True)
@@ -120,7 +120,14 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
 
 def _check_free(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    """Raise RecipeError if a folder cannot appear as `out`, which is no empty one."""
+    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
+        _check_new(out)
+
+
+def _check_new(out: Path) -> None:
+    """Raise RecipeError if there is anything in the place of `out`."""
+    if os.path.lexists(out):
         raise RecipeError(f"{out} is there already", fix="give another --out, or move it away", where="--out")
 
 
@@ -143,7 +150,7 @@ def _umask() -> int:
 
 def _write(file: BinaryIO, files: Mapping[str, Path], contents: Contents, told: _Told) -> None:
     table = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in contents.items()}
-    text = json.dumps({"files": table}, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _as_json({"files": table, "sha256": _digest(table)})
     file.write(MAGIC + len(text).to_bytes(8, "little") + text)
     for name, path in files.items():
         digest = hashlib.sha256()
@@ -156,6 +163,15 @@ def _write(file: BinaryIO, files: Mapping[str, Path], contents: Contents, told: 
             raise DataError(
                 f"{name} changed while it was packed", fix="pack again when it is finished", where=str(path)
             )
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _digest(table: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what the contents say of all files: their names are under no other one."""
+    return hashlib.sha256(_as_json(table)).hexdigest()
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -171,12 +187,17 @@ def _read_contents(file: BinaryIO, archive: Path) -> Contents:
     length = int.from_bytes(file.read(8), "little")
     if length > MOST_CONTENTS:
         raise DataError(f"{archive.name} has contents of {length:,} bytes", fix=DAMAGED, where=str(archive))
-    found = parse_object(file.read(length), f"the contents of {archive.name}", str(archive), DAMAGED).get("files")
+    told = parse_object(file.read(length), f"the contents of {archive.name}", str(archive), DAMAGED)
+    found = told.get("files")
     if not isinstance(found, dict) or not 0 < len(found) <= MOST_FILES:
         raise DataError(f"{archive.name} names no files, or too many", fix=DAMAGED, where=str(archive))
     unknown = ((name, "has no size and SHA-256") for name, entry in found.items() if not _is_entry(entry))
     for name, fault in (*_faults_of_names(found), *unknown):
         raise DataError(f"{archive.name} names {name[:100]!r}, which {fault}", fix=DAMAGED, where=str(archive))
+    if told.get("sha256") not in (None, _digest(found)):  # archives of before it was told have none
+        raise DataError(
+            f"the contents of {archive.name} are not what was packed (SHA-256)", fix=DAMAGED, where=str(archive)
+        )
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in found.items()}
 
 
@@ -202,7 +223,7 @@ def _fault_of_name(name: str) -> str:
         return "leads out of the folder, or is no plain path"
     if len(name) > _LONGEST_NAME or _FORBIDDEN.search(name):
         return "is too long, or has characters that not every system takes"
-    return "is this program's own listing" if name.casefold() == LISTING else ""
+    return "is this program's own listing" if parts[0].casefold() == LISTING else ""
 
 
 def _is_entry(entry: Any) -> bool:
@@ -253,8 +274,20 @@ def _exactly(file: BinaryIO, count: int) -> bytes:
 
 
 def default_archive(folder: Path) -> Path:
-    """Return where `pack` writes unless told: beside the folder, or beside its run and with the run's name."""
+    """Return where `pack` writes unless told: beside the folder, or beside its run and with the run's name.
+
+    Raises RecipeError for the root of the file system, which lies beside nothing.
+    """
     whole = folder.resolve()
-    if whole.name in ("onnx", "hf"):
+    if not whole.name:
+        raise RecipeError(f"{folder} has no name that the file could have", fix="say where with --out", where="--out")
+    if whole.name in ("onnx", "hf") and whole.parent.name:
         return whole.parent.with_name(f"{whole.parent.name}-{whole.name}{SUFFIX}")
     return whole.with_name(whole.name + SUFFIX)
+
+
+def default_folder(archive: Path) -> Path:
+    """Return where `unpack` writes unless told: beside the archive, without its suffix; DataError for a root or "."."""
+    if not archive.name:
+        raise DataError(f"{archive} is a folder", fix=GIVE_PACK, where=str(archive))
+    return archive.with_suffix("")

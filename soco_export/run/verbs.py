@@ -173,15 +173,16 @@ def pack(request: Request, folder: Path, notify: Notify = silent) -> Outcome:
     out = request.out or default_archive(folder)
     contents = pack_folder(folder, out, notify)
     before, after = sum(size for size, _ in contents.values()), out.stat().st_size
-    text = f"{out}\n{len(contents)} files · {before:,} → {after:,} bytes ({after / before:.1%})"
+    share = f" ({after / before:.1%})" if before else ""
+    text = f"{out}\n{len(contents)} files · {before:,} → {after:,} bytes{share}"
     return Outcome({"file": str(out), "files": len(contents), "bytes": before, "packed_bytes": after}, text)
 
 
 def unpack(request: Request, archive: Path, notify: Notify = silent) -> Outcome:
     """Write the folder that `pack` was given, bit for bit."""
-    from soco_export.files.pack import unpack_file
+    from soco_export.files.pack import default_folder, unpack_file
 
-    out = request.out or archive.with_suffix("")
+    out = request.out or default_folder(archive)
     contents = unpack_file(archive, out, notify)
     size = sum(size for size, _ in contents.values())
     return Outcome(

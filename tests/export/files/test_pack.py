@@ -157,9 +157,9 @@ def test_no_archive_that_was_changed_is_unpacked(folder: Path, tmp_path: Path) -
             unpack_file(packed, tmp_path / "out")
         except (DataError, MachineError):
             assert not (tmp_path / "out").exists()
-        else:  # the name of a file is not under its hash
-            found = {data for name, data in contents(tmp_path / "out").items() if name != LISTING}
-            assert found == set(contents(folder).values())
+        else:  # the word for the contents' own hash was changed, and nothing that it is of
+            found = {name: data for name, data in contents(tmp_path / "out").items() if name != LISTING}
+            assert found == contents(folder)
             break
     for broken in (whole[:-1], whole + b"x", whole[: len(MAGIC) + 3], b"", b"PK"):
         packed.write_bytes(broken)
@@ -176,6 +176,37 @@ def test_what_could_not_be_unpacked_anywhere_is_not_packed(names: list[bytes], f
     with pytest.raises(RecipeError, match=r"there twice|not every system"):
         pack_folder(folder, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_name_that_was_changed_is_not_what_was_packed(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "a.socopack"
+    pack_folder(folder, packed)
+    packed.write_bytes(packed.read_bytes().replace(b"config.json", b"confiG.json", 1))
+    with pytest.raises(DataError, match="not what was packed"):
+        unpack_file(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_is_in_the_way_of_an_archive(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(container, "encode", lambda block: pytest.fail("it was packed"))
+    with pytest.raises(RecipeError, match="is there already"):
+        pack_folder(folder, tmp_path / "a")
+    (folder / LISTING).mkdir()
+    (folder / LISTING / "a").touch()
+    with pytest.raises(RecipeError, match="own listing"):
+        pack_folder(folder, tmp_path / "b")
+
+
+def test_places_without_a_name_and_files_without_bytes(tmp_path: Path) -> None:
+    assert soco("pack", "/").code == 2
+    assert container.default_archive(Path("/onnx")) == Path("/onnx.socopack")
+    assert soco("unpack", "/").code == 2
+    assert soco("unpack", ".").code == 2
+    (tmp_path / "config.json").touch()
+    ran = soco("pack", tmp_path, "--out", tmp_path.with_name("a.socopack"))
+    assert ran.code == 0
+    assert "1 files · 0 → " in ran.out
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, folder: Path) -> None:
