@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from soco_export.bench.figures import LatencyFigures, Machine, MemoryFigures
 from soco_export.evaluate.figures import ForgettingFigures, PerplexityFigures, StepParity, TaskComparison
@@ -23,6 +23,7 @@ from soco_export.files.atomic import write_atomic
 from soco_export.report.gates import GateSettings, Verdict, judge
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
+from soco_train.settings.section import MOST_NUMBER, scalars
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS_FILE = "results.json"
@@ -164,6 +165,14 @@ class Results(_Part):
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = {}
     verdicts: tuple[Verdict, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, told: Any) -> Any:
+        """Refuse a whole number that no float holds exactly: figures are weighed as floats."""
+        if any(isinstance(number, int) and abs(number) > MOST_NUMBER for number in scalars(told)):
+            raise ValueError("a whole number goes up to 2^53")
+        return told
 
     @field_validator("provenance")
     @classmethod

@@ -12,11 +12,17 @@ from soco_export.run.folder.allowed import check_lock
 from soco_export.run.folder.manifest import check_uncut
 from soco_export.run.folder.results import load_results
 from soco_export.run.request import Outcome
-from soco_train.errors import ExitCode
+from soco_train.errors import ExitCode, RecipeError
 
 
 def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> Outcome:
     """Judge the results of `run`; a failed gate or a figure worse than the baseline's allows is exit code 3."""
+    if tolerances and baseline is None:
+        raise RecipeError(
+            "a tolerance says how much worse than a baseline, and there is none",
+            fix="give --baseline FILE, or no --tolerance",
+            where="--tolerance",
+        )
     results, allowed = load_results(run), parse_tolerances(tolerances)
     if run.is_dir():  # not measured again, but what lies there is what was measured, as far as a look can tell
         check_lock(run)

@@ -39,13 +39,13 @@ def as_bytes(value: Any) -> Any:
 Bytes = Annotated[int, Field(ge=1), BeforeValidator(as_bytes)]
 
 
-def _scalars(value: Any) -> Iterator[Any]:
+def scalars(value: Any) -> Iterator[Any]:
     """Yield what a nested value is made of."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
         for part in value:
-            yield from _scalars(part)
+            yield from scalars(part)
     else:
         yield value
 
@@ -66,7 +66,7 @@ class Section(BaseModel):
         if isinstance(value, Mapping) and "dict" not in annotation:
             return value  # a section, which looks at its own
         truth = "bool" in annotation or "Any" in annotation
-        for number in (number for number in _scalars(value) if isinstance(number, int)):
+        for number in (number for number in scalars(value) if isinstance(number, int)):
             if isinstance(number, bool) and not truth:
                 raise ValueError(f"{str(number).lower()} is no value for it")
             if abs(number) > MOST_NUMBER:

@@ -112,6 +112,11 @@ def test_a_tolerance_of_nothing_is_refused(results):  # noqa: F811
         judge_against(results, results, {"perplexity.ratoi": 0.1})
 
 
+def test_a_tolerance_beside_no_baseline_is_refused(run):
+    with pytest.raises(RecipeError, match="there is none"):
+        gate_run(run, None, ["perplexity.ratio=0.03"])
+
+
 @pytest.fixture
 def run(results, tmp_path):  # noqa: F811
     (tmp_path / "run").mkdir()
@@ -162,6 +167,14 @@ def test_another_schema_is_refused_with_its_version(run):
     path.write_text('{"schema_version": 7, "unknown": 1}', encoding="utf-8")
     with pytest.raises(DataError, match="version 7"):
         Results.load(path)
+
+
+def test_a_number_beyond_what_a_float_counts_is_refused(results, tmp_path):  # noqa: F811
+    document = json.loads(results.model_dump_json())
+    document["placement"]["CPUExecutionProvider"] = {"Gemm": -(10**400)}
+    (tmp_path / "edited.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=r"2\^53"):
+        Results.load(tmp_path / "edited.json")
 
 
 def test_the_published_schema_is_current():
