@@ -25,6 +25,7 @@ from soco_export.evaluate.decoders.decoder import IntArray
 from soco_export.evaluate.decoders.session import DEVICES, OnnxDecoder, Placement
 from soco_export.files.json import read_config
 from soco_export.files.names import MODEL_FILE
+from soco_train.errors import DataError
 from soco_train.events import Event, Notify, silent
 
 Run = Callable[[], None]
@@ -65,7 +66,8 @@ def measure_latency(
     config = _config(compressed)
     workloads, skipped = plan_workloads(settings, config.get("max_position_embeddings"))
     folders = {"dense": dense, "compressed": compressed} | ({"control": dense} if settings.control else {})
-    prompts = {work: _prompt(work.past + work.tokens, config["vocab_size"]) for work in workloads}
+    vocabulary = min(_vocabulary(dense), _vocabulary(compressed))
+    prompts = {work: _prompt(work.past + work.tokens, vocabulary) for work in workloads}
     cold = _cold_starts({"dense": dense, "compressed": compressed}, prompts, settings.cold_starts, provider, threads)
     decoders = {name: OnnxDecoder(folder, provider, threads, folder.name) for name, folder in folders.items()}
     figures: dict[str, WorkloadFigures] = {}
@@ -119,6 +121,18 @@ def memory_prompt(settings: BenchSettings, context: int | None) -> int:
 
 def _config(folder: Path) -> dict[str, Any]:
     return read_config(folder)
+
+
+def _vocabulary(folder: Path) -> int:
+    """Return how many tokens the model in `folder` has; DataError where its config.json does not say."""
+    size = _config(folder).get("vocab_size")
+    if not size:
+        raise DataError(
+            f"config.json sets vocab_size to {size}",
+            fix="put the config.json there that was exported with the model",
+            where=str(folder / "config.json"),
+        )
+    return int(size)
 
 
 def _prompt(tokens: int, vocabulary: int) -> IntArray:

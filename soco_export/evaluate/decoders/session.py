@@ -264,7 +264,7 @@ def _open_session(folder: Path, provider: str, threads: int, profile: Path) -> A
     try:
         # By path, not by bytes: external data is looked for beside the file.
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, UnicodeDecodeError) as error:  # the latter where it quotes a damaged name
         raise _unreadable(path, error) from error
 
 

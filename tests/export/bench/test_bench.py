@@ -26,7 +26,7 @@ from soco_export.bench.runner import (
 )
 from soco_export.bench.settings import BenchSettings
 from soco_export.evaluate.decoders.session import OnnxDecoder
-from soco_train.errors import MachineError
+from soco_train.errors import DataError, MachineError
 from tests.support.graphs import CONTEXT, HEADS, VOCABULARY, WIDTH, ToyModel, save_toy
 
 
@@ -89,6 +89,14 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(runner, "time", clock)
     return clock
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_a_model_of_no_tokens_is_not_timed(tmp_path, size):
+    folder = folder_with_config(tmp_path, "model", 1)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
+    with pytest.raises(DataError, match=f"vocab_size to {size}"):
+        measure_latency(folder, folder, BenchSettings(), "CPUExecutionProvider", 1)
 
 
 @pytest.mark.parametrize(("name", "side"), [("dense", 1), ("low-rank", -1)])

@@ -183,13 +183,16 @@ def test_half_precision_on_the_cpu_is_refused_before_loading(model, tmp_path, dt
     assert "float32" in caught.value.fix
 
 
-@pytest.mark.parametrize("spoil", ["missing", "garbage", "no data"])
+@pytest.mark.parametrize("spoil", ["missing", "garbage", "no data", "name"])
 def test_a_broken_folder_is_a_data_error(model, tmp_path, spoil):
     folder = save_toy(model, tmp_path)
     if spoil == "missing":
         (folder / "model.onnx").unlink()
     elif spoil == "garbage":
         (folder / "model.onnx").write_bytes(b"\xff" * 100)
+    elif spoil == "name":  # of an operator: ONNX Runtime quotes it, and it is no text
+        graph = (folder / "model.onnx").read_bytes()
+        (folder / "model.onnx").write_bytes(graph.replace(b"MatMul", b"\xee" * len(b"MatMul")))
     else:
         (folder / "model.onnx.data").unlink()
     with pytest.raises(DataError, match=r"model\.onnx does not load"):
