@@ -18,7 +18,7 @@ from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
-from soco_export.onnx.check import check_architecture, check_tensors, check_head
+from soco_export.onnx.check import check_architecture, check_head, check_tensors
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
