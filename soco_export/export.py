@@ -60,12 +60,12 @@ def export_onnx(
 ) -> ExportSummary:
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
-    calibration: returns token blocks [b, t] of text like that which the model is for; asked where the rule of
-    rounding calibrates; provenance: what else to write into the graph's metadata of where the model comes from;
-    trust_remote_code: whether code that lies in `folder` may run.
+    calibration: returns token blocks [b, t] of text like that which the model is for; asked once, where the rule of
+    rounding calibrates or the cache is int8; provenance: what else to write into the graph's metadata of where the
+    model comes from; trust_remote_code: whether code that lies in `folder` may run.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
-    not what its config says; both before any weight is read.
+    not what its config says; both before anything is written.
     """
     check_apart(out, [folder], where=str(out))
     check_replaceable(out)

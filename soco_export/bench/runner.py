@@ -66,7 +66,8 @@ def measure_latency(
     config = _config(compressed)
     workloads, skipped = plan_workloads(settings, config.get("max_position_embeddings"))
     folders = {"dense": dense, "compressed": compressed} | ({"control": dense} if settings.control else {})
-    vocabulary = min(_vocabulary(dense), _vocabulary(compressed))
+    said = [folder for folder in (dense, compressed) if folder == compressed or (folder / "config.json").is_file()]
+    vocabulary = min(map(_vocabulary, said))  # a reference of somebody else's may say nothing
     prompts = {work: _prompt(work.past + work.tokens, vocabulary) for work in workloads}
     cold = _cold_starts({"dense": dense, "compressed": compressed}, prompts, settings.cold_starts, provider, threads)
     decoders = {name: OnnxDecoder(folder, provider, threads, folder.name) for name, folder in folders.items()}
@@ -126,13 +127,13 @@ def _config(folder: Path) -> dict[str, Any]:
 def _vocabulary(folder: Path) -> int:
     """Return how many tokens the model in `folder` has; DataError where its config.json does not say."""
     size = _config(folder).get("vocab_size")
-    if not size:
+    if type(size) is not int or size < 1:
         raise DataError(
             f"config.json sets vocab_size to {size}",
             fix="put the config.json there that was exported with the model",
             where=str(folder / "config.json"),
         )
-    return int(size)
+    return size
 
 
 def _prompt(tokens: int, vocabulary: int) -> IntArray:

@@ -94,9 +94,12 @@ def read_overlay(name: str) -> dict[str, Any]:
 
 def lock(recipe: Recipe) -> str:
     """Return the recipe as YAML with everything resolved; `load_recipe` of it gives the equal recipe."""
-    values = recipe.model_dump(mode="json", by_alias=True)
-    ordered = {"name": values.pop("name"), **values}
-    return LOCK_HEADER + write_yaml(ordered)
+    return lock_text(recipe.model_dump(mode="json", by_alias=True))
+
+
+def lock_text(values: Mapping[str, Any]) -> str:
+    """Return what `lock` does of a recipe's values."""
+    return LOCK_HEADER + write_yaml({"name": values["name"], **values})
 
 
 def suggestion(wrong: str, right: Sequence[str] | Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ def read_frontier(path: Path) -> tuple[FrontierPoint, ...]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        reason = f"{place}: {first['msg']}"[:200]
+        reason = f"{place}: {first['msg']}".removeprefix(": ")[:200]
         raise DataError(f"this is no frontier of a sweep: {reason}", fix=AGAIN, where=str(path)) from error
 
 

@@ -20,12 +20,19 @@ from soco_export.files.machine import machine_limits
 from soco_export.run.folder.held import RunFolder, workspaces
 from soco_export.run.folder.manifest import NEW, StageRecord, digest, record_outputs, stage_key, why_stale
 from soco_train import parallel
-from soco_train.errors import MachineError
+from soco_train.errors import MachineError, SocoError
 from soco_train.events import Event, Notify, silent
 
 Context = TypeVar("Context")
 # How torch and ONNX Runtime say that no memory is left; not on every device is there a type for it.
-NO_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad_alloc")
+NO_MEMORY = (
+    "out of memory",
+    "bad_alloc",
+    "can't allocate",
+    "cannot allocate",
+    "unable to allocate",
+    "failed to allocate",
+)
 
 
 @dataclass(frozen=True)
@@ -178,8 +185,11 @@ def _limits(stage: str, root: Path) -> Iterator[None]:
     try:
         with machine_limits(stage, root):
             yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+    except Exception as error:  # ONNX Runtime's own are of no common type
+        said = str(error).lower()
+        if isinstance(error, SocoError) or not (
+            isinstance(error, MemoryError) or any(word in said for word in NO_MEMORY)
+        ):
             raise
         fix = "lower train.batch_tokens or data.block, or use a larger machine; --dry-run shows what each phase needs"
         raise MachineError(f"out of memory ({stage}): {str(error)[:200]}", fix=fix, where=str(root)) from error

@@ -10,8 +10,9 @@ Nothing is trained or written twice: a point reads what it shares where it is ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from soco_export.files.records import folder_bytes
@@ -69,8 +70,9 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
         for kind in parse_weights(weights, changed.export.weights)
         for size in parse_sizes(sizes, changed.keep_params)
     ]
-    _check_own({run, *(place for point in wanted for place in (point.root, *dict(point.homes.values())))})
-    if (run / RESULTS_FILE).is_file():  # its report will show the frontier
+    _check_own(run, wanted)
+    if (run / RESULTS_FILE).is_file() and run not in {point.root for point in wanted}:
+        # its report will show the frontier, and nothing before that makes what is missing
         reportable(replace(request, set_=None), run, notify)
     for point in wanted:
         check(request, point.recipe, point.root, notify, point.homes)
@@ -106,11 +108,20 @@ def _check(recipe: Recipe, changed: Recipe) -> None:
         )
 
 
-def _check_own(folders: Iterable[Path]) -> None:
-    """Raise RecipeError for a file of any point that was edited: its turn may come after hours of others."""
-    for folder in sorted(folders):
-        if manifest := Manifest.load(folder):
-            manifest.check_own(folder, [*manifest.written, FRONTIER_FILE])
+def _check_own(run: Path, wanted: Sequence[_Place]) -> None:
+    """Raise RecipeError for an edited file that a point writes or reads: its turn may come after hours of others."""
+    manifests = cache(Manifest.load)
+    names: dict[Path, set[str]] = {run: {FRONTIER_FILE}}
+    for point in wanted:
+        own = manifests(point.root)
+        names.setdefault(point.root, set()).update(own.written if own else ())
+        for stage, (home, _) in point.homes.items():
+            there = manifests(home)
+            read = there.stages.get(stage) if there else None
+            names.setdefault(home, set()).update(read.outputs if read else ())
+    for folder, files in sorted(names.items()):
+        if manifest := manifests(folder):
+            manifest.check_own(folder, sorted(files))
 
 
 def parse_weights(text: str | None, default: str) -> list[str]:

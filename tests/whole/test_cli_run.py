@@ -139,6 +139,7 @@ class TestGates:
             pass  # killed before it measured
         assert soco("report", run).code == 0
         assert json.loads((run / "results.json").read_text())["recipe"] == before
+        assert "blocks: 3\n" not in (run / "hf/README.md").read_text()
 
     def test_gates_on_onnx_are_not_judged_without_onnx(self, run: Path) -> None:
         ran = soco("export", run, "--format", "hf", "--json")

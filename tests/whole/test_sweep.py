@@ -96,6 +96,20 @@ def test_an_edited_file_of_the_last_point_is_said_first(swept: Path, tmp_path: P
     assert contents(run) == before
 
 
+def test_what_is_missing_of_the_run_is_made_anew_and_what_is_not_read_may_be_edited(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    (run / "evidence/proof.json").unlink()
+    assert soco("sweep", run, "--keep-params", "0.6", *QUICK).code == 0
+    assert (run / "evidence/proof.json").is_file()
+    with (run / "onnx/config.json").open("a") as file:
+        file.write(" ")
+    ran = soco("sweep", run, "--keep-params", "0.8", *QUICK)
+    assert ran.code == 0, ran.err
+    assert (run / "onnx/config.json").read_text().endswith(" ")
+
+
 def test_one_size_in_several_spellings_is_one() -> None:
     assert parse_sizes("0.6,0.60,6e-1, .8", 1.0) == [0.6, 0.8]
     assert parse_byte_sizes("9MB,9000kB,9000000", None) == [9_000_000]

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from soco_export.checkpoint.card import CardSummary, render_card, summarise_layers
-from soco_export.recipe.load import lock
+from soco_export.recipe.load import lock, lock_text
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.folder.names import CARD_FILE
@@ -28,8 +28,9 @@ def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
 
 
 def model_card(recipe: Recipe, summary: str, results: Results | None = None) -> str:
-    """Return README.md; `summary` is what `summary_json` wrote."""
-    return render_card(lock(recipe), _measured(results) if results else None, read_summary(summary))
+    """Return README.md; `summary` is what `summary_json` wrote; with `results` it tells their recipe."""
+    told = lock_text(results.recipe) if results else lock(recipe)
+    return render_card(told, _measured(results) if results else None, read_summary(summary))
 
 
 def read_summary(text: str) -> CardSummary:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,11 +92,11 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize("size", [0, None])
+@pytest.mark.parametrize("size", [0, None, [12]])
 def test_a_model_of_no_tokens_is_not_timed(tmp_path, size):
     folder = folder_with_config(tmp_path, "model", 1)
     (folder / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
-    with pytest.raises(DataError, match=f"vocab_size to {size}"):
+    with pytest.raises(DataError, match=re.escape(f"vocab_size to {size}")):
         measure_latency(folder, folder, BenchSettings(), "CPUExecutionProvider", 1)
 
 

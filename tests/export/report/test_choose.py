@@ -96,6 +96,7 @@ def test_each_reason_names_the_limit_and_the_nearest_misses_least() -> None:
         .reason(replace(large, bytes=11227700))
         .endswith("bytes is 11,227,700, above 11,000,000")
     )
+    assert Bound("--max-bytes", "bytes", 1e5).reason(replace(large, bytes=10**30)).endswith("1e+30, above 100000")
     assert found.rejected["dense int8"] == ("--max-ppl-ratio: perplexity_ratio was not measured",)
 
 
