@@ -32,11 +32,13 @@ from soco_export.run.on_run import (
     advance,
     check,
     check_trained,
+    homes_of,
     report_again,
     reportable,
     stages_of,
 )
 from soco_export.run.request import Outcome, Request, parse_sizes, run_recipe, size_name
+from soco_export.run.stages.training import SCORES
 from soco_train import parallel
 from soco_train.errors import RecipeError
 from soco_train.events import Event, Notify
@@ -136,6 +138,12 @@ def parse_weights(text: str | None, default: str) -> list[str]:
 def place(run: Path, recipe: Recipe, size: float, weights: str) -> _Place:
     """Return where the point of `size` in `weights` is made, from a `run` with this recipe."""
     own_size, own_type = size == recipe.keep_params, weights == recipe.export.weights
+    if own_size and (trained := homes_of(run).get(SCORES.name)):
+        raise RecipeError(
+            f"{run} is another size of {trained[0]}, which has the scores and the dense model that its points share",
+            fix=f"soco-export sweep {trained[0]} --keep-params {size_name(size)}",
+            where="--keep-params",
+        )
     sized = recipe if own_size else recipe.replace({"keep_params": size})
     base = run if own_size else run / f"keep-{size_name(size)}"
     shared = {} if own_size else dict(trained_in(run, recipe))

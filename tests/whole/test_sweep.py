@@ -96,6 +96,15 @@ def test_an_edited_file_of_the_last_point_is_said_first(swept: Path, tmp_path: P
     assert contents(run) == before
 
 
+def test_a_cut_is_not_trained_to_be_swept(swept: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(swept, tmp_path / "tiny")) / "keep-0.8"
+    before = contents(run)
+    ran = soco("sweep", run, "--keep-params", "0.8", *QUICK)
+    assert ran.code == 2
+    assert f"soco-export sweep {run.parent} --keep-params 0.8" in ran.err.replace("\n    ", " ")
+    assert contents(run) == before
+
+
 def test_what_is_missing_of_the_run_is_made_anew_and_what_is_not_read_may_be_edited(
     tiny_run: Path, tmp_path: Path
 ) -> None:
