@@ -15,8 +15,8 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import check_folder, check_place, read_lock
-from soco_export.run.folder.held import check_idle, open_folder, open_home, read_folder
-from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, stage_key
+from soco_export.run.folder.held import RunFolder, check_idle, open_folder, open_home, read_folder
+from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, home_of, stage_key
 from soco_export.run.folder.names import EVIDENCE_FILES, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
@@ -145,8 +145,13 @@ def stages_of(recipe: Recipe, format: Format, homes: Homes) -> list[Stage[RunCon
     stages = (*TRAINING, *artefacts(recipe, format), *EVIDENCE[format])
     if "checkpoint" not in homes:
         return list(stages)
-    reports = tuple(name for name in REPORT_FILES if not name.startswith("hf/"))
+    reports = _reports_of(homes)
     return [replace(stage, writes=reports) if stage.name == "report" else stage for stage in stages]
+
+
+def _reports_of(homes: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the reports of a run that has stages elsewhere: the model card lies with the checkpoint."""
+    return tuple(name for name in REPORT_FILES if "checkpoint" not in homes or not name.startswith("hf/"))
 
 
 def homes_of(root: Path) -> Homes:
@@ -173,16 +178,17 @@ def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
     if changed:
         notify(Event("report", 1, 1, {"": f"{', '.join(changed)}: changed for good, in {LOCK} too"}, "done"))
     with open_folder(run, recipe) as folder:
-        context = RunContext(folder, results.format, notify)
+        homes = _still_at_home(run)
+        context, written = RunContext(folder, results.format, notify, homes), _reports_of(homes)
         # the lock may have other settings by now, for what was not measured since
         settings = {**results.recipe, "gates": recipe.gates.model_dump(mode="json")}
         rejudged = results.judged(applicable(recipe, results.format)).model_copy(update={"recipe": settings})
-        folder.manifest.check_own(run, REPORT_FILES)
+        folder.manifest.check_own(run, written)
         work = folder.unfinished / f"report.{stage_key(settings, {})[:12]}"
         work.mkdir(parents=True, exist_ok=True)
         write_reports(rejudged, context, work)
         # with no key the stage is stale: the next run judges by its own gates again
-        folder.install(work, "report", StageRecord(status="done", key=""), REPORT_FILES, set())
+        folder.install(work, "report", StageRecord(status="done", key=""), written, set())
     return run_outcome(run)
 
 
@@ -204,8 +210,15 @@ def reportable(request: Request, run: Path, notify: Notify) -> tuple[Results, Re
             where="--set",
         )
     check_folder(run, recipe, fresh=False)
-    read_material(RunContext(read_folder(run, recipe), results.format, notify))
+    read_material(RunContext(read_folder(run, recipe), results.format, notify, _still_at_home(run)))
     return results, recipe, changed
+
+
+def _still_at_home(run: Path) -> dict[str, RunFolder]:
+    """Return the folders of other runs in which `run` has files; one that was moved alone has left them behind."""
+    manifest = Manifest.load(run)
+    places = {stage: home_of(run, stage) for stage in (manifest.homes if manifest else {})}
+    return {stage: read_folder(home, read_lock(home)) for stage, home in places.items() if (home / MANIFEST).is_file()}
 
 
 def run_format(run: Path) -> Format:

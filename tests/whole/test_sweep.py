@@ -96,6 +96,18 @@ def test_an_edited_file_of_the_last_point_is_said_first(swept: Path, tmp_path: P
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("point", ["keep-0.8", "keep-0.8-int8"])
+def test_a_point_is_reported_like_a_run(point: str, swept: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(swept, tmp_path / "tiny")) / point
+    before = (run / "results.json").read_text()
+    ran = soco("report", run)
+    assert ran.code == 0, ran.err
+    assert (run / "results.json").read_text() == before
+    assert not (run / "hf").exists() or point == "keep-0.8"
+    alone = run.rename(tmp_path / "alone")
+    assert soco("report", alone).code == (0 if point == "keep-0.8" else 2)
+
+
 def test_a_cut_is_not_trained_to_be_swept(swept: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(swept, tmp_path / "tiny")) / "keep-0.8"
     before = contents(run)

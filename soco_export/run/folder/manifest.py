@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,6 +133,12 @@ class Manifest(Record):
             if path.is_file() and not path.is_symlink() and record_file(path, before).sha256 == before.sha256:
                 self.written[name] = before
         self.earlier = {}
+
+
+def home_of(root: Path, stage: str) -> Path:
+    """Return the folder in which the run in `root` has what `stage` wrote: its own, or that of another run."""
+    manifest = Manifest.load(root)
+    return Path(os.path.normpath(root / (manifest.homes.get(stage, ".") if manifest else ".")))
 
 
 def check_unchanged(root: Path, names: Iterable[str]) -> None:
