@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from soco_train.settings.section import MOST_NUMBER
+EXACT = 2**53  # whole numbers up to it are floats without rounding
 
 # What moves a cursor, hides or reorders text, or cannot be encoded: C0 and C1 controls, the marks that change the
 # direction of writing (Unicode annex 9), characters without width, line and paragraph separators, half surrogate pairs.
@@ -74,7 +74,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def exact(value: float) -> str:
     """Return a figure to hold against another: six significant digits, whole numbers of more with all of them."""
-    return f"{value:,.0f}" if 1e6 <= abs(value) <= MOST_NUMBER else f"{value:.6g}"
+    return f"{value:,.0f}" if 1e6 <= abs(value) <= EXACT else f"{value:.6g}"
 
 
 def human_bytes(number: float) -> str:
