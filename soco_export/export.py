@@ -80,7 +80,8 @@ def export_onnx(
             export_traced(model, partial, settings, notify, metadata)
         else:
             check_head(architecture, source)
-            blocks, scales = _text_for(settings, calibration), list[CacheScales]()
+            blocks = _text_for(settings, calibration)
+            scales: list[CacheScales] = []
             if blocks is not None and settings.calibrates:
                 source.kept = KeptLevels(partial / "levels")
                 rounding = calibrate(folder, blocks, settings, source.kept, notify)

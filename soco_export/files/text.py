@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-EXACT = 2**53  # whole numbers up to it are floats without rounding
+ALL_DIGITS = 10**sys.float_info.dig  # below it a float has every digit of a whole number
 
 # What moves a cursor, hides or reorders text, or cannot be encoded: C0 and C1 controls, the marks that change the
 # direction of writing (Unicode annex 9), characters without width, line and paragraph separators, half surrogate pairs.
@@ -74,7 +75,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def exact(value: float) -> str:
     """Return a figure to hold against another: six significant digits, whole numbers of more with all of them."""
-    return f"{value:,.0f}" if 1e6 <= abs(value) <= EXACT else f"{value:.6g}"
+    return f"{value:,.0f}" if 1e6 <= abs(value) < ALL_DIGITS else f"{value:.6g}"
 
 
 def human_bytes(number: float) -> str:

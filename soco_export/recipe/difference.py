@@ -10,7 +10,7 @@ from soco_export.recipe.recipe import Recipe
 
 def differences(one: Recipe, two: Recipe) -> list[str]:
     """Return the dotted keys in which two recipes differ."""
-    flat_one, flat_two = (flatten(recipe.model_dump(mode="json", by_alias=True)) for recipe in (one, two))
+    flat_one, flat_two = (flatten(recipe.as_values()) for recipe in (one, two))
     return [key for key in {**flat_one, **flat_two} if flat_one.get(key) != flat_two.get(key)]
 
 

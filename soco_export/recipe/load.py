@@ -94,11 +94,11 @@ def read_overlay(name: str) -> dict[str, Any]:
 
 def lock(recipe: Recipe) -> str:
     """Return the recipe as YAML with everything resolved; `load_recipe` of it gives the equal recipe."""
-    return lock_text(recipe.model_dump(mode="json", by_alias=True))
+    return lock_text(recipe.as_values())
 
 
 def lock_text(values: Mapping[str, Any]) -> str:
-    """Return what `lock` does of a recipe's values."""
+    """Return what `lock` does, of a recipe's values."""
     return LOCK_HEADER + write_yaml({"name": values["name"], **values})
 
 

@@ -103,10 +103,14 @@ class Recipe(PlanSettings):
 
     def replace(self, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Return a copy with dotted keys set, validated: `recipe.replace({"train.steps": 4})`."""
-        values = self.model_dump(mode="json", by_alias=True)
+        values = self.as_values()
         for key, value in changes.items():
             values = with_key(values, key, value)
         return validated(values, {key: where for key in changes})
+
+    def as_values(self) -> dict[str, Any]:
+        """Return its keys and values as lock files and results.json have them."""
+        return self.model_dump(mode="json", by_alias=True)
 
     def with_sections(self, other: Recipe, sections: Collection[str]) -> Recipe:
         """Return a copy whose top-level keys in `sections` are those of `other`."""
@@ -115,7 +119,7 @@ class Recipe(PlanSettings):
 
     def override(self, overrides: Sequence[str]) -> Recipe:
         """Return a copy with each `key=value` of `--set` applied, validated."""
-        values, origins = overridden(self.model_dump(mode="json", by_alias=True), overrides)
+        values, origins = overridden(self.as_values(), overrides)
         return validated(values, origins)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from soco_export.bench.stats import Ratio
-from soco_export.files.text import EXACT
+from soco_export.files.text import ALL_DIGITS
 
 Row = tuple[str, ...]
 
@@ -24,7 +24,7 @@ def number(value: float | int | None) -> str:
     """Return a figure for people: four significant digits, thousands set apart."""
     if value is None:
         return "n/a"
-    if isinstance(value, int) or 10_000 <= abs(value) <= EXACT:
+    if isinstance(value, int) or 10_000 <= abs(value) < ALL_DIGITS:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

@@ -16,7 +16,7 @@ from soco_export.report.schema import Results
 from soco_export.run.context import RunContext, quiet_transformers
 from soco_export.run.folder.allowed import check_folder, check_place, read_lock
 from soco_export.run.folder.held import RunFolder, check_idle, open_folder, open_home, read_folder
-from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, home_of, stage_key
+from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, places_elsewhere, stage_key
 from soco_export.run.folder.names import EVIDENCE_FILES, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
 from soco_export.run.request import Outcome, Request, run_recipe
@@ -143,8 +143,6 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
 def stages_of(recipe: Recipe, format: Format, homes: Homes) -> list[Stage[RunContext]]:
     """Return all stages of a run; the model card beside a checkpoint that is another run's stays as it is."""
     stages = (*TRAINING, *artefacts(recipe, format), *EVIDENCE[format])
-    if "checkpoint" not in homes:
-        return list(stages)
     reports = _reports_of(homes)
     return [replace(stage, writes=reports) if stage.name == "report" else stage for stage in stages]
 
@@ -165,8 +163,7 @@ def homes_of(root: Path) -> Homes:
             fix="make it again from the run that was trained: soco-export export RUN --keep-params … --out FOLDER",
             where=str(root / MANIFEST),
         )
-    places = {stage: Path(os.path.normpath(root / place)) for stage, place in manifest.homes.items()}
-    return {stage: (home, read_lock(home)) for stage, home in places.items()}
+    return {stage: (home, read_lock(home)) for stage, home in places_elsewhere(root).items()}
 
 
 def report_again(request: Request, run: Path, notify: Notify) -> Outcome:
@@ -216,9 +213,8 @@ def reportable(request: Request, run: Path, notify: Notify) -> tuple[Results, Re
 
 def _still_at_home(run: Path) -> dict[str, RunFolder]:
     """Return the folders of other runs in which `run` has files; one that was moved alone has left them behind."""
-    manifest = Manifest.load(run)
-    places = {stage: home_of(run, stage) for stage in (manifest.homes if manifest else {})}
-    return {stage: read_folder(home, read_lock(home)) for stage, home in places.items() if (home / MANIFEST).is_file()}
+    there = {stage: home for stage, home in places_elsewhere(run).items() if (home / MANIFEST).is_file()}
+    return {stage: read_folder(home, read_lock(home)) for stage, home in there.items()}
 
 
 def run_format(run: Path) -> Format:

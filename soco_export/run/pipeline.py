@@ -185,11 +185,11 @@ def _limits(stage: str, root: Path) -> Iterator[None]:
     try:
         with machine_limits(stage, root):
             yield
+    except SocoError:
+        raise
     except Exception as error:  # ONNX Runtime's own are of no common type
         said = str(error).lower()
-        if isinstance(error, SocoError) or not (
-            isinstance(error, MemoryError) or any(word in said for word in NO_MEMORY)
-        ):
+        if not isinstance(error, MemoryError) and not any(word in said for word in NO_MEMORY):
             raise
         fix = "lower train.batch_tokens or data.block, or use a larger machine; --dry-run shows what each phase needs"
         raise MachineError(f"out of memory ({stage}): {str(error)[:200]}", fix=fix, where=str(root)) from error

@@ -12,7 +12,7 @@ from soco_export.report.rendering import ratio_text
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.report.sentences import verdict_sentence
 from soco_export.report.words import verdict_terminal
-from soco_export.run.folder.manifest import home_of
+from soco_export.run.folder.manifest import places_elsewhere
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
 from soco_train.plan.ranks import RankPlan
@@ -28,7 +28,7 @@ def run_outcome(root: Path) -> Outcome:
 
 def _lines(results: Results, root: Path) -> Iterator[str]:
     yield verdict_sentence(results)
-    plan = RankPlan.load(home_of(root, "plan") / "plan.json")
+    plan = RankPlan.load(places_elsewhere(root).get("plan", root) / "plan.json")
     yield plan.describe(results.sizes.params_before)
     yield from _quality(results)
     yield from _cost(results)

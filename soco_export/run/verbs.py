@@ -206,7 +206,7 @@ def recipes_show(request: Request, name: str, notify: Notify = silent) -> Outcom
         values = overridden(read_overlay(name), request.overrides)[0]
         return Outcome(values, f"# Lay it over a model: --recipe {name}\n{write_yaml(values)}".rstrip("\n"))
     recipe = load_recipe(name, request.overrides)
-    return Outcome(recipe.model_dump(mode="json", by_alias=True), lock(recipe).rstrip("\n"))
+    return Outcome(recipe.as_values(), lock(recipe).rstrip("\n"))
 
 
 def recipes_check(request: Request, names: Sequence[str] | None = None, notify: Notify = silent) -> Outcome:

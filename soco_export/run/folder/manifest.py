@@ -135,10 +135,11 @@ class Manifest(Record):
         self.earlier = {}
 
 
-def home_of(root: Path, stage: str) -> Path:
-    """Return the folder in which the run in `root` has what `stage` wrote: its own, or that of another run."""
+def places_elsewhere(root: Path) -> dict[str, Path]:
+    """Return the folder of each stage of the run in `root` whose files are another run's; none without a manifest."""
     manifest = Manifest.load(root)
-    return Path(os.path.normpath(root / (manifest.homes.get(stage, ".") if manifest else ".")))
+    places = manifest.homes if manifest else {}
+    return {stage: Path(os.path.normpath(root / place)) for stage, place in places.items()}
 
 
 def check_unchanged(root: Path, names: Iterable[str]) -> None:

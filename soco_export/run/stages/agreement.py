@@ -152,7 +152,7 @@ def report_agrees(context: RunContext) -> str:
     """results.json is of this recipe and this model, and the reports say what it says, to the letter."""
     root = context.folder.root
     results = Results.load(root)
-    if results.recipe != context.recipe.model_dump(mode="json", by_alias=True):
+    if results.recipe != context.recipe.as_values():
         return f"{RESULTS_FILE} was measured with another recipe"
     if results.provenance.get("model") != context.model_hash():
         return f"{RESULTS_FILE} was measured on another model"

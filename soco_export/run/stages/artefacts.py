@@ -158,7 +158,7 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     plan = RankPlan.load(context.path("plan", "plan.json"))
     record_types(model, plan.weights, plan.blocks)
     summary = summary_json(context.recipe, model, before)
-    card = model_card(context.recipe, summary)
+    card = model_card(context.recipe.as_values(), summary)
     stream_checkpoint(model, layers, dtype, context.tokenizer(), out / "hf", card)
     write_evidence(out / CARD_FILE, summary)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from soco_export.checkpoint.card import CardSummary, render_card, summarise_layers
-from soco_export.recipe.load import lock, lock_text
+from soco_export.recipe.load import lock_text
 from soco_export.recipe.recipe import Recipe
 from soco_export.report.schema import Results
 from soco_export.run.folder.names import CARD_FILE
@@ -27,10 +28,9 @@ def summary_json(recipe: Recipe, model: Any, params_before: int) -> str:
     return json.dumps(asdict(summary), indent=2) + "\n"
 
 
-def model_card(recipe: Recipe, summary: str, results: Results | None = None) -> str:
-    """Return README.md; `summary` is what `summary_json` wrote; with `results` it tells their recipe."""
-    told = lock_text(results.recipe) if results else lock(recipe)
-    return render_card(told, _measured(results) if results else None, read_summary(summary))
+def model_card(recipe: Mapping[str, Any], summary: str, results: Results | None = None) -> str:
+    """Return README.md; `recipe`: the values of one; `summary` is what `summary_json` wrote."""
+    return render_card(lock_text(recipe), _measured(results) if results else None, read_summary(summary))
 
 
 def read_summary(text: str) -> CardSummary:

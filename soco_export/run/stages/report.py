@@ -86,7 +86,7 @@ def _collected(context: RunContext) -> Results:
     document = {
         "format": context.format,
         "model": _model(context),
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": recipe.as_values(),
         "sizes": _sizes(context),
         "parity": proof["parity"],
         "perplexity": _perplexity(context, proof["perplexity"]),
@@ -258,7 +258,7 @@ def write_reports(results: Results, context: RunContext, out: Path) -> None:
         "report.html": render_html(results, material),
         "comment.md": render_comment(results),
         "junit.xml": render_junit(results, material.command),
-        "hf/README.md": model_card(context.recipe, summary, results),
+        "hf/README.md": model_card(results.recipe, summary, results),
     }.items():
         (out / name).write_text(text, encoding="utf-8")
 

@@ -77,7 +77,7 @@ def test_the_biases_of_a_run_are_no_part_of_what_was_before() -> None:
     before = count_parameters(model)
     apply_factors(model, Factors({"fc": StackedFactors(torch.randn(80, 20), torch.randn(20, 60), torch.randn(80))}))
     recipe = load_recipe("tiny")
-    card = model_card(recipe, summary_json(recipe, model, before))
+    card = model_card(recipe.as_values(), summary_json(recipe, model, before))
     assert "4,800" in card
     assert "2,880" in card
     assert "4,880" not in card
