@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -30,6 +31,9 @@ from soco_train.numbers.pair import chain_error, kappa, product
 from soco_train.numbers.rules import Inputs
 from soco_train.settings.rounding import BITS
 from soco_train.spectra.statistics import collect_statistics, groups, hardly_seen
+
+# What chooses experts stays in floats in every export (onnx/emit/experts.py), whatever module a version makes of it.
+ROUTERS = ("*.gate", "*.router", "*.router.*", "*.shared_expert_gate")
 
 ENOUGH = 2  # tokens an input, below which a covariance is noise to a good part
 
@@ -148,14 +152,18 @@ def rounded_layers(model: nn.Module, settings: ExportSettings) -> dict[str, nn.L
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, module) of every Linear and factored layer; what is inside of the latter is no layer."""
+    """Yield (name, module) of every Linear and factored layer, inside of which is no layer; of routers none."""
     factored: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear):
             factored.append(f"{name}.")
             yield name, module
-        elif is_linear(module) and not any(name.startswith(layer) for layer in factored[-1:]):
+        elif is_linear(module) and not (name.startswith(tuple(factored[-1:])) or _routes(name)):
             yield name, module
+
+
+def _routes(name: str) -> bool:
+    return any(fnmatchcase(name, router) for router in ROUTERS)
 
 
 def shared_table(model: nn.Module, settings: ExportSettings) -> torch.Tensor | None:
