@@ -37,6 +37,21 @@ SAYINGS: dict[int, tuple[str, str]] = {
 _NUMBER = re.compile(r"os error (\d+)")
 _WORDS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
 _WORDS["Symlink loop"] = errno.ELOOP
+# How torch and ONNX Runtime say that no memory is left; not on every device is there a type for it.
+_NO_MEMORY = (
+    "out of memory",
+    "bad_alloc",
+    "can't allocate",
+    "cannot allocate",
+    "unable to allocate",
+    "failed to allocate",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a library has got no memory, of whatever type its error is."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)
 
 
 @contextmanager

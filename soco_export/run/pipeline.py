@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from soco_export.files.atomic import remove
-from soco_export.files.machine import machine_limits
+from soco_export.files.machine import is_out_of_memory, machine_limits
 from soco_export.run.folder.held import RunFolder, workspaces
 from soco_export.run.folder.manifest import NEW, StageRecord, digest, record_outputs, stage_key, why_stale
 from soco_train import parallel
@@ -24,15 +24,6 @@ from soco_train.errors import MachineError, SocoError
 from soco_train.events import Event, Notify, silent
 
 Context = TypeVar("Context")
-# How torch and ONNX Runtime say that no memory is left; not on every device is there a type for it.
-NO_MEMORY = (
-    "out of memory",
-    "bad_alloc",
-    "can't allocate",
-    "cannot allocate",
-    "unable to allocate",
-    "failed to allocate",
-)
 
 
 @dataclass(frozen=True)
@@ -188,8 +179,7 @@ def _limits(stage: str, root: Path) -> Iterator[None]:
     except SocoError:
         raise
     except Exception as error:  # ONNX Runtime's own are of no common type
-        said = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(word in said for word in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         fix = "lower train.batch_tokens or data.block, or use a larger machine; --dry-run shows what each phase needs"
         raise MachineError(f"out of memory ({stage}): {str(error)[:200]}", fix=fix, where=str(root)) from error

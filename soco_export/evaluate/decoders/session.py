@@ -26,6 +26,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.settings import CPU
+from soco_export.files.machine import is_out_of_memory
 from soco_export.files.names import INT8_CACHE, MODEL_FILE
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.installed import install_command
@@ -134,7 +135,7 @@ class OnnxDecoder(Decoder):
 
     def _forward(self, ids: IntArray, mask: IntArray, positions: IntArray, past: Any) -> tuple[FloatArray, Any]:
         binding = self._bind(ids, mask, positions, past)
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         present = {name: outputs[_present_name(name)] for name in self._cache_names}
         return _as_float32(outputs["logits"]), present
@@ -152,10 +153,23 @@ class OnnxDecoder(Decoder):
             binding.bind_ortvalue_output(_present_name(name), buffer)
 
         def run() -> None:
-            self._session.run_with_iobinding(binding)
+            self._run(binding)
             binding.synchronize_outputs()
 
         return run
+
+    def _run(self, binding: Any) -> None:
+        """Raise DataError where a node cannot compute: a token behind the table, a cache of another size."""
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{MODEL_FILE} does not compute: {_first_line(error)}",
+                fix="give the folder with the config.json and tokenizer that it was exported with, or export it again",
+                where=str(self.folder / MODEL_FILE),
+            ) from error
 
     def _bind(self, ids: IntArray, mask: IntArray, positions: IntArray, past: Any) -> Any:
         binding = self._session.io_binding()
@@ -269,8 +283,11 @@ def _open_session(folder: Path, provider: str, threads: int, profile: Path) -> A
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(f"{path.name} does not load: {reason}", fix="export it again", where=str(path))
+    return DataError(f"{path.name} does not load: {_first_line(error)}", fix="export it again", where=str(path))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_placement(requested: str, events: list[dict[str, Any]]) -> Placement:

@@ -126,6 +126,15 @@ def test_a_repeated_pass_leaves_the_cache_where_it_was(model, folder):
     np.testing.assert_allclose(decoder.step(ids[:, 5:])[:, -1], TorchDecoder(model).logits(ids)[:, -1], atol=1e-4)
 
 
+def test_a_token_that_the_graph_does_not_have_is_named_when_it_is_read_and_when_it_is_timed(folder):
+    decoder, beyond = OnnxDecoder(folder, threads=1), np.full((1, 1), VOCABULARY)
+    with pytest.raises(DataError, match=r"does not compute: .*out of data bounds"):
+        decoder.prefill(beyond)
+    decoder.prefill(random_ids(1, 3))
+    with pytest.raises(DataError, match="does not compute"):
+        decoder.repeatable(beyond)()
+
+
 def test_placement_is_proven_by_what_ran(folder):
     placement = OnnxDecoder(folder, threads=1).placement
     assert set(placement.nodes) == {"CPUExecutionProvider"}
