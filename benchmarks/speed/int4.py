@@ -49,6 +49,7 @@ LIKE = ExportSettings(
 )
 SHIPPED = ExportSettings(flavour="contrib", weights="int4", layouts=("optimum",))
 STEPS = 24  # of the profile
+OPENINGS = 6
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.models:
         with TemporaryDirectory() as work:
             folders = write_folders(name, Path(work))
-            entries = measure(folders, {}, options.threads, options.seconds)
+            entries = measure(folders, {}, options.threads, options.seconds, openings=OPENINGS)
             document = {
                 "command": f"python -m benchmarks.speed.int4 --models {name} --seconds {options.seconds:g}",
                 "machine": asdict(describe_machine(options.threads)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from soco_export.bench.roofline import bytes_per_decode_step
-from soco_export.bench.runner import Run, Workload, interleave, prepare
+from soco_export.bench.runner import Rounds, Run, Workload, interleave, prepare
 from soco_export.bench.stats import paired_ratio
 from soco_export.evaluate.decoders.session import OnnxDecoder
 from soco_export.evaluate.settings import CPU
@@ -44,34 +44,49 @@ class Entry:
 
 
 def measure(
-    folders: Mapping[str, Path], others: Mapping[str, Any], threads: int, seconds: float, provider: str = CPU
+    folders: Mapping[str, Path],
+    others: Mapping[str, Any],
+    threads: int,
+    seconds: float,
+    provider: str = CPU,
+    openings: int = 1,
 ) -> list[Entry]:
     """Time everything in turns, about `seconds` for each workload; `others` are further Decoders by name.
 
+    `openings`: how often the sessions are opened anew, each time in another order; the rounds are those of all. Where
+    the weights come to lie in memory makes one session of a small model some percent faster than another of the same.
     Raises MachineError if a node of a folder does not run on `provider`.
     """
-    opened = {name: OnnxDecoder(folder, provider, threads, name) for name, folder in folders.items()}
-    decoders = opened | dict(others)
-    found: dict[str, dict[str, list[list[float]]]] = {name: {} for name in decoders}
-    for work in WORKLOADS:
-        prompt = np.random.default_rng(0).integers(0, 1000, (1, work.past + work.tokens))
-        runs = [prepare(decoder, work, prompt) for decoder in decoders.values()]
-        samples = SAMPLES[work.name]
-        series = interleave(runs, _rounds(runs, samples, seconds), warmup=1, samples=samples)
-        for name, times in zip(decoders, series, strict=True):
-            found[name][work.name] = times
-    first = next(iter(decoders))
-    entries = [_entry(name, folders.get(name), times, found[first]) for name, times in found.items()]
-    placed = {name: decoder.placement.summary() for name, decoder in opened.items()}
+    names = [*folders, *others]
+    found: dict[str, dict[str, list[list[float]]]] = {name: {work.name: [] for work in WORKLOADS} for name in names}
+    placed: dict[str, str] = {}
+    for turn in range(openings):
+        order = names[turn % len(folders) : len(folders)] + names[: turn % len(folders)]
+        opened = {name: OnnxDecoder(folders[name], provider, threads, name) for name in order}
+        placed = {name: decoder.placement.summary() for name, decoder in opened.items()}
+        for work, series in _series([(opened | dict(others))[name] for name in names], seconds / openings, openings):
+            for name, times in zip(names, series, strict=True):
+                found[name][work] += times
+        del opened  # before the next are opened beside them
+    entries = [_entry(name, folders.get(name), times, found[names[0]]) for name, times in found.items()]
     return [replace(entry, placement=placed.get(entry.name, "")) for entry in entries]
 
 
-def _rounds(runs: list[Run], samples: int, seconds: float) -> int:
+def _series(decoders: list[Any], seconds: float, openings: int) -> Iterator[tuple[str, tuple[Rounds, ...]]]:
+    """Yield each workload with the rounds of every decoder."""
+    for work in WORKLOADS:
+        prompt = np.random.default_rng(0).integers(0, 1000, (1, work.past + work.tokens))
+        runs = [prepare(decoder, work, prompt) for decoder in decoders]
+        samples = SAMPLES[work.name]
+        yield work.name, interleave(runs, _rounds(runs, samples, seconds, openings), warmup=1, samples=samples)
+
+
+def _rounds(runs: list[Run], samples: int, seconds: float, openings: int) -> int:
     start = time.perf_counter()
     for run in runs:
         run()
     once = (time.perf_counter() - start) * samples
-    return int(np.clip(seconds / once, *ROUNDS))
+    return -(-int(np.clip(openings * seconds / once, *ROUNDS)) // openings)
 
 
 def _entry(

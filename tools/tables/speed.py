@@ -30,7 +30,7 @@ FRONTIER = (
     ("0.6 pivoted", "0.6-pivoted"),
     ("0.4 stacked, 102k tokens", "0.4"),
 )
-INT4 = {"SmolLM2-135M (576)": "smollm2", "1B width (2048)": "1b"}
+INT4 = {"SmolLM2-135M (576)": "smollm2", "1B width (2048)": "1b", "7B width (4096)": "7b"}
 DRAFTS = {"SmolLM2-135M, float32": "smollm2-fp32"}
 Rows = list[tuple[str, ...]]
 Entry = Mapping[str, Any]

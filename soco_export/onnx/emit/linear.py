@@ -21,6 +21,10 @@ from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid
 from soco_train.settings.rounding import BITS
 
+# Cutting a product copies it. Dense gate above up, 5 to 8 numbers for each input, decode 3 % slower at width 576 in
+# int4 and gain nothing at 2048; ranks of both, and q above k above v, at most 3, gain (benchmarks/speed/int4.py).
+_CUT_PER_INPUT = 3
+
 Finish = Callable[["Linears", ir.Value, str, Order], ir.Value]
 FINISH: dict[str, Finish] = {}
 
@@ -87,7 +91,7 @@ class Linears:
         rows = rows or [None] * len(names)
         stored = {(self.settings.weights_of(name), self.settings.quantize.block_of(name)) for name in names}
         alike = len(stored) == 1  # each is stored as it is to be
-        if self.settings.pack and len(names) > 1 and alike:
+        if self.settings.pack and len(names) > 1 and alike and self._short(names):
             firsts = self._packed(x, names, rows)
         else:
             firsts = [self._product(x, [name], [order], None) for name, order in zip(names, rows, strict=True)]
@@ -100,6 +104,11 @@ class Linears:
         """Return the order of the first layer among `names` whose form gives its outputs in another than their own."""
         orders = [f"{name}.{order}" for name in names if (order := self.source.form(name).order)]
         return self.source.read(orders[0])[:] if orders else None
+
+    def _short(self, names: Sequence[str]) -> bool:
+        """Whether their first matrices together give few enough numbers that cutting them costs less than a product."""
+        shapes = [self.source.shapes[f"{name}.weight"] for name in names]
+        return sum(outputs for outputs, _ in shapes) <= _CUT_PER_INPUT * shapes[0][1]
 
     # unpacked            packed
     #   x                   x

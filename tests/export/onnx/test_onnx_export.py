@@ -287,6 +287,23 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize(("kinds", "splits"), [({}, 0), ({"gate_proj": ("stacked", 9), "up_proj": ("stacked", 7)}, 2)])
+def test_what_is_cut_again_is_packed_only_where_it_is_short(kinds, splits, tmp_path: Path) -> None:
+    """Of two layers: q, k and v go into GroupQueryAttention whole; dense gate above up would be 8 numbers an input."""
+    folder = factor(tiny_model("llama", intermediate_size=256), tmp_path / "hf", kinds)
+    export_onnx(folder, tmp_path / "onnx", ExportSettings(flavour="contrib", pack=True))
+    ops = summarise_graph(tmp_path / "onnx").ops
+    products = 2 * 5 + splits + 1  # q+k+v, o, gate, up, down (one for both firsts and an up each where stacked), head
+    assert (ops.get("Split", 0), ops["MatMul"]) == (splits, products)
+
+
+def test_a_norm_writes_nothing_that_nobody_reads(tmp_path: Path) -> None:
+    export_onnx(hf_folder(tmp_path), tmp_path / "onnx", ExportSettings(flavour="contrib"))
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    norms = [node for node in graph.node if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert [list(map(bool, node.output)) for node in norms] == [[True, False, False, True]] * 4
+
+
 @pytest.mark.transformers
 @pytest.mark.parametrize("case", [*GRAPHS, *FORMS])
 def test_graph_is_the_golden_one(case, tmp_path: Path) -> None:
