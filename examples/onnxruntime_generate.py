@@ -17,7 +17,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 from tokenizers import Tokenizer
 
 # of the cache; numpy has no bfloat16
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,  # two numbers of 4 bits
+}
 
 
 def open_session(path: Path) -> Any:

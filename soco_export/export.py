@@ -61,7 +61,7 @@ def export_onnx(
     """Write the causal LM in the HF folder `folder` as the ONNX folder `out`.
 
     calibration: returns token blocks [b, t] of text like that which the model is for; asked once, where the rule of
-    rounding calibrates or the cache is int8; provenance: what else to write into the graph's metadata of where the
+    rounding calibrates or the cache is rounded; provenance: what else to write into the graph's metadata of where the
     model comes from; trust_remote_code: whether code that lies in `folder` may run.
     Weights are streamed one at a time. `out` appears, or replaces the export that was there, when everything is in it.
     Raises RecipeError for an architecture, option or `out` that cannot be served, DataError for a checkpoint that is
@@ -86,7 +86,7 @@ def export_onnx(
                 source.kept = KeptLevels(partial / "levels")
                 rounding = calibrate(folder, blocks, settings, source.kept, notify)
             if blocks is not None and settings.cache != "same":
-                scales = cache_scales(folder, architecture, blocks, trust_remote_code)
+                scales = cache_scales(folder, architecture, blocks, settings.cache, trust_remote_code)
             write_graph(architecture, source, settings, partial, notify, metadata, scales)
             if source.kept:
                 source.kept.remove()

@@ -31,7 +31,7 @@ def write_graph(
 ) -> None:
     """Stream the weights into `folder`/model.onnx.data and write the graph, with `metadata` in it, beside them.
 
-    scales: of each layer's cache, where that is int8.
+    scales: of each layer's cache, where that is rounded.
     """
     data = DataFile(folder / f"{MODEL_FILE}.data")
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Flavour = Literal["standard", "contrib"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 TableType = Literal["same", "int8", "int4"]
-CacheType = Literal["same", "int8"]
+CacheType = Literal["same", "int8", "int4"]
 Value = TypeVar("Value")
 
 
@@ -81,7 +81,8 @@ class ExportSettings(Section):
     (GroupQueryAttention) for a shared key/value buffer, one sequence or right padding. `dtype`: type of activations,
     cache and unquantised weights; logits are always float32. `weights`: int8, int4 or int2 blocks for every MatMul.
     `each`: the type of single layers, by name or glob, the token table among them; goes before `weights` and `keep`.
-    `cache`: `int8` keeps keys and values in a byte a number (`contrib`), with scales of a calibration text.
+    `cache`: `int8` or `int4` keeps keys and values in a byte or half a byte a number (`contrib`), with scales of a
+    calibration text.
     `last_token_logits`: logits of the last slot only (not for right-padded prompts). `pack`: layers that read the same
     input share one MatMul. `layouts`: what to write beside the model, by name (soco_export/runtimes/).
     """

@@ -62,7 +62,8 @@ def _cached(recipe: Recipe, shape: ModelShape) -> tuple[int, int]:
     """Return the bytes of keys and values a token: as the model has them in export.dtype, and as exported."""
     width = BYTES[recipe.export.dtype]
     narrowed = shape.cached - sum(whole - small for whole, small in (value.cached for value in shape.values))
-    return width * shape.cached, (width if recipe.export.cache == "same" else 1) * narrowed
+    bits = 8 * width if recipe.export.cache == "same" else BITS[recipe.export.cache]
+    return width * shape.cached, bits * narrowed // 8
 
 
 def _core_hours(recipe: Recipe, shape: ModelShape, format: str) -> float:

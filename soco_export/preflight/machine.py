@@ -27,7 +27,7 @@ class Resources:
 def check_onnxruntime(recipe: Recipe) -> None:
     """Raise MachineError if ONNX Runtime is not installed or does not have the provider of the recipe."""
     try:
-        from soco_export.evaluate.decoders.session import check_int8_cache, check_provider
+        from soco_export.evaluate.decoders.session import check_provider, check_rounded_cache
     except ImportError as error:
         raise MachineError(
             f"onnxruntime is not installed ({error})",
@@ -36,8 +36,8 @@ def check_onnxruntime(recipe: Recipe) -> None:
         ) from None
     try:
         check_provider(recipe.validation.provider)
-        if recipe.export.cache == "int8":
-            check_int8_cache(recipe.validation.provider)
+        if recipe.export.cache != "same":
+            check_rounded_cache(recipe.validation.provider, recipe.export.cache)
     except MachineError as error:
         if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
             raise MachineError(

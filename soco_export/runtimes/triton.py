@@ -18,6 +18,7 @@ TRITON_TYPES = {
     "FLOAT16": "TYPE_FP16",
     "BFLOAT16": "TYPE_BF16",
     "INT8": "TYPE_INT8",
+    "UINT8": "TYPE_UINT8",
 }
 
 

@@ -119,7 +119,12 @@ class Decoder:
         feed = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         for name, value in self.inputs.items():
             if name.startswith("past_key_values"):
-                kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}[value.type]
+                kind = {
+                    "tensor(float)": np.float32,
+                    "tensor(float16)": np.float16,
+                    "tensor(int8)": np.int8,
+                    "tensor(uint8)": np.uint8,
+                }[value.type]
                 empty = np.zeros((len(tokens), value.shape[1], 0, value.shape[3]), kind)
                 feed[name] = self.cache.get(name, empty)
         results = self.session.run(None, {name: feed[name] for name in self.inputs})

@@ -75,8 +75,8 @@ def values() -> Rows:
 
 
 def cache() -> Rows:
-    """Return what a cache of int8 costs and saves in the built-in model."""
-    found = read("kv/int8.json")["rows"]
+    """Return what a rounded cache costs and saves in the built-in model."""
+    found = read("kv/rounded.json")["rows"]
     first, last = found["same"]["step_bytes"]
     rows: Rows = [("export.cache", "cache, bytes a token", "perplexity", f"MB read after {first}", f"after {last}")]
     for name, row in found.items():

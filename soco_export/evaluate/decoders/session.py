@@ -27,7 +27,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from soco_export.evaluate.decoders.decoder import Decoder, FloatArray, IntArray
 from soco_export.evaluate.settings import CPU
 from soco_export.files.machine import is_out_of_memory
-from soco_export.files.names import INT8_CACHE, MODEL_FILE
+from soco_export.files.names import MODEL_FILE, ROUNDED_CACHE
 from soco_train.errors import DataError, MachineError, RecipeError
 from soco_train.installed import install_command
 
@@ -39,6 +39,7 @@ NUMPY_TYPES = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
 }
 
 # Copies between a device and the host, which the runtime puts in itself.
@@ -207,26 +208,29 @@ def check_provider(provider: str) -> None:
         )
 
 
-def check_int8_cache(provider: str) -> None:
-    """Raise MachineError unless the installed ONNX Runtime has an attention with a cache of int8; needs no model."""
-    shapes = {"q": (1, 1, 32), "k": (1, 1, 16), "v": (1, 1, 16), "past_k": (1, 1, 0, 16), "past_v": (1, 1, 0, 16)}
-    types = {name: onnx.TensorProto.INT8 if name.startswith("past") else onnx.TensorProto.FLOAT for name in shapes}
-    whole = {"length": (1,), "total": (), "k_scale": (1, 1, 1, 16), "v_scale": (1, 1, 1, 16)}
-    types |= {name: onnx.TensorProto.FLOAT if "scale" in name else onnx.TensorProto.INT32 for name in whole}
-    names = [*shapes, "length", "total", *[""] * 5, "k_scale", "v_scale"]
-    sizes = {"num_heads": 2, "kv_num_heads": 1, **INT8_CACHE}
+def check_rounded_cache(provider: str, cache: str) -> None:
+    """Raise MachineError unless the installed ONNX Runtime has an attention with a cache of int8 or int4: one step."""
+    stored, width = (onnx.TensorProto.INT8, 16) if cache == "int8" else (onnx.TensorProto.UINT8, 8)
+    floats = {"q": (1, 1, 32), "k": (1, 1, 16), "v": (1, 1, 16), "k_scale": (1, 1, 1, 16), "v_scale": (1, 1, 1, 16)}
+    kinds = {name: (onnx.TensorProto.FLOAT, shape) for name, shape in floats.items()}
+    kinds |= {name: (stored, (1, 1, 0, width)) for name in ("past_k", "past_v")}
+    kinds |= {name: (onnx.TensorProto.INT32, shape) for name, shape in {"length": (1,), "total": ()}.items()}
+    names = ["q", "k", "v", "past_k", "past_v", "length", "total", *[""] * 5, "k_scale", "v_scale"]
+    sizes = {"num_heads": 2, "kv_num_heads": 1, **ROUNDED_CACHE[cache]}
     node = helper.make_node("GroupQueryAttention", names, ["y", "next_k", "next_v"], domain="com.microsoft", **sizes)
-    inputs = [helper.make_tensor_value_info(name, types[name], shape) for name, shape in (shapes | whole).items()]
-    kinds = {"y": onnx.TensorProto.FLOAT, "next_k": onnx.TensorProto.INT8, "next_v": onnx.TensorProto.INT8}
-    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+    inputs = [helper.make_tensor_value_info(name, *kinds[name]) for name in names if name]
+    given = {"y": onnx.TensorProto.FLOAT, "next_k": stored, "next_v": stored}
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in given.items()]
     graph = helper.make_graph([node], "cache", inputs, outputs)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    feeds = {name: np.ones(shape, helper.tensor_dtype_to_np_dtype(kind)) for name, (kind, shape) in kinds.items()}
     try:
-        ort.InferenceSession(model.SerializeToString(), session_options(1), providers=[provider])
+        session = ort.InferenceSession(model.SerializeToString(), session_options(1), providers=[provider])
+        session.run(None, feeds | {"length": np.zeros(1, np.int32)})
     except LOAD_ERRORS as error:
         raise MachineError(
-            f"onnxruntime {ort.__version__} has no attention with a cache of int8 on {provider}",
+            f"onnxruntime {ort.__version__} has no attention with a cache of {cache} on {provider}",
             fix="update onnxruntime (1.32 has it on the CPU), or export.cache: same",
             where="recipe: export.cache",
         ) from error

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from soco_export.onnx.describe.architecture import Architecture, Layer, Norm, Rope
 from soco_export.onnx.emit.norm import Norms, Parameters
 from soco_export.onnx.emit.rotation import Rotation
+from soco_export.onnx.settings import CacheType
 from soco_export.onnx.write.graph import Graph
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -33,7 +34,7 @@ class GraphInputs:
 class Heads:
     """What one layer's attention reads: projections [batch, sequence, heads · size of one], the cache so far, sinks.
 
-    `scales`: of keys and values in a cache of int8, [1, kv_heads, 1, head_dim] each.
+    `scales`: of keys and values in a cache of integers, [1, kv_heads, 1, head_dim] each.
     """
 
     query: ir.Value
@@ -56,10 +57,11 @@ class Update:
 class AttentionFlavour(ABC):
     """Emits attention and additions with their norm; `prepare` is called once, before the first layer."""
 
-    def __init__(self, graph: Graph, architecture: Architecture, norms: Norms) -> None:
+    def __init__(self, graph: Graph, architecture: Architecture, norms: Norms, cache: CacheType) -> None:
         self.graph = graph
         self.architecture = architecture
         self.norms = norms
+        self.cache = cache
         self.rotation = Rotation(graph, architecture)
         self.outside = [rope for rope in ropes_of(architecture) if not self.turns_inside(rope)]
 

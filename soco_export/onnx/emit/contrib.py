@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from soco_export.files.names import INT8_CACHE
+from soco_export.files.names import ROUNDED_CACHE
 from soco_export.onnx.describe.architecture import Layer, Norm, Rope
 from soco_export.onnx.describe.order import padded
 from soco_export.onnx.emit.attention import AttentionFlavour, GraphInputs, Heads, Update, ropes_of
@@ -95,7 +95,7 @@ class Contrib(AttentionFlavour):
             do_rotary=int(layer.rope in self.tables),
             local_window_size=-1 if layer.window is None else layer.window,
             **self.scoring(),
-            **(INT8_CACHE if heads.scales else {}),
+            **ROUNDED_CACHE.get(self.cache, {}),
         )
         return output, key, value
 

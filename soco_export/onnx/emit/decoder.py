@@ -27,6 +27,7 @@ from soco_export.onnx.write.graph import Graph
 from soco_train.events import Event, Notify
 
 _FLAVOURS: dict[Flavour, type[AttentionFlavour]] = {"standard": Standard, "contrib": Contrib}
+_CACHE_TYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}  # two numbers of 4 bits share a byte
 
 
 class DecoderBuilder:
@@ -42,7 +43,7 @@ class DecoderBuilder:
     ) -> None:
         self.architecture = architecture
         self.scales = scales
-        self.cache_type = ir.DataType.INT8 if settings.cache == "int8" else graph.dtype
+        self.cache_type = _CACHE_TYPES.get(settings.cache, graph.dtype)
         self.tensors = architecture.tensors
         self.source = source
         self.settings = settings
@@ -50,7 +51,7 @@ class DecoderBuilder:
         self.linears = Linears(graph, source, settings)
         self.norms = Norms(graph, architecture, source)
         self.table = TokenTable(graph, architecture, self.linears)
-        self.flavour = _FLAVOURS[settings.flavour](graph, architecture, self.norms)
+        self.flavour = _FLAVOURS[settings.flavour](graph, architecture, self.norms, settings.cache)
 
     def build(self, notify: Notify) -> ir.Model:
         """Emit everything, reporting each layer."""
@@ -87,7 +88,8 @@ class DecoderBuilder:
     def _cache_shapes(self, layer: Layer, time: str) -> dict[str, list[int | str]]:
         shape = self.architecture.attention
         sizes = {"key": shape.head_dim, "value": self.architecture.value_size(layer)}
-        return {part: [BATCH, shape.kv_heads, time, size] for part, size in sizes.items()}
+        together = 2 if self.settings.cache == "int4" else 1
+        return {part: [BATCH, shape.kv_heads, time, -(-size // together)] for part, size in sizes.items()}
 
     # input_ids ── rows of the table (── Mul scale)(── Add ── Gather learned positions ── Add offset)(── norm) ── x
     def _embedded(self, inputs: GraphInputs) -> ir.Value:

@@ -409,8 +409,9 @@ def test_narrow_values_are_counted_as_the_graph_caches_them() -> None:
     assert wide.selected - shape.selected == 2 * shape.dropped  # half of both projections stays, and none has a rank
     assert "cache: 3,072 → 2,304 bytes a token" in card.lines()
     assert not any("cache" in line for line in estimate(load_recipe("tiny"), wide).lines())
-    rounded = load_recipe("tiny", ["export.cache=int8", "export.flavour=contrib"])
-    assert estimate(rounded, measure(rounded)).cached == (3072, 768)
+    for cache, rounded in (("int8", 768), ("int4", 384)):
+        asked = load_recipe("tiny", [f"export.cache={cache}", "export.flavour=contrib"])
+        assert estimate(asked, measure(asked)).cached == (3072, rounded)
     cut = recipe.replace({"refine.distill.steps": 0})
     with_sums, without = (estimate(cut, one).phases for one in (shape, replace(shape, values=())))
     assert {one.name for one, other in zip(with_sums, without, strict=True) if one.alone > other.alone} >= {"factors"}

@@ -1,4 +1,4 @@
-"""A cache of int8 in the contrib flavour: what transformers computes from keys and values rounded so, or a refusal."""
+"""A cache of integers in `contrib`: what transformers computes from keys and values rounded so, or a refusal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from soco_export.evaluate.decoders import session
-from soco_export.evaluate.decoders.session import OnnxDecoder, check_int8_cache
+from soco_export.evaluate.decoders.session import OnnxDecoder, check_rounded_cache
 from soco_export.export import export_onnx
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.describe.config import resolve_config
@@ -26,16 +26,16 @@ from tests.support import decoders, fresh
 from tests.support.decoders import Decoder, save_dense, tiny_model
 from tests.support.zoo import ZOO
 
-INT8 = ExportSettings(flavour="contrib", cache="int8", layouts=("ort",))
+INT8, INT4 = (ExportSettings(flavour="contrib", cache=kind, layouts=("ort",)) for kind in ("int8", "int4"))
 CASES = ["llama", "qwen3", "mistral", "gpt_oss", "phi"]  # norms of keys, a window, sinks, a rotation in part
 
 
 class RoundedCache(DynamicCache):
-    """Gives keys and values as int8 leaves them; what it keeps is as it was."""
+    """Gives keys and values as integers of so many bits leave them; what it keeps is as it was."""
 
-    def __init__(self, scales: list[CacheScales], orders: list[Any]) -> None:
+    def __init__(self, scales: list[CacheScales], orders: list[Any], bits: int) -> None:
         super().__init__()
-        self.scales, self.orders = scales, orders
+        self.scales, self.orders, self.bits = scales, orders, bits
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
         keys, values = super().update(keys, values, layer_idx, *rest, **more)
@@ -43,28 +43,32 @@ class RoundedCache(DynamicCache):
         of_keys = torch.from_numpy(by.key)
         if order is not None:
             of_keys = of_keys[..., np.argsort(order)]
-        return _rounded(keys, of_keys), _rounded(values, torch.from_numpy(by.value))
+        return _rounded(keys, of_keys, self.bits), _rounded(values, torch.from_numpy(by.value), self.bits)
 
 
-def _rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x / scale).round().clamp(-128, 127) * scale
+def _rounded(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    levels: torch.Tensor = (x / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return levels * scale
 
 
+@pytest.mark.parametrize(("settings", "bits"), [(INT8, 8), (INT4, 4)])
 @pytest.mark.parametrize("name", CASES)
-def test_prompt_and_steps_are_those_of_rounded_keys_and_values(name: str, tmp_path: Path) -> None:
+def test_prompt_and_steps_are_those_of_rounded_keys_and_values(
+    name: str, settings: ExportSettings, bits: int, tmp_path: Path
+) -> None:
     model = tiny_model(name, configs={**decoders.CONFIGS, **ZOO})
     folder = save_dense(model, tmp_path / "hf")
     text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
     tokens = fresh.rng().integers(3, 90, (1, 20))
-    export_onnx(folder, tmp_path / "onnx", INT8, calibration=lambda: text)
+    export_onnx(folder, tmp_path / "onnx", settings, calibration=lambda: text)
     architecture = describe(resolve_config(folder))
     assert architecture is not None
-    scales = cache_scales(folder, architecture, text)
+    scales = cache_scales(folder, architecture, text, settings.cache)
     orders = [head_order(layer.rope, architecture.attention.head_dim) for layer in architecture.each]
     with torch.no_grad():
         ids = torch.from_numpy(tokens)
         exact = model(ids).logits.numpy()
-        expected = model(ids, past_key_values=RoundedCache(scales, orders), use_cache=True).logits.numpy()
+        expected = model(ids, past_key_values=RoundedCache(scales, orders, bits), use_cache=True).logits.numpy()
     decoder, mask = Decoder(tmp_path / "onnx"), np.ones_like(tokens)
     pieces = [(0, 13), *((at, at + 1) for at in range(13, tokens.shape[1]))]
     found = np.concatenate([decoder.step(tokens[:, start:stop], mask[:, :stop]) for start, stop in pieces], axis=1)
@@ -72,7 +76,7 @@ def test_prompt_and_steps_are_those_of_rounded_keys_and_values(name: str, tmp_pa
     # of values some do, and together they move less than a part of what the rounding of all does.
     assert np.linalg.norm(found - expected) < 0.25 * np.linalg.norm(exact - expected)
     assert 3e-3 * np.abs(exact).max() < np.abs(exact - expected).max()
-    assert cache_bytes(tmp_path / "onnx") == architecture.cached
+    assert cache_bytes(tmp_path / "onnx") == architecture.cached * bits // 8
 
 
 def test_the_text_of_rounded_weights_and_cache_is_read_once(tmp_path: Path) -> None:
@@ -84,10 +88,11 @@ def test_the_text_of_rounded_weights_and_cache_is_read_once(tmp_path: Path) -> N
     assert len(asked) == 1
 
 
-def test_the_decoder_and_the_example_feed_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [INT8, INT4])
+def test_the_decoder_and_the_example_feed_it(settings: ExportSettings, tmp_path: Path) -> None:
     model = tiny_model("llama")
     text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
-    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", INT8, calibration=lambda: text)
+    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", settings, calibration=lambda: text)
     decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
     prompt = fresh.rng().integers(3, 90, (1, 9))
     prompted = decoder.prefill(prompt)
@@ -105,17 +110,49 @@ def test_the_decoder_and_the_example_feed_it(tmp_path: Path) -> None:
         (["export.flavour=contrib", "export.layouts=[transformers.js]"], "transformers.js caches floating-point"),
     ],
 )
-def test_what_cannot_keep_int8_is_refused_before_training(overrides: list[str], said: str) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_cannot_keep_integers_is_refused_before_training(kind: str, overrides: list[str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        check_graph(load_recipe("tiny", ["export.cache=int8", *overrides]))
+        check_graph(load_recipe("tiny", [f"export.cache={kind}", *overrides]))
 
 
-def test_a_runtime_without_the_kernel_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_int8_cache("CPUExecutionProvider")
-    monkeypatch.setattr(session, "INT8_CACHE", {"k_quant_type": "PER_STAR"})
-    with pytest.raises(MachineError, match="has no attention with a cache of int8") as refused:
-        check_int8_cache("CPUExecutionProvider")
+@pytest.mark.parametrize("wrong", [{"k_quant_type": "PER_STAR"}, {"kv_cache_bit_width": 3}])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_runtime_without_the_kernel_is_named_with_its_version(
+    kind: str, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_rounded_cache("CPUExecutionProvider", kind)
+    monkeypatch.setitem(session.ROUNDED_CACHE, kind, session.ROUNDED_CACHE[kind] | wrong)
+    with pytest.raises(MachineError, match=f"has no attention with a cache of {kind}") as refused:
+        check_rounded_cache("CPUExecutionProvider", kind)
     assert session.ort.__version__ in refused.value.message
+
+
+def test_in_int4_each_number_has_the_share_of_its_reach_that_leaves_least_error(tmp_path: Path) -> None:
+    folder = save_dense(tiny_model("llama"), tmp_path / "hf")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
+    architecture = describe(resolve_config(folder))
+    assert architecture is not None
+    found = cache_scales(folder, architecture, text, "int4")[1]
+    reach = cache_scales(folder, architecture, text, "int8")[1]
+    with torch.no_grad():
+        kept = tiny_model("llama")(text, use_cache=True).past_key_values.layers[1]
+    half = architecture.attention.head_dim // 2
+    for ends, by, longest, turning in (
+        (kept.keys, found.key, reach.key, True),
+        (kept.values, found.value, reach.value, False),
+    ):
+        errors = []
+        for share in np.arange(20, 4, -1) / 20:
+            error = (
+                (_rounded(ends, torch.from_numpy(longest * 127 / 7 * share), 4) - ends).square().sum((0, 2)).double()
+            )
+            errors.append(error[:, :half] + error[:, half:] if turning else error)
+        least = torch.stack(errors).amin(0)
+        own = (_rounded(ends, torch.from_numpy(by), 4) - ends).square().sum((0, 2)).double()
+        own = own[:, :half] + own[:, half:] if turning else own
+        assert torch.allclose(own, least, rtol=1e-4)
+        assert (torch.from_numpy(by) < torch.from_numpy(longest) * 127 / 7).float().mean() > 0.9  # clipping pays
 
 
 def test_no_text_no_scales(tmp_path: Path) -> None:
@@ -125,11 +162,12 @@ def test_no_text_no_scales(tmp_path: Path) -> None:
     assert "export.cache is int8, and there is no calibration text" in refused.value.message
 
 
-def test_genai_gives_the_tokens_of_the_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [INT8, INT4])
+def test_genai_gives_the_tokens_of_the_graph(settings: ExportSettings, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     model = tiny_model("llama", eos_token_id=95)
     text = torch.from_numpy(fresh.rng().integers(3, 90, (8, 32)))
-    settings = INT8.model_copy(update={"layouts": ("genai",)})
+    settings = settings.model_copy(update={"layouts": ("genai",)})
     export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", settings, calibration=lambda: text)
     prompt = fresh.rng().integers(3, 90, (1, 9))
     expected = OnnxDecoder(tmp_path / "onnx", threads=1).generate(prompt, 12)[0].tolist()
@@ -152,7 +190,7 @@ def test_no_position_takes_a_key_out_of_reach(name: str, tmp_path: Path) -> None
     text = torch.from_numpy(fresh.rng().integers(3, 90, (4, 16)))
     architecture = describe(resolve_config(folder))
     assert architecture is not None
-    first = cache_scales(folder, architecture, text)[0]
+    first = cache_scales(folder, architecture, text, "int8")[0]
     order = head_order(architecture.each[0].rope, architecture.attention.head_dim)
     reach = 127 * torch.from_numpy(first.key if order is None else first.key[..., np.argsort(order)])
     with torch.no_grad():

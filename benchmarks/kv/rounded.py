@@ -1,9 +1,10 @@
-"""Perplexity and bytes with keys and values in int8 (export.cache) beside floats, in the contrib flavour.
+"""Perplexity and bytes with keys and values in int8 and int4 (export.cache) beside floats, in the contrib flavour.
 
-    python -m benchmarks.kv.int8 --out benchmarks/kv/int8.json
+    python -m benchmarks.kv.rounded --out benchmarks/kv/rounded.json
 
-Both graphs read the evaluation text; each token is scored from keys and values as the cache has them. `step_bytes`:
-weights and cache that a decode step reads after so many tokens, the last that the context holds among them.
+All graphs read the evaluation text; each token is scored from keys and values as the cache has them. `kl`: nats from
+the graph with floats, the mean over some blocks. `step_bytes`: weights and cache that a decode step reads after so many
+tokens, the last that the context holds among them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,40 +26,41 @@ from soco_export.evaluate.perplexity import measure_perplexity
 from soco_export.export import export_onnx
 from soco_export.model.load import load_model
 from soco_export.onnx.inspect import cache_bytes
-from soco_export.onnx.settings import ExportSettings
+from soco_export.onnx.settings import CacheType, ExportSettings
 from soco_export.recipe.load import load_recipe
 from soco_train.data.corpus import load_blocks
-
-COMPARED = 8  # blocks whose logits are compared
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help="a recipe")
+    parser.add_argument("--set", dest="settings", action="append", default=[], help="a recipe key")
+    parser.add_argument("--compared", type=int, default=8, help="blocks whose logits are compared")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.model)
+    recipe = load_recipe(arguments.model, arguments.settings)
     model, tokenizer = load_model(recipe)
     calibration = load_blocks(tokenizer, recipe.data, "calibration").tokens
     evaluation = load_blocks(tokenizer, recipe.evaluation, "evaluation").tokens.numpy()
-    found: dict[str, Any] = {"command": f"python -m benchmarks.kv.int8 {' '.join(sys.argv[1:])}", "rows": {}}
-    logits: list[list[np.ndarray]] = []
+    found: dict[str, Any] = {"command": f"python -m benchmarks.kv.rounded {' '.join(sys.argv[1:])}", "rows": {}}
+    whole: list[np.ndarray] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         save_checkpoint(model.float(), tokenizer, work / "hf")
-        for cache in ("same", "int8"):
+        for cache in get_args(CacheType):
             settings = ExportSettings(flavour="contrib", cache=cache, layouts=("ort",))
             export_onnx(work / "hf", work / cache, settings, calibration=lambda: calibration)
-            decoder = OnnxDecoder(work / cache, threads=1)
-            logits.append([decoder.logits(block[None])[0] for block in evaluation[:COMPARED]])
+            decoder = OnnxDecoder(work / cache)
+            logits = [decoder.logits(block[None])[0] for block in evaluation[: arguments.compared]]
+            whole = whole or logits
+            pairs = [compare_logits(*pair) for pair in zip(whole, logits, strict=True)]
             found["rows"][cache] = {
                 "perplexity": measure_perplexity(decoder, evaluation).value,
+                "kl": float(np.mean([pair.mean_kl for pair in pairs])),
                 "cache_bytes_a_token": cache_bytes(work / cache),
                 "step_bytes": step_bytes(work / cache, model.config),
             }
-        pairs = [compare_logits(*pair) for pair in zip(*logits, strict=True)]
-        found |= {"kl": float(np.mean([pair.mean_kl for pair in pairs])), "compared_blocks": len(pairs)}
-    print(found)
+            print(cache, found["rows"][cache], flush=True)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
