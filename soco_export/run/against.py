@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from soco_export.recipe.recipe import validated
 from soco_export.report.baseline import changes, judge_against, parse_tolerances
 from soco_export.report.gates import Verdict
+from soco_export.report.schema import Results
 from soco_export.report.words import verdict_terminal
 from soco_export.run.folder.allowed import check_lock
 from soco_export.run.folder.manifest import check_uncut
 from soco_export.run.folder.results import load_results
 from soco_export.run.request import Outcome
-from soco_train.errors import ExitCode, RecipeError
+from soco_export.run.stages.report import applicable
+from soco_train.errors import DataError, ExitCode, RecipeError
 
 
 def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> Outcome:
@@ -27,6 +30,7 @@ def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> 
     if run.is_dir():  # not measured again, but what lies there is what was measured, as far as a look can tell
         check_lock(run)
         check_uncut(run)
+    check_verdicts(results, run)
     own = results.verdicts
     against: tuple[Verdict, ...] = ()
     differences: list[str] = []
@@ -51,3 +55,27 @@ def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> 
         lines += [f"changed since: {line}" for line in differences] or ["nothing else changed since"]
     undecided = tuple(f"{verdict.name}: {verdict.message}" for verdict in verdicts if verdict.inconclusive)
     return Outcome(document, "\n".join(lines), ExitCode.GATE if failed else ExitCode.OK, undecided)
+
+
+def check_verdicts(results: Results, where: Path) -> None:
+    """Raise DataError for verdicts that are not those of the figures and the recipe beside them: one was edited."""
+    try:
+        gates = applicable(validated(results.recipe, {}), results.format)
+    except RecipeError as error:
+        message = f"these results have no recipe that they could be judged by: {error.message}"
+        raise DataError(message, fix="judge the run anew: soco-export report RUN", where=str(where)) from error
+    told, found = (
+        {verdict.name: _said(verdict) for verdict in verdicts}
+        for verdicts in (results.verdicts, results.judged(gates).verdicts)
+    )
+    if wrong := next((name for name in {**told, **found} if told.get(name) != found.get(name)), None):
+        raise DataError(
+            f"the verdict on {wrong} is {told.get(wrong, 'none')}, and figures and recipe beside it give "
+            f"{found.get(wrong, 'none')}",
+            fix="put back what was written; by other gates a run is judged with soco-export report RUN --set",
+            where=str(where),
+        )
+
+
+def _said(verdict: Verdict) -> str:
+    return f"{verdict.state} ({verdict.figure} at a threshold of {verdict.threshold})"

@@ -8,6 +8,7 @@ import pytest
 
 from soco_export.bench.stats import Ratio
 from soco_export.files.records import record_file
+from soco_export.recipe.load import load_recipe
 from soco_export.report.baseline import changes, judge_against, parse_tolerances
 from soco_export.report.compare import compare_results
 from soco_export.report.schema import RESULTS_FILE, Results, schema_text
@@ -120,6 +121,8 @@ def test_a_tolerance_beside_no_baseline_is_refused(run):
 @pytest.fixture
 def run(results, tmp_path):  # noqa: F811
     (tmp_path / "run").mkdir()
+    recipe = load_recipe("tiny").replace({"gates": {"max_bytes_ratio": 0.9}})
+    results = results.model_copy(update={"recipe": recipe.as_values()}).judged(recipe.gates)
     results.save(tmp_path / "run" / RESULTS_FILE)
     manifest = Manifest(
         model="m", argv=[], seed=0, versions={}, process=Process(pid=1, host="h", started="now"),
@@ -139,6 +142,30 @@ def test_the_verb_has_the_exit_code_of_what_it_found(run, results, tmp_path):  #
     assert "perplexity.ratio" in found.text
     assert not found.document["passed"]
     assert int(gate_run(run, better, ["perplexity.ratio=0.5"]).code) == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda found: found["sizes"].update(bytes_ratio=0.95),
+        lambda found: found["sizes"].update(bytes_ratio=0.7),
+        lambda found: found["recipe"]["gates"].update(max_bytes_ratio=0.5),
+        lambda found: found["recipe"]["gates"].update(max_ppl_ratio=9.0),
+        lambda found: found["verdicts"][0].update(threshold=0.99),
+        lambda found: found["verdicts"][0].update(passed=False),
+        lambda found: found["verdicts"].clear(),
+        lambda found: found.update(recipe={}),
+    ],
+)
+def test_a_copy_whose_verdicts_are_not_those_of_its_figures_is_refused(run, tmp_path, edit):
+    copy = tmp_path / "copy.json"
+    document = json.loads((run / RESULTS_FILE).read_text(encoding="utf-8"))
+    copy.write_text(json.dumps(document), encoding="utf-8")
+    assert int(gate_run(copy, None, None).code) == 0
+    edit(document)
+    copy.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=r"max_bytes_ratio|max_ppl_ratio|no recipe"):
+        gate_run(copy, None, None)
 
 
 def test_results_that_were_edited_are_refused(run):
