@@ -24,6 +24,8 @@ from soco_train.errors import ExitCode, RecipeError, SocoError
 SHARED_VERBS = ("train", "train_and_export", "export")
 # what goes on in a run folder where it was stopped
 RESUMED_VERBS = (*SHARED_VERBS, "sweep")
+# flags that what to do about an error may name, and that not every verb has
+_OF_SOME = ("--out", "--fresh", "--format", "--dry-run")
 _Declared = Callable[..., None]
 
 
@@ -53,6 +55,7 @@ def verb(app: typer.Typer, name: str | None = None) -> Callable[[_Declared], _De
 
 def _call(verb: str, options: dict[str, Any]) -> None:
     """Call the verb of that name, the common options as its Request, show what it returns, leave with its code."""
+    lacking = [flag for flag in _OF_SOME if flag.strip("-").replace("-", "_") not in options]
     quiet, verbose, as_json = (options.pop(name) for name in ("quiet", "verbose", "json"))
     strict = options.pop("strict", False)
     if not parallel.leading():  # this process is there to help another one, which speaks for all
@@ -68,6 +71,7 @@ def _call(verb: str, options: dict[str, Any]) -> None:
             common = {name: options.pop(name) for name in list(options) if name in known}
             outcome = getattr(verbs, verb)(verbs.Request(**common, argv=sys.argv), notify=console.notify, **options)
     except SocoError as error:
+        error.fix = _possible(error.fix, lacking)
         console.error(error)
         raise typer.Exit(error.code) from None
     except KeyboardInterrupt:
@@ -77,6 +81,13 @@ def _call(verb: str, options: dict[str, Any]) -> None:
         for line in outcome.undecided:
             console.warn(f"{'failed' if strict else 'warning'}: {line}")
     raise typer.Exit(ExitCode.GATE if strict and outcome.undecided else outcome.code)
+
+
+def _possible(fix: str, lacking: Sequence[str]) -> str:
+    """Return a fix without those of its ways that need a flag which the verb lacks; of one way alone nothing goes."""
+    ways = re.split("(?=, or |; )", fix)
+    own = [way for way in ways if "soco-export " in way or not any(flag in way for flag in lacking)]
+    return re.sub("^(, or |; )", "", "".join(own)) or fix
 
 
 def check_encoding(arguments: Sequence[str]) -> None:

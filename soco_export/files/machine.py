@@ -20,7 +20,7 @@ SAYINGS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", FREE),
     errno.EDQUOT: ("the disk quota is used up", FREE),
     errno.EFBIG: ("a file would be larger than is allowed here", f"raise the limit (ulimit -f){GO_ON}"),
-    errno.EROFS: ("the file system is read-only", "give an --out that can be written"),
+    errno.EROFS: ("the file system is read-only", "mount it to be written, or give an --out that can be"),
     errno.EACCES: ("permission denied", "give yourself the right to it (chmod, chown), or give another path"),
     errno.EPERM: ("not permitted", "give yourself the right to it (chmod, chown, chattr), or give another path"),
     errno.EBUSY: ("in use, or a mount point", "give a folder below it"),

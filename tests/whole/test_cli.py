@@ -17,6 +17,8 @@ from typer.main import get_command
 
 from soco_export.cli import app
 from soco_export.model.source import BUILTIN_MODEL
+from soco_export.run import verbs
+from soco_train.errors import RecipeError
 from tests.support.cli import ROOT, contents, soco
 
 GOLDEN = ROOT / "tests" / "golden" / "cli-options.json"
@@ -46,6 +48,26 @@ def surface() -> dict[str, list[str]]:
 def test_verbs_and_options_are_frozen() -> None:
     """A change here is a change of the contract with users: say so in CHANGELOG.md, then write the file anew."""
     assert surface() == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize(
+    ("fix", "said"),
+    [
+        ("wait for it, or give another --out", "wait for it"),
+        ("move it away, or give another --out, or --fresh to start over there (all is then lost)", "move it away"),
+        ("give an --out elsewhere; the same command goes on", "the same command goes on"),
+        ("make it again; soco-export export RUN --out FOLDER", "make it again; soco-export export RUN --out FOLDER"),
+        ("give another --out", "give another --out"),
+    ],
+)
+def test_no_flag_is_advised_that_the_verb_lacks(fix: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object, **asked: object) -> None:
+        raise RecipeError("no", fix=fix)
+
+    monkeypatch.setattr(verbs, "sweep", refused)
+    monkeypatch.setattr(verbs, "train", refused)
+    assert soco("sweep", "run").err == f"RecipeError: no\n  fix: {said}\n"
+    assert soco("train").err == f"RecipeError: no\n  fix: {fix}\n"
 
 
 def test_a_word_that_is_not_utf8_is_refused() -> None:

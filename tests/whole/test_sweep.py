@@ -82,6 +82,9 @@ def test_what_is_in_the_way_is_said_first(tiny_run: Path, tmp_path: Path, way: s
     ran = soco("sweep", run, "--keep-params", "0.6,0.8", "--weights", "int8", *QUICK)
     assert ran.code == 2
     assert said in ran.err
+    assert "move" in ran.err
+    assert "--out" not in ran.err  # which a sweep has not
+    assert "--fresh" not in ran.err
     assert contents(run) == before
 
 

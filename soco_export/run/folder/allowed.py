@@ -35,11 +35,11 @@ EVIDENCE_SECTIONS = frozenset({"description", "evaluation", "validate", "bench",
 
 def check_place(root: Path) -> None:
     """Raise RecipeError if no run may be written into `root`: a link, a file, or what is no run; reads only."""
-    check_apart(root, ())
+    check_apart(root, (), where=str(root))
     if not root.exists():
         return
     if not root.is_dir():
-        raise RecipeError(f"{root} is a file", fix="give another --out", where="--out")
+        raise RecipeError(f"{root} is a file", fix="move it away, or give another --out", where=str(root))
     _check_links(root)
     if Manifest.load(root) is None:
         _check_free(root)
@@ -82,8 +82,8 @@ def _check_free(root: Path) -> None:
     if strangers:
         raise RecipeError(
             f"{root} holds files that are no run of soco-export ({', '.join(strangers[:3])})",
-            fix="give another --out: nothing is written over them, not even with --fresh",
-            where="--out",
+            fix="move them away, or give another --out: nothing is written over them, not even with --fresh",
+            where=str(root),
         )
 
 
@@ -96,7 +96,7 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
     except RecipeError as error:
         raise RecipeError(
             f"{root} holds a run that this version cannot read: {error.message}",
-            fix="give another --out, or --fresh to start over there (its results are then lost)",
+            fix="move it away, or give another --out, or --fresh to start over there (its results are then lost)",
             where=error.where,
         ) from error
     changed = [key for key in differences(there, recipe) if key.split(".")[0] not in EVIDENCE_SECTIONS]
@@ -107,7 +107,7 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
         shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise RecipeError(
             f"{root} holds another run: {shown} differ{'s' if len(changed) == 1 else ''}",
-            fix="give another --out, or --fresh to start over there (its results are then lost)",
+            fix="move it away, or give another --out, or --fresh to start over there (its results are then lost)",
             where=str(root / LOCK),
         )
 

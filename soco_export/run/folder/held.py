@@ -28,6 +28,8 @@ from soco_export.run.folder.manifest import Manifest, Process, StageRecord, lock
 from soco_export.run.folder.names import HELD, LOCK, UNFINISHED
 from soco_train.errors import MachineError, RecipeError
 
+WRITABLE = "give yourself the right to write there (chmod, chown), or give a writable --out"
+
 
 @dataclass
 class RunFolder:
@@ -140,8 +142,10 @@ def check_idle(root: Path) -> None:
             return
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = f"{there} is {'not writable' if there.is_dir() else 'a file'}"
-        raise MachineError(f"cannot write to {root}: {reason}", fix="give a writable --out", where="--out")
+        reason, fix = (
+            ("not writable", WRITABLE) if there.is_dir() else ("a file", "move it away, or give another --out")
+        )
+        raise MachineError(f"cannot write to {root}: {there} is {reason}", fix=fix, where=str(root))
 
 
 @contextmanager
@@ -160,7 +164,7 @@ def hold(root: Path) -> Iterator[None]:
             where=str(root),
         ) from None
     except PermissionError as error:
-        raise MachineError(f"cannot write to {root}: {error}", fix="give a writable --out", where="--out") from error
+        raise MachineError(f"cannot write to {root}: {error}", fix=WRITABLE, where=str(root)) from error
 
 
 def _begin(root: Path, recipe: Recipe, argv: Sequence[str], fresh: bool) -> RunFolder:

@@ -90,12 +90,14 @@ class Manifest(Record):
         if not path.exists():
             return None
         try:
-            manifest = Manifest.model_validate_json(read_bytes(path, "give another --out"))
+            manifest = Manifest.model_validate_json(
+                read_bytes(path, f"move it away and give soco-export repair {root}, or give another --out")
+            )
         except ValidationError as error:
             raise RecipeError(
                 f"{MANIFEST} is not a manifest of this version of soco-export",
                 fix=f"was it damaged, move it away and give soco-export repair {root}; what another program or version "
-                "wrote is left alone, even with --fresh: give another --out",
+                "wrote is left alone: move it away, or give another --out",
                 where=str(path),
             ) from error
         if not manifest.written:  # made before files were listed apart from stages

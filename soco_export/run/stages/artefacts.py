@@ -23,7 +23,7 @@ from soco_export.run.pipeline import Stage
 from soco_export.run.stages.curve import recording
 from soco_export.run.stages.training import PLAN_KEYS
 from soco_train import parallel
-from soco_train.bounded import read_json
+from soco_train.bounded import MADE_ANEW, read_json
 
 if TYPE_CHECKING:
     from soco_export.onnx.settings import ExportSettings
@@ -191,7 +191,7 @@ def write_onnx(context: RunContext, out: Path) -> None:
 
 def provenance(context: RunContext) -> dict[str, str]:
     """Return what the pruned graph says of where it comes from; nothing that only measuring and judging read."""
-    card = read_json(context.path("checkpoint", CARD_FILE), "run it again with --fresh")
+    card = read_json(context.path("checkpoint", CARD_FILE), MADE_ANEW)
     recipe = context.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     made = {key: value for key, value in recipe.items() if key not in EVIDENCE_SECTIONS}
     return {
