@@ -8,7 +8,7 @@ from pathlib import Path
 from soco_export.recipe.difference import differences
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
-from soco_export.run.folder.manifest import Manifest, digest
+from soco_export.run.folder.manifest import Manifest, digest, places_elsewhere
 from soco_export.run.folder.names import DAMAGE
 from soco_export.run.on_run import Homes, advance, check, check_trained, homes_of, stages_of
 from soco_export.run.request import Outcome, Request, run_recipe, size_name
@@ -64,6 +64,11 @@ def _within(keys: Iterable[str], sections: Iterable[str]) -> list[str]:
     """Return the dotted keys that are one of `sections` or lie in one."""
     roots = tuple(f"{section}." for section in sections)
     return [key for key in keys if f"{key}.".startswith(roots)]
+
+
+def priced_in(run: Path) -> Path:
+    """Return the folder in which the price of bytes lies that a run or another size of one goes by."""
+    return places_elsewhere(run).get(PRICE.name, run)
 
 
 def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:

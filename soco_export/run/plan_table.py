@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from soco_export.files.atomic import write_atomic
 from soco_export.files.text import aligned
 from soco_export.recipe.recipe import Recipe
-from soco_export.run.folder.manifest import check_unchanged
+from soco_export.run.folder.manifest import Manifest, check_unchanged, places_elsewhere
 from soco_export.run.folder.names import DAMAGE
 from soco_export.run.plans.measured_plan import plan_for
 from soco_export.run.request import Outcome
+from soco_export.run.stages.training import SCORES
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 from soco_train.plan.ranks import RankPlan
@@ -23,25 +25,39 @@ LAYER_HEADER = ("layer", "shape", "rank", "before", "after", "")
 SIZE_HEADER = ("keep", "model", "selected", "ranks", "left dense")
 
 
+def scores_of(run: Path) -> Path:
+    """Return the scores of `run`, or of the run of which it is another size, as they were written.
+
+    Raises RecipeError if there are none.
+    """
+    manifest = Manifest.load(run)
+    home = places_elsewhere(run).get(SCORES.name, run)
+    found = home / SCORES.writes[0]
+    if found.is_file():
+        check_unchanged(home, [found.name])
+        return found
+    message, fix = f"{run} has no scores yet", "give a trained run"
+    if home != run:
+        message, fix = f"{run} is another size of {home}, and no scores lie there", "move it back into its run"
+    elif manifest and not manifest.argv:
+        message, fix = f"{run} has no scores: a sweep made it for its points", "give the run that was swept"
+    elif manifest:
+        fix = f"train it to its end: {shlex.join(manifest.argv)}, or give a trained run"
+    raise RecipeError(message, fix=fix, where=str(found))
+
+
 def plan_sizes(
-    scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: Path | None, notify: Notify = silent
+    run: Path, scores_file: Path, recipe: Recipe, sizes: Sequence[float], out: Path | None, notify: Notify = silent
 ) -> Outcome:
     """Plan every size from the scores in `scores_file`; with `out`, write plan-SIZE.json there for each.
 
-    Raises RecipeError if there are no scores yet.
+    run: whose times of layers count, where times are what is planned for.
     """
-    if not scores_file.is_file():
-        raise RecipeError(
-            f"{scores_file.parent} has no scores yet",
-            fix=f"soco-export train --model {recipe.name} --out {scores_file.parent}, or give a trained run",
-            where=str(scores_file),
-        )
     if out:
         _check_free(out, sizes)
     scores = Scores.load(scores_file)
     plans: dict[float, RankPlan] = {
-        size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, scores_file.parent, notify)
-        for size in sizes
+        size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, run, notify) for size in sizes
     }
     return _outcome(plans, scores.parameters, out)
 
@@ -53,7 +69,7 @@ def _outcome(plans: dict[float, RankPlan], total: int, out: Path | None) -> Outc
     return Outcome({"plans": documents}, "\n".join([*text, *(f"wrote {path}" for path in written.values())]))
 
 
-def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path | None) -> Outcome:
+def plan_byte_sizes(run: Path, scores_file: Path, recipe: Recipe, sizes: Sequence[int], out: Path | None) -> Outcome:
     """Plan the file sizes from what `run` has measured; the rest as `plan_sizes`."""
     from soco_export.run.plans.byte_plan import plan_bytes
     from soco_train.store.damage import Damage
@@ -71,7 +87,7 @@ def plan_byte_sizes(run: Path, recipe: Recipe, sizes: Sequence[int], out: Path |
     plans: dict[float, RankPlan] = {
         size: plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage) for size in sizes
     }
-    return _outcome(plans, Scores.load(run / "scores.safetensors").parameters, out)
+    return _outcome(plans, Scores.load(scores_file).parameters, out)
 
 
 def _check_free(out: Path, sizes: Sequence[float]) -> None:

@@ -17,7 +17,6 @@ from soco_export.recipe.load import list_overlays, list_recipes, load_recipe, lo
 from soco_export.recipe.merge import overridden
 from soco_export.recipe.yaml import write_yaml
 from soco_export.run.folder.allowed import read_lock
-from soco_export.run.folder.manifest import check_unchanged
 from soco_export.run.folder.names import LOCK
 from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_byte_sizes, parse_sizes
 from soco_train.errors import ExitCode, RecipeError
@@ -49,19 +48,19 @@ def plan(
 
     `request.out` receives plan files. Sizes in bytes need a run that was planned so before.
     """
-    from soco_export.run.plan_table import plan_byte_sizes, plan_sizes
+    from soco_export.run.plan_table import plan_byte_sizes, plan_sizes, scores_of
 
     root = find_run(run, request)
-    own = read_lock(root)
-    recipe = own.override(request.overrides)
-    check_unchanged(root, ["scores.safetensors"])
+    recipe = read_lock(root).override(request.overrides)
+    scores = scores_of(root)
     if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
-        from soco_export.run.another_size import check_priced
+        from soco_export.run.another_size import check_priced, priced_in
 
-        check_priced(root, own, recipe)
-        return plan_byte_sizes(root, recipe, parse_byte_sizes(byte_sizes, recipe.keep_bytes), request.out)
-    wanted = parse_sizes(sizes, recipe.keep_params)
-    return plan_sizes(root / "scores.safetensors", recipe, wanted, request.out, notify)
+        priced = priced_in(root)
+        check_priced(priced, read_lock(priced), recipe)
+        wanted_bytes = parse_byte_sizes(byte_sizes, recipe.keep_bytes)
+        return plan_byte_sizes(priced, scores, recipe, wanted_bytes, request.out)
+    return plan_sizes(root, scores, recipe, parse_sizes(sizes, recipe.keep_params), request.out, notify)
 
 
 def export(request: Request, folder: Path, notify: Notify = silent) -> Outcome:

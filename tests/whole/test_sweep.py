@@ -111,6 +111,19 @@ def test_a_point_is_reported_like_a_run(point: str, swept: Path, tmp_path: Path)
     assert soco("report", alone).code == (0 if point == "keep-0.8" else 2)
 
 
+def test_a_point_is_planned_from_the_scores_of_its_run(swept: Path, tmp_path: Path) -> None:
+    own = json.loads(soco("plan", swept, "--keep-params", "0.8", "--json").out)["plans"]
+    for point in ("keep-0.8", "keep-0.8-int8"):
+        assert json.loads(soco("plan", swept / point, "--json").out)["plans"] == own
+    ran = soco("plan", swept / "dense-int8")
+    assert ran.code == 2
+    assert "give the run that was swept" in ran.err
+    alone = Path(shutil.copytree(swept / "keep-0.8", tmp_path / "alone"))
+    ran = soco("plan", alone)
+    assert ran.code == 2
+    assert "move it back into its run" in ran.err
+
+
 def test_a_cut_is_not_trained_to_be_swept(swept: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(swept, tmp_path / "tiny")) / "keep-0.8"
     before = contents(run)
