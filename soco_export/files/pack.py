@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from soco_export.files.coding import BLOCK, DAMAGED, decode, encode, load_zstandard, plane_lengths
 from soco_export.files.names import MODEL_FILE
 from soco_export.files.records import check_apart, no_file, record_file, walk
-from soco_export.files.replacing import LISTING, replacing_folder
+from soco_export.files.replacing import LISTING, check_replaceable, replacing_folder
 from soco_export.files.text import one_line
 from soco_train.bounded import open_plain, parse_object
 from soco_train.errors import DataError, MachineError, RecipeError
@@ -63,11 +63,22 @@ def pack_folder(folder: Path, out: Path, notify: Notify = silent) -> Contents:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_umask())
-        _check_new(out)
-        os.rename(partial, out)
+        _put(Path(partial), out)
     finally:
         Path(partial).unlink(missing_ok=True)
     return contents
+
+
+def _put(partial: Path, out: Path) -> None:
+    """Give a file its name, unless there is something of that name by now; RecipeError then."""
+    try:
+        os.link(partial, out)  # which a rename would write over
+    except FileExistsError:
+        _check_new(out)
+        raise
+    except OSError:  # a disk without links
+        _check_new(out)
+        os.rename(partial, out)
 
 
 def unpack_file(archive: Path, out: Path, notify: Notify = silent) -> Contents:
@@ -78,12 +89,13 @@ def unpack_file(archive: Path, out: Path, notify: Notify = silent) -> Contents:
     """
     load_zstandard()
     _check_free(out)
+    check_replaceable(out)
     with open_plain(archive, GIVE_PACK) as file:
         contents = _read_contents(file, archive)
         total = sum(size for size, _ in contents.values())
         _check_room(total, out)
         told = _Told("unpack", total, notify)
-        with replacing_folder(out) as partial:
+        with replacing_folder(out, new=True) as partial:
             for name, (size, digest) in contents.items():
                 _read_file(file, partial / name, size, digest, told)
             if file.read(1):

@@ -6,6 +6,7 @@ renames; a death between them leaves the old one under a hidden name, from which
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -60,7 +61,21 @@ class Listing(Record):
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise RecipeError unless `out` is free, empty, or to the file what an earlier call wrote; reads only."""
+    """Raise RecipeError unless `out` is free, empty, or to the file what an earlier call wrote; reads only.
+
+    So does another process that is writing there.
+    """
+    _check_place(out)
+    for path, listing in _beside(Path(os.path.abspath(out))):
+        if listing.making != _me() and _lives(listing.making):
+            raise RecipeError(
+                f"{out} is being written by another process ({listing.making})",
+                fix=f"wait for it, or give another --out; has it ended, delete {path}",
+                where=str(out),
+            )
+
+
+def _check_place(out: Path) -> None:
     check_apart(out, ())
     if not out.exists():
         return
@@ -76,10 +91,11 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextmanager
-def replacing_folder(out: Path) -> Iterator[Path]:
+def replacing_folder(out: Path, new: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
 
-    RecipeError if `out` holds anything but what an earlier call wrote there, unchanged; it is then left as it is.
+    RecipeError if `out` holds anything but what an earlier call wrote there, unchanged; it is then left as it is, and
+    so is, where the folder is to be `new`, what another process wrote there meanwhile.
     """
     out = Path(os.path.abspath(out))
     _settle(out)
@@ -93,10 +109,10 @@ def replacing_folder(out: Path) -> Iterator[Path]:
         _give_usual_mode(partial)
         remove(partial / LISTING)
         Listing(files={name: record.sha256 for name, record in record_files(partial, ["."]).items()}).save(partial)
-        if out.exists():
-            check_replaceable(out)
-            os.rename(out, old)
-        os.rename(partial, out)
+        if out.exists() and not new:
+            _check_place(out)
+            _rename(out, old, out)
+        _rename(partial, out, out)
     finally:
         if old.exists() and not out.exists():
             os.rename(old, out)
@@ -105,16 +121,33 @@ def replacing_folder(out: Path) -> Iterator[Path]:
             remove(old)
 
 
-def _settle(out: Path) -> None:
-    """Finish what killed calls left beside `out`: put the last good folder back, remove what they had made."""
+def _rename(source: Path, target: Path, out: Path) -> None:
+    """Rename a folder; RecipeError where another process was faster."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+            raise
+        raise RecipeError(
+            f"{out} was written by another process meanwhile, and is left as it is",
+            fix="look at what lies there, or give another --out",
+            where=str(out),
+        ) from error
+
+
+def _beside(out: Path) -> list[tuple[Path, Listing]]:
+    """Return the folders that calls for `out` are making beside it, or have left there."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.\w+\.(old|partial)")
     left = [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)] if out.parent.is_dir() else []
-    for path in left:
-        listing = None if path.is_symlink() else Listing.load(path)
-        if listing is None:
-            continue
+    found = ((path, None if path.is_symlink() else Listing.load(path)) for path in left)
+    return [(path, listing) for path, listing in found if listing is not None]
+
+
+def _settle(out: Path) -> None:
+    """Finish what killed calls left beside `out`: put the last good folder back, remove what they had made."""
+    for path, listing in _beside(out):
         if listing.making:
-            if _dead(listing.making):
+            if _lives(listing.making) is False:
                 remove(path)
         elif not out.exists():
             os.rename(path, out)
@@ -128,12 +161,12 @@ def _me() -> str:
     return f"{os.getpid()}@{socket.gethostname()}"
 
 
-def _dead(process: str) -> bool:
-    """Tell whether a process of this host, as `_me` names it, has ended."""
+def _lives(process: str) -> bool | None:
+    """Tell whether a process, as `_me` names it, is at work; None where it is none of this host."""
     number, _, host = process.partition("@")
     with suppress(ValueError, OverflowError):  # no number, or one that no process has
-        return host == socket.gethostname() and not psutil.pid_exists(int(number))
-    return False
+        return psutil.pid_exists(int(number)) if host == socket.gethostname() else None
+    return None
 
 
 def _give_usual_mode(folder: Path) -> None:

@@ -131,6 +131,40 @@ class TestReplacingFolder:
                 (tmp_path / "out" / "notes").write_text("mine")
             (tmp_path / "out" / "notes").unlink()
 
+    def test_what_another_process_writes_is_left_to_it(self, tmp_path: Path) -> None:
+        partial = tmp_path / ".out.abcdefgh.partial"
+        partial.mkdir()
+        Listing(making=f"{os.getppid()}@{socket.gethostname()}").save(partial)
+        with pytest.raises(RecipeError, match="is being written by another process"):
+            make(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_new_folder_is_not_put_over_one_that_came_first(self, tmp_path: Path) -> None:
+        def overtaken() -> None:
+            with replacing_folder(tmp_path / "out", new=True) as late:
+                (late / "model.onnx").write_text("late")
+                make(tmp_path / "out", "early")
+
+        with pytest.raises(RecipeError, match="by another process meanwhile"):
+            overtaken()
+        assert (tmp_path / "out" / "model.onnx").read_text() == "early"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_of_two_that_replace_at_once_one_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out, rename = make(tmp_path / "out"), os.rename
+
+        def overtaken(source: Path, target: Path) -> None:
+            rename(source, target)
+            if target.suffix == ".old":
+                out.mkdir()
+                (out / "model.onnx").write_text("early")
+
+        monkeypatch.setattr(os, "rename", overtaken)
+        with pytest.raises(RecipeError, match="by another process meanwhile"):
+            make(out, "late")
+        assert (out / "model.onnx").read_text() == "early"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
 
 class TestApart:
     @pytest.mark.parametrize(

@@ -198,6 +198,25 @@ def test_no_folder_is_in_the_way_of_an_archive(folder: Path, tmp_path: Path, mon
         pack_folder(folder, tmp_path / "b")
 
 
+def test_of_two_at_once_one_wins(folder: Path, tmp_path: Path) -> None:
+    packed, out, events = tmp_path / "a.socopack", tmp_path / "out", iter(range(9))
+
+    def overtaken(event: Event) -> None:
+        if not next(events):
+            (packed if event.stage == "pack" else out).write_text("early")
+
+    with pytest.raises(RecipeError, match="is there already"):
+        pack_folder(folder, packed, overtaken)
+    assert packed.read_text() == "early"
+    packed.unlink()
+    pack_folder(folder, packed)
+    events = iter(range(9))
+    with pytest.raises(RecipeError, match="by another process meanwhile"):
+        unpack_file(packed, out, overtaken)
+    assert out.read_text() == "early"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_places_without_a_name_and_files_without_bytes(tmp_path: Path) -> None:
     assert soco("pack", "/").code == 2
     assert container.default_archive(Path("/onnx")) == Path("/onnx.socopack")
