@@ -50,8 +50,14 @@ def record_file(path: Path, known: FileRecord | None = None) -> FileRecord:
 
 
 def record_files(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-    """Return the records of all files that `names` (files or folders under `root`) hold, by path relative to `root`."""
+    """Return the records of all files that `names` (files or folders under `root`) hold, by path relative to `root`.
+
+    DataError for a link among them, which no call of ours writes: what it leads to is another's.
+    """
     files = {path.relative_to(root).as_posix(): path for name in names for path in walk(root / name)}
+    for path in files.values():
+        if kind := no_file(path):
+            raise DataError(f"{path.name} is {kind}", fix="put the file itself in its place", where=str(path))
     return {name: record_file(path) for name, path in sorted(files.items())}
 
 

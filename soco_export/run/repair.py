@@ -29,7 +29,7 @@ from soco_export.run.pipeline import Pipeline, Stage
 from soco_export.run.request import Outcome, Request, run_recipe
 from soco_export.run.stages.agreement import AGREE, command_of
 from soco_export.run.stages.evidence import EVIDENCE
-from soco_train.errors import RecipeError, SocoError
+from soco_train.errors import DataError, RecipeError, SocoError
 from soco_train.events import Notify
 
 
@@ -98,12 +98,20 @@ def _adopt(folder: RunFolder, notify: Notify) -> dict[str, str]:
             continue
         why = _doubt(stage, context, stages, left)
         if not why:
-            pipeline.adopt(stage)
-            why = _changed(folder, stage.name)
+            why = _adopted(pipeline, stage) or _changed(folder, stage.name)
         if why:
             folder.manifest.disown(stage.name)
             left[stage.name] = why
     return left
+
+
+def _adopted(pipeline: Pipeline[RunContext], stage: Stage[RunContext]) -> str:
+    """Record a stage; return why that is not possible, as of a link among its files, "" if it was."""
+    try:
+        pipeline.adopt(stage)
+    except DataError as error:
+        return error.message
+    return ""
 
 
 def _doubt(

@@ -474,7 +474,7 @@ def test_what_lies_behind_a_link_is_not_ours(tmp_path: Path) -> None:
 
 def test_a_pipe_among_a_runs_files_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with refused("no file"):
+    with refused("is a pipe"):
         record_files(tmp_path, ["."])
 
 

@@ -101,6 +101,15 @@ def test_what_was_changed_is_left_out_with_all_that_was_made_of_it(run: Path, ed
         manifest.check_own(run, [edited])
 
 
+@pytest.mark.parametrize("name", ["hf/more.json", "onnx/config.json"])
+def test_a_link_is_left_out_and_not_followed(run: Path, tmp_path: Path, name: str) -> None:
+    (run / MANIFEST).unlink()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "nowhere")
+    assert "is a link" in repair(Request(), run).document["left_out"]["checkpoint" if "hf" in name else "onnx"]
+    assert (run / name).is_symlink()
+
+
 def test_a_changed_spectrum_is_left_out_alone(run: Path) -> None:
     (run / MANIFEST).unlink()
     changed_tensor(next((run / "spectrum").glob("*.safetensors")))
