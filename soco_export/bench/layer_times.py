@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from soco_train.bounded import read_text
 from soco_train.errors import DataError
@@ -101,9 +101,12 @@ class Profile:
             found = _Stored.model_validate_json(text, strict=False)
             shapes = {name: _shape(name) for name in found.layers}
             layers = {shapes[name]: _checked(shapes[name], forms, found) for name, forms in found.layers.items()}
-        except ValueError as error:
-            said = str(error).replace("\n", " ")[:200]
+        except ValidationError as error:
+            first = error.errors()[0]
+            said = ": ".join(filter(None, (".".join(map(str, first["loc"]))[:100], first["msg"][:100])))
             raise DataError(f"this is no latency profile: {said}", fix=_FIX) from error
+        except ValueError as error:
+            raise DataError(f"this is no latency profile: {error}", fix=_FIX) from error
         return Profile(found.conditions, found.multiple, layers)
 
     @staticmethod
@@ -126,7 +129,8 @@ class _Stored(BaseModel):
 
 def _shape(name: str) -> Shape:
     m, by, n = name.partition("x")
-    if not (by and m.isdecimal() and n.isdecimal() and max(len(m), len(n)) < DIGITS and int(m) and int(n)):
+    known = by and m.isdecimal() and n.isdecimal() and max(len(m), len(n)) < DIGITS and int(m) and int(n)
+    if not known or name != f"{int(m)}x{int(n)}":  # two names of one shape would be two entries
         raise ValueError(f"{name[:40]!r} is no shape")
     return int(m), int(n)
 
@@ -142,7 +146,8 @@ def _checked(shape: Shape, forms: Mapping[Storage, FormTimes], found: _Stored) -
         regular = len(form.times) == len(form.ranks) > 0 and all(len(row) == workloads for row in rows)
         rising = all(low < high for low, high in pairwise((0, *form.ranks, min(shape) + 1)))
         if not (regular and rising and all(0 < time < math.inf for row in rows for time in row)):
-            raise ValueError(f"the times of {name} are not those of {workloads} workloads at ascending ranks")
+            place, each = f"layers.{shape[0]}x{shape[1]}.{name}", f"each of the {workloads} workloads"
+            raise ValueError(f"{place} holds no times above 0 for {each}, dense and at ascending ranks of the shape")
     return {str(name): form for name, form in forms.items()}
 
 

@@ -111,7 +111,7 @@ def check_ours(root: Path, names: Iterable[str], known: Mapping[str, Iterable[Fi
 def check_apart(out: Path, inputs: Iterable[Path], where: str = "--out") -> None:
     """Raise RecipeError if `out` is a link, or is, contains or lies in a folder that is read."""
     if out.is_symlink():
-        raise RecipeError(f"{out} is a link", fix=f"give the folder it leads to: {out.resolve()}", where=where)
+        raise RecipeError(f"{out} is a link", fix=f"give what it leads to: {out.resolve()}", where=where)
     there = out.resolve()
     for source in inputs:
         origin = source.resolve()

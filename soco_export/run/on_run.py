@@ -19,7 +19,7 @@ from soco_export.run.folder.held import RunFolder, check_idle, open_folder, open
 from soco_export.run.folder.manifest import Manifest, StageRecord, check_unchanged, places_elsewhere, stage_key
 from soco_export.run.folder.names import EVIDENCE_FILES, LOCK, MANIFEST, REPORT_FILES, Format
 from soco_export.run.pipeline import Pipeline, Stage, assist
-from soco_export.run.request import Outcome, Request, run_recipe
+from soco_export.run.request import Outcome, Request, check_profile_kept, run_recipe
 from soco_export.run.stages.artefacts import artefacts
 from soco_export.run.stages.evidence import EVIDENCE
 from soco_export.run.stages.report import applicable, read_material, write_reports
@@ -103,6 +103,8 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: H
     for home, own in dict((homes or {}).values()).items():
         check_folder(home, own, fresh=False)
         check_idle(home)
+
+    check_profile_kept(recipe)
 
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes

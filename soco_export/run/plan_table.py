@@ -13,7 +13,7 @@ from soco_export.files.text import aligned
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.manifest import Manifest, check_unchanged, places_elsewhere
 from soco_export.run.folder.names import DAMAGE
-from soco_export.run.plans.measured_plan import plan_for
+from soco_export.run.plans.measured_plan import check_profile, plan_for
 from soco_export.run.request import Outcome
 from soco_export.run.stages.training import SCORES
 from soco_train.errors import RecipeError
@@ -55,6 +55,7 @@ def plan_sizes(
     """
     if out:
         _check_free(out, sizes)
+    check_profile(recipe, run)
     scores = Scores.load(scores_file)
     plans: dict[float, RankPlan] = {
         size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, run, notify) for size in sizes

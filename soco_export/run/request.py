@@ -104,6 +104,15 @@ def find_run(run: Path | None, request: Request) -> Path:
     return locks[-1].parent
 
 
+def check_profile_kept(recipe: Recipe) -> None:
+    """Raise DataError if `latency.profile` holds something else, read before anything heavy is imported."""
+    path = recipe.latency.profile
+    if recipe.optimise_for == "latency" and path is not None and path.exists():
+        from soco_export.bench.layer_times import Profile
+
+        Profile.load(path)
+
+
 def run_recipe(run: Path, request: Request) -> Recipe:
     """Return the recipe of the run in `run`, its dense model taken from the folder `--model` to which it was moved.
 

@@ -18,7 +18,15 @@ from soco_export.recipe.merge import overridden
 from soco_export.recipe.yaml import write_yaml
 from soco_export.run.folder.allowed import read_lock
 from soco_export.run.folder.names import LOCK
-from soco_export.run.request import Outcome, Request, check_no_model, find_run, parse_byte_sizes, parse_sizes
+from soco_export.run.request import (
+    Outcome,
+    Request,
+    check_no_model,
+    check_profile_kept,
+    find_run,
+    parse_byte_sizes,
+    parse_sizes,
+)
 from soco_train.errors import ExitCode, RecipeError
 from soco_train.events import Notify, silent
 
@@ -48,10 +56,12 @@ def plan(
 
     `request.out` receives plan files. Sizes in bytes need a run that was planned so before.
     """
-    from soco_export.run.plan_table import plan_byte_sizes, plan_sizes, scores_of
-
     root = find_run(run, request)
     recipe = read_lock(root).override(request.overrides)
+    check_profile_kept(recipe)
+
+    from soco_export.run.plan_table import plan_byte_sizes, plan_sizes, scores_of
+
     scores = scores_of(root)
     if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
         from soco_export.run.another_size import check_priced, priced_in

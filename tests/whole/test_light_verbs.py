@@ -54,6 +54,7 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
     other.mkdir()
     (other / "mine.txt").touch()
     model = str(BUILTIN_MODEL)
+    profile = ["--set", "optimise_for=latency", "--set", f"latency.profile={other / 'mine.txt'}"]
     with FileLock(run / HELD):
         refused = ran_in_one_process(
             [
@@ -63,6 +64,8 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
                 ["train", "--model", "tiny", "--set", "train.stepz=1"],
                 ["train", "--model", "tiny", "--set", "train.basis=magic"],
                 ["train", "--model", "tiny", "--set", "train.scorer=magic"],
+                ["train", "--model", "tiny", *profile],
+                ["plan", str(run), *profile],
                 ["train-and-export", "--model", "tiny", "--out", str(run)],
                 ["export", str(run)],
                 ["bench", str(run)],

@@ -32,6 +32,7 @@ from soco_train.plan.allocation import layer_cost
 from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.plan import PlanSettings
 from soco_train.store.scores import LayerScores, Scores
+from tests.support.cli import soco
 
 CONDITIONS = Conditions("cpu", "CPUExecutionProvider", 2, "1.32", "float32", "same", "", False, (1, 512))
 STORAGES = st.sampled_from(["stacked", "pivoted"])
@@ -205,6 +206,14 @@ def test_a_profile_that_cannot_be_kept_is_refused_before_training(tmp_path, case
         check_profile(load_recipe("tiny", ["optimise_for=latency", f"latency.profile={path}"]), tmp_path / "run")
     assert raised.value.fix
     check_profile(load_recipe("tiny", [f"latency.profile={path}"]), tmp_path / "run")  # it will not be read
+
+
+def test_a_link_in_the_place_of_a_profile_is_not_replaced_by_a_plan(tiny_run, tmp_path):
+    (tmp_path / "p.json").symlink_to("nowhere")
+    ran = soco("plan", tiny_run, "--set", "optimise_for=latency", "--set", f"latency.profile={tmp_path / 'p.json'}")
+    assert ran.code == 2
+    assert "p.json is a link" in ran.err
+    assert (tmp_path / "p.json").is_symlink()
 
 
 def test_a_profile_that_is_new_leaves_nothing_before_it_is_measured(tmp_path):

@@ -131,7 +131,7 @@ def test_a_profile_of_no_measurement_is_refused(change: dict[str, Any], tmp_path
     with pytest.raises(DataError, match="no latency profile") as found:
         Profile.load(tmp_path / "it.json")
     assert found.value.where == str(tmp_path / "it.json")
-    for name in ("4", "4x", "0x6", "9" * 5000 + "x6", "-4x6"):
+    for name in ("4", "4x", "0x6", "9" * 5000 + "x6", "-4x6", "04x6", "４x6"):
         with pytest.raises(DataError, match="no latency profile"):
             Profile.from_json(json.dumps(document | {"layers": {name: {}}}))
 
