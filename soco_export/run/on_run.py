@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from soco_export.files.records import check_apart
@@ -38,6 +39,7 @@ def training(request: Request, notify: Notify) -> Outcome:
     if request.dry_run:
         return cost_card(recipe, request)
     root = request.folder(recipe)
+    check_places(request, recipe, root, TRAINING)
     check(request, recipe, root, notify)
     advance(request, recipe, root, TRAINING, notify)
     scores = root / SCORES.writes[0]
@@ -53,8 +55,10 @@ def whole_road(request: Request, notify: Notify) -> Outcome:
     if request.dry_run:
         return cost_card(recipe, request)
     root = request.folder(recipe)
+    stages = (*TRAINING, *artefacts(recipe, request.format), *EVIDENCE[request.format])
+    check_places(request, recipe, root, stages)
     check(request, recipe, root, notify)
-    advance(request, recipe, root, (*TRAINING, *artefacts(recipe, request.format), *EVIDENCE[request.format]), notify)
+    advance(request, recipe, root, stages, notify)
     return run_outcome(root)
 
 
@@ -87,10 +91,12 @@ def _check_out(request: Request) -> None:
         check_idle(request.out)
 
 
-def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: Homes | None = None) -> None:
-    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does.
+def check_places(
+    request: Request, recipe: Recipe, root: Path, stages: Sequence[Stage[RunContext]], homes: Homes | None = None
+) -> None:
+    """Find what can be wrong with the folders and with what lies there of `stages`; the leading process does.
 
-    The folders are looked at first: what it takes to look at the rest takes seconds to import.
+    First of all: what it takes to look at the rest takes seconds to import.
     """
     if not parallel.leading():
         return
@@ -103,9 +109,18 @@ def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: H
     for home, own in dict((homes or {}).values()).items():
         check_folder(home, own, fresh=False)
         check_idle(home)
-
+    manifests = cache(Manifest.load)
+    for stage in () if request.fresh else stages:
+        home = (homes or {}).get(stage.name, (root, recipe))[0]
+        if (manifest := manifests(home)) and (record := manifest.stages.get(stage.name)):
+            manifest.check_own(home, record.outputs)
     check_profile_kept(recipe)
 
+
+def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: Homes | None = None) -> None:
+    """Find all else that can be wrong before a weight is loaded or a file is written; the leading process does."""
+    if not parallel.leading():
+        return
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes
     from soco_export.run.plans.measured_plan import check_profile
@@ -134,10 +149,11 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     check_trained(run)
     there = replace(request, format=run_format(run))
     homes = homes_of(run)
-    check(there, recipe, run, notify, homes)
     stages = stages_of(recipe, there.format, homes)
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
+    check_places(there, recipe, run, stages, homes)
+    check(there, recipe, run, notify, homes)
     _lead(replace(there, argv=(), fresh=False), recipe, run, stages, notify, homes, afresh=stage)
     return run_outcome(run)
 

@@ -31,6 +31,7 @@ from soco_export.run.on_run import (
     Homes,
     advance,
     check,
+    check_places,
     check_trained,
     homes_of,
     report_again,
@@ -76,6 +77,8 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
     if (run / RESULTS_FILE).is_file() and run not in {point.root for point in wanted}:
         # its report will show the frontier, and nothing before that makes what is missing
         reportable(replace(request, set_=None), run, notify)
+    for point in wanted:
+        check_places(request, point.recipe, point.root, stages_of(point.recipe, "onnx", point.homes), point.homes)
     for point in wanted:
         check(request, point.recipe, point.root, notify, point.homes)
     for number, point in enumerate(wanted, 1):

@@ -49,8 +49,11 @@ def test_they_import_nothing_heavy(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_path: Path) -> None:
     """It took as long as importing PyTorch and transformers, and one in use as long as reading all weights."""
-    run, other = tmp_path / "run", tmp_path / "other"
+    run, other, edited = tmp_path / "run", tmp_path / "other", tmp_path / "edited"
     shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_run, edited)
+    with (edited / "hf" / "config.json").open("a") as file:
+        file.write(" ")
     other.mkdir()
     (other / "mine.txt").touch()
     model = str(BUILTIN_MODEL)
@@ -69,6 +72,10 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
                 ["train-and-export", "--model", "tiny", "--out", str(run)],
                 ["export", str(run)],
                 ["bench", str(run)],
+                ["bench", str(edited)],
+                ["validate", str(edited)],
+                ["export", str(edited)],
+                ["export", str(edited), "--keep-params", "0.8", "--out", str(edited)],
                 ["export", model, "--out", str(other)],
                 ["export", str(other)],
                 ["bench", model, "--against", str(other)],

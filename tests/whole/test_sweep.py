@@ -99,6 +99,23 @@ def test_an_edited_file_of_the_last_point_is_said_first(swept: Path, tmp_path: P
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_lock_of_the_last_point_is_looked_at_first(swept: Path, tmp_path: Path, edited: bool) -> None:
+    run = Path(shutil.copytree(swept, tmp_path / "tiny"))
+    lock = run / "keep-0.8-int8/recipe.lock.yaml"
+    text = lock.read_text()
+    lock.unlink()
+    if edited:
+        lock.write_text(text + "seed: 3\n")
+    before = contents(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soco_export.preflight.checks.check_everything", lambda *given: pytest.fail("too late"))
+        ran = soco("sweep", run, *SWEEP)
+    assert ran.code == 2
+    assert f"soco-export repair {run / 'keep-0.8-int8'}" in ran.err.replace("\n", " ")
+    assert contents(run) == before
+
+
 @pytest.mark.parametrize("point", ["keep-0.8", "keep-0.8-int8"])
 def test_a_point_is_reported_like_a_run(point: str, swept: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(swept, tmp_path / "tiny")) / point

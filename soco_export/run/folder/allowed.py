@@ -94,6 +94,8 @@ def _check_same_run(root: Path, recipe: Recipe, manifest: Manifest) -> None:
     try:
         there = read_lock(root)
     except RecipeError as error:
+        if not (root / LOCK).is_file():
+            raise
         raise RecipeError(
             f"{root} holds a run that this version cannot read: {error.message}",
             fix="move it away, or give another --out, or --fresh to start over there (its results are then lost)",
