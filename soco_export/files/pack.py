@@ -95,7 +95,7 @@ def unpack_file(archive: Path, out: Path, notify: Notify = silent) -> Contents:
         total = sum(size for size, _ in contents.values())
         _check_room(total, out)
         told = _Told("unpack", total, notify)
-        with replacing_folder(out, new=True) as partial:
+        with replacing_folder(out) as partial:
             for name, (size, digest) in contents.items():
                 _read_file(file, partial / name, size, digest, told)
             if file.read(1):

@@ -91,15 +91,16 @@ def _check_place(out: Path) -> None:
 
 
 @contextmanager
-def replacing_folder(out: Path, new: bool = False) -> Iterator[Path]:
+def replacing_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that takes its place when the block ends well, and vanishes if it fails.
 
     RecipeError if `out` holds anything but what an earlier call wrote there, unchanged; it is then left as it is, and
-    so is, where the folder is to be `new`, what another process wrote there meanwhile.
+    so is, where it was free at first, what another process wrote there meanwhile.
     """
     out = Path(os.path.abspath(out))
     _settle(out)
     check_replaceable(out)
+    replaces = out.exists()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     old = partial.with_suffix(".old")
@@ -109,7 +110,7 @@ def replacing_folder(out: Path, new: bool = False) -> Iterator[Path]:
         _give_usual_mode(partial)
         remove(partial / LISTING)
         Listing(files={name: record.sha256 for name, record in record_files(partial, ["."]).items()}).save(partial)
-        if out.exists() and not new:
+        if replaces and out.exists():
             _check_place(out)
             _rename(out, old, out)
         _rename(partial, out, out)

@@ -124,6 +124,7 @@ class TestReplacingFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     def test_a_living_process_keeps_its_partial_folder(self, tmp_path: Path) -> None:
+        make(tmp_path / "out")
         with replacing_folder(tmp_path / "out") as one:
             make(tmp_path / "out", "other")
             assert one.exists()
@@ -141,7 +142,7 @@ class TestReplacingFolder:
 
     def test_a_new_folder_is_not_put_over_one_that_came_first(self, tmp_path: Path) -> None:
         def overtaken() -> None:
-            with replacing_folder(tmp_path / "out", new=True) as late:
+            with replacing_folder(tmp_path / "out") as late:
                 (late / "model.onnx").write_text("late")
                 make(tmp_path / "out", "early")
 
