@@ -56,7 +56,8 @@ def check_room(card: CostCard, machine: Resources, already: int = 0) -> None:
         free = f"{human_bytes(machine.disk)} are" if machine.disk else "nothing is"
         raise MachineError(
             f"the run needs about {human_bytes(needed)} of disk, and {free} free",
-            fix=f"free some space, or give --out on a larger disk ({largest}: {human_bytes(card.disk[largest])})",
+            fix="free some space, or give --out on a larger disk "
+            f"(most of it is {largest}: {human_bytes(card.disk[largest])})",
             where="--out",
         )
     for phase in card.phases:
