@@ -16,7 +16,7 @@ from soco_train.errors import RecipeError
 from soco_train.modules.subject import Session, Subject
 from soco_train.settings.plan import PlanSettings
 from soco_train.settings.section import Section
-from soco_train.settings.train import SCORER_NAMES, TrainSettings
+from soco_train.settings.train import TrainSettings
 from soco_train.store.scores import Scores
 
 _Run = Callable[[Subject, TrainSettings, PlanSettings, Session], Scores]
@@ -82,7 +82,6 @@ def scorer(
         SCORERS[name] = Scorer(function, frozenset(reads), trains, check, cost)
         if section is not None:
             TrainSettings.of_steps[name] = section
-        SCORER_NAMES.add(name)
         return function
 
     return register

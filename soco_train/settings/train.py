@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from soco_train.settings.section import Bytes, OpenSection, Section
 
 ScoreFunction = Literal["relu", "softplus", "sigmoid2"]
 SUMS_AT_ONCE = 4 * 2**30  # bytes; a pass over the calibration text costs little beside a GPU's memory
-# a scorer or basis that is registered adds its name (soco_train/scores/registry.py, spectra/bases.py)
-SCORER_NAMES = {"soco", "acip", "fisher", "singular-values"}
-BASIS_NAMES = {"plain", "activation", "whitened", "two-sided", "fisher", "fisher-inputs", "sparsity"}
 MOST_SEED = 2**40  # epochs derive theirs from it, in 63 bits
 _Share = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0)]
@@ -90,12 +87,3 @@ class TrainSettings(OpenSection):
     factor_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
     logit_chunk: int = Field(default=2048, ge=1, description="tokens whose fp32 tables exist at one time in the loss")
-
-    @field_validator("scorer", "basis")
-    @classmethod
-    def _registered(cls, name: str, info: ValidationInfo) -> str:
-        """Refuse a name that nothing goes by; here nothing needs to be imported to know."""
-        known = SCORER_NAMES if info.field_name == "scorer" else BASIS_NAMES
-        if name not in known:
-            raise ValueError(f"there is no {info.field_name} {name[:60]!r}, but {', '.join(sorted(known))}")
-        return name

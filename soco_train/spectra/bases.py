@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from soco_train.errors import DataError, RecipeError
-from soco_train.settings.train import BASIS_NAMES
 from soco_train.spectra.statistics import LayerStatistics
 
 _REMEMBERED = 4  # q/k/v follow one another, so do gate/up: a few factors at a time save nearly all of the work
@@ -90,7 +89,6 @@ def basis(name: str, needs: tuple[str, ...] = ()) -> Callable[[BasisFunction], B
 
     def register(metric: BasisFunction) -> BasisFunction:
         _BASES[name] = Basis(metric, frozenset(needs))
-        BASIS_NAMES.add(name)
         return metric
 
     return register

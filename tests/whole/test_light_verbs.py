@@ -65,8 +65,6 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
                 ["train-and-export", "--model", model, "--tiny", "--out", str(other)],
                 ["train", "--model", "tiny", "--out", str(other / "mine.txt" / "below")],
                 ["train", "--model", "tiny", "--set", "train.stepz=1"],
-                ["train", "--model", "tiny", "--set", "train.basis=magic"],
-                ["train", "--model", "tiny", "--set", "train.scorer=magic"],
                 ["train", "--model", "tiny", *profile],
                 ["plan", str(run), *profile],
                 ["train-and-export", "--model", "tiny", "--out", str(run)],
@@ -88,18 +86,6 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
         assert imported == [], f"{name} imports {imported}"
         assert answered
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
-
-
-def test_the_names_that_are_known_before_anything_is_registered_are_those_that_are(tmp_path: Path) -> None:
-    program = (
-        "from soco_train.settings.train import BASIS_NAMES, SCORER_NAMES\n"
-        "known = set(BASIS_NAMES), set(SCORER_NAMES)\n"
-        "from soco_train.scores import registry\n"
-        "from soco_train.spectra import bases\n"
-        "assert known == (set(bases._BASES), set(registry.SCORERS)), known\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert not done.returncode, done.stderr
 
 
 def ran_in_one_process(commands: list[list[str]], folder: Path) -> list[Any]:
