@@ -18,6 +18,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -71,14 +72,11 @@ def pack_folder(folder: Path, out: Path, notify: Notify = silent) -> Contents:
 
 def _put(partial: Path, out: Path) -> None:
     """Give a file its name, unless there is something of that name by now; RecipeError then."""
-    try:
-        os.link(partial, out)  # which a rename would write over
-    except FileExistsError:
-        _check_new(out)
-        raise
-    except OSError:  # a disk without links
-        _check_new(out)
-        os.rename(partial, out)
+    with suppress(OSError):
+        os.link(partial, out)  # which, unlike a rename, never writes over anything
+        return
+    _check_new(out)  # it is there; else this is a disk without links
+    os.rename(partial, out)
 
 
 def unpack_file(archive: Path, out: Path, notify: Notify = silent) -> Contents:

@@ -67,7 +67,7 @@ def check_replaceable(out: Path) -> None:
     """
     _check_place(out)
     for path, listing in _beside(Path(os.path.abspath(out))):
-        if listing.making != _me() and _lives(listing.making):
+        if listing.making != _me() and _lives(path, listing.making):
             raise RecipeError(
                 f"{out} is being written by another process ({listing.making})",
                 fix=f"wait for it, or give another --out; has it ended, delete {path}",
@@ -148,7 +148,7 @@ def _settle(out: Path) -> None:
     """Finish what killed calls left beside `out`: put the last good folder back, remove what they had made."""
     for path, listing in _beside(out):
         if listing.making:
-            if _lives(listing.making) is False:
+            if _lives(path, listing.making) is False:
                 remove(path)
         elif not out.exists():
             os.rename(path, out)
@@ -162,12 +162,20 @@ def _me() -> str:
     return f"{os.getpid()}@{socket.gethostname()}"
 
 
-def _lives(process: str) -> bool | None:
-    """Tell whether a process, as `_me` names it, is at work; None where it is none of this host."""
+def _lives(path: Path, process: str) -> bool | None:
+    """Tell whether the process that is making `path`, as `_me` names it, is at work; None if it is none of this host.
+
+    A process younger than the listing is another one, to which the number was given anew.
+    """
     number, _, host = process.partition("@")
-    with suppress(ValueError, OverflowError):  # no number, or one that no process has
-        return psutil.pid_exists(int(number)) if host == socket.gethostname() else None
-    return None
+    if host != socket.gethostname():
+        return None
+    try:
+        return psutil.Process(int(number)).create_time() <= (path / LISTING).stat().st_mtime
+    except psutil.NoSuchProcess:
+        return False
+    except (ValueError, OverflowError, OSError, psutil.Error):  # no number, or one that no process has
+        return None
 
 
 def _give_usual_mode(folder: Path) -> None:

@@ -17,6 +17,9 @@ from soco_export.run.request import Outcome
 from soco_export.run.stages.report import applicable
 from soco_train.errors import DataError, ExitCode, RecipeError
 
+# Sections that no verdict depends on: another version, or an extension, may have settings there that are unknown here.
+_NOT_JUDGING = frozenset({"description", "layers", "latency", "train", "refine", "validate", "bench"})
+
 
 def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> Outcome:
     """Judge the results of `run`; a failed gate or a figure worse than the baseline's allows is exit code 3."""
@@ -59,11 +62,15 @@ def gate_run(run: Path, baseline: Path | None, tolerances: list[str] | None) -> 
 
 def check_verdicts(results: Results, where: Path) -> None:
     """Raise DataError for verdicts that are not those of the figures and the recipe beside them: one was edited."""
+    judging = {key: value for key, value in results.recipe.items() if key not in _NOT_JUDGING}
     try:
-        gates = applicable(validated(results.recipe, {}), results.format)
+        gates = applicable(validated(judging, {}), results.format)
     except RecipeError as error:
-        message = f"these results have no recipe that they could be judged by: {error.message}"
-        raise DataError(message, fix="judge the run anew: soco-export report RUN", where=str(where)) from error
+        raise DataError(
+            f"these results have no recipe that they could be judged by: {error.message}",
+            fix="give results that this version wrote: the run's own, or those of the same command again",
+            where=str(where),
+        ) from error
     told, found = (
         {verdict.name: _said(verdict) for verdict in verdicts}
         for verdicts in (results.verdicts, results.judged(gates).verdicts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -74,7 +73,7 @@ def check_trained(run: Path) -> None:
     if record is None or record.status != "done" or not (run / SCORES.writes[0]).is_file():
         raise RecipeError(
             f"{run} has no scores yet: its training was stopped, or is still at work",
-            fix=f"let it end first: the command that began it, {shlex.join(manifest.argv) or 'soco-export train'}, "
+            fix=f"let it end first: the command that began it, {manifest.command}, "
             "without --fresh, goes on where it was",
             where=str(run),
         )

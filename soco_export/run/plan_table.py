@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def scores_of(run: Path) -> Path:
     elif manifest and not manifest.argv:
         message, fix = f"{run} has no scores: a sweep made it for its points", "give the run that was swept"
     elif manifest:
-        fix = f"train it to its end: {shlex.join(manifest.argv)}, or give a trained run"
+        fix = f"train it to its end: {manifest.command} (in the folder it names), or give a trained run"
     raise RecipeError(message, fix=fix, where=str(found))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,6 +83,11 @@ class Manifest(Record):
     earlier: _Files = Field(default_factory=dict)
     homes: dict[str, str] = Field(default_factory=dict)
     locks: list[str] = Field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """Return the command that began the run, as it is typed."""
+        return shlex.join(["soco-export", *self.argv[1:]])
 
     @staticmethod
     def load(root: Path) -> Manifest | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -280,6 +279,6 @@ def gather(context: RunContext) -> Material:
         layers=RankPlan.load(context.path("plan", "plan.json")).layers,
         curves=[row for path in curves if path.exists() for row in read_curve(path)],
         samples=[Sample(**sample) for sample in samples],
-        command=shlex.join(["soco-export", *context.folder.manifest.argv[1:]]),
+        command=context.folder.manifest.command,
         frontier=read_frontier(swept) if swept.exists() else (),
     )

@@ -140,6 +140,14 @@ class TestReplacingFolder:
             make(tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_a_process_younger_than_what_is_half_made_is_another(self, tmp_path: Path) -> None:
+        partial = tmp_path / ".out.abcdefgh.partial"
+        partial.mkdir()
+        Listing(making=f"{os.getppid()}@{socket.gethostname()}").save(partial)
+        os.utime(partial / LISTING, (1, 1))
+        make(tmp_path / "out")
+        assert (tmp_path / "out").exists()
+
     def test_a_new_folder_is_not_put_over_one_that_came_first(self, tmp_path: Path) -> None:
         def overtaken() -> None:
             with replacing_folder(tmp_path / "out") as late:

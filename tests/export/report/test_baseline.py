@@ -168,6 +168,15 @@ def test_a_copy_whose_verdicts_are_not_those_of_its_figures_is_refused(run, tmp_
         gate_run(copy, None, None)
 
 
+def test_what_another_version_set_elsewhere_does_not_keep_it_from_being_judged(run, tmp_path):
+    copy = tmp_path / "copy.json"
+    document = json.loads((run / RESULTS_FILE).read_text(encoding="utf-8"))
+    for section in ("train", "refine", "bench"):
+        document["recipe"].setdefault(section, {})["of_another_version"] = 1
+    copy.write_text(json.dumps(document), encoding="utf-8")
+    assert int(gate_run(copy, None, None).code) == 0
+
+
 def test_results_that_were_edited_are_refused(run):
     path = run / RESULTS_FILE
     assert load_results(run).model.name == "smol"
