@@ -75,13 +75,42 @@ def values() -> Rows:
 
 
 def cache() -> Rows:
-    """Return what a rounded cache costs and saves in the built-in model."""
-    found = read("kv/rounded.json")["rows"]
-    first, last = found["same"]["step_bytes"]
-    rows: Rows = [("export.cache", "cache, bytes a token", "perplexity", f"MB read after {first}", f"after {last}")]
-    for name, row in found.items():
-        sizes = [megabytes(row["step_bytes"][past], 2) for past in (first, last)]
-        rows.append((name, f"{row['cache_bytes_a_token']:,}", four(row["perplexity"]), *sizes))
+    """Return what a rounded cache costs and saves in the built-in model and in SmolLM2."""
+    titles = {"built-in": "rounded", "SmolLM2-135M": "rounded-smollm2"}
+    rows: Rows = [
+        (
+            "model",
+            "export.cache",
+            "cache, bytes a token",
+            "perplexity",
+            "KL",
+            "MB read after 128",
+            "with the context full",
+        )
+    ]
+    for title, name in titles.items():
+        for kind, row in read(f"kv/{name}.json")["rows"].items():
+            sizes = [megabytes(size, 2) for size in row["step_bytes"].values()]
+            figures = f"{row['cache_bytes_a_token']:,}", four(row["perplexity"]), f"{row['kl']:.4f}"
+            rows.append((title, kind, *figures, *sizes))
+    return rows
+
+
+def pairs() -> Rows:
+    """Return what fewer rotary pairs cost in the built-in model and in SmolLM2."""
+    ways = {
+        "fisher, alike": "by Fisher",
+        "fisher, apart": "apart",
+        "energy, alike": "by energy",
+        "energy, apart": "apart",
+        "distilled": "distilled",
+    }
+    rows: Rows = [("model", "pairs", *ways.values())]
+    for title, name in {"built-in": "pairs", "SmolLM2-135M": "pairs-smollm2"}.items():
+        found = read(f"kv/{name}.json")
+        rows.append((title, "all", *[four(found["dense"])] * len(ways)))
+        for row in found["rows"]:
+            rows.append((title, f"{row['keep']:g}", *(four(row[way]) if way in row else "–" for way in ways)))
     return rows
 
 
@@ -105,4 +134,5 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "values": values,
     "cache": cache,
     "cache-decode": decode,
+    "pairs": pairs,
 }
