@@ -73,8 +73,11 @@ def _cached(
     model: Any, architecture: Architecture, tokens: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield the number of a layer with its keys and values [b, kv_heads, t, head_dim], keys in the graph's order."""
+    from transformers import DynamicCache
+
     for batch in tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1])):
-        past = model(input_ids=batch, use_cache=True).past_key_values
+        past = DynamicCache()  # of all positions: one of a model's own with windows keeps the last of them only
+        model(input_ids=batch, past_key_values=past, use_cache=True)
         for index, (layer, kept) in enumerate(zip(architecture.each, past.layers, strict=True)):
             order = head_order(layer.rope, architecture.attention.head_dim)
             keys = kept.keys if order is None else kept.keys[..., torch.from_numpy(order)]

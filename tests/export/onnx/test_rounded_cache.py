@@ -150,6 +150,22 @@ def test_keys_in_int4_have_the_share_of_their_reach_that_leaves_least_error(tmp_
     assert (found.key < reach.key * 127 / 7 * 0.99).mean() > 0.5  # clipping pays
 
 
+def test_keys_and_values_behind_the_window_count(tmp_path: Path) -> None:
+    """A window of 6: the largest value of the first layer, which reads no other token, is anywhere in the text."""
+    model = tiny_model("mistral")
+    text = torch.from_numpy(fresh.rng().integers(3, 90, (4, 32)))
+    folder = save_dense(model, tmp_path / "hf")
+    architecture = describe(resolve_config(folder))
+    assert architecture is not None
+    found = cache_scales(folder, architecture, text, "int8")[0]
+    with torch.no_grad():
+        kept = DynamicCache()
+        model(text, past_key_values=kept, use_cache=True)
+    values = kept.layers[0].values
+    assert values.shape[2] == 32
+    assert torch.allclose(values.abs().amax((0, 2)), 127 * torch.from_numpy(found.value)[0, :, 0])
+
+
 def test_no_text_no_scales(tmp_path: Path) -> None:
     folder = save_dense(tiny_model("llama"), tmp_path / "hf")
     with pytest.raises(RecipeError) as refused:
