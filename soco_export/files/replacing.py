@@ -171,10 +171,11 @@ def _lives(path: Path, process: str) -> bool | None:
     if host != socket.gethostname():
         return None
     try:
-        return psutil.Process(int(number)).create_time() <= (path / LISTING).stat().st_mtime
+        there = psutil.pid_exists(int(number))
+        return there and psutil.Process(int(number)).create_time() <= (path / LISTING).stat().st_mtime
     except psutil.NoSuchProcess:
         return False
-    except (ValueError, OverflowError, OSError, psutil.Error):  # no number, or one that no process has
+    except (ValueError, OverflowError, OSError, psutil.Error):  # no number, or one that no process can have
         return None
 
 
