@@ -27,6 +27,7 @@ from soco_train.errors import DataError, RecipeError
 
 LISTING = "soco_files.json"
 _FIX = "give another --out, or move these files away"
+_SECONDS = 2  # how exactly a process's start is known: it is told from the second in which the machine started
 
 
 class Listing(Record):
@@ -63,7 +64,7 @@ class Listing(Record):
 def check_replaceable(out: Path) -> None:
     """Raise RecipeError unless `out` is free, empty, or to the file what an earlier call wrote; reads only.
 
-    So does another process that is writing there.
+    RecipeError also while another process is writing there.
     """
     _check_place(out)
     for path, listing in _beside(Path(os.path.abspath(out))):
@@ -172,7 +173,7 @@ def _lives(path: Path, process: str) -> bool | None:
         return None
     try:
         there = psutil.pid_exists(int(number))
-        return there and psutil.Process(int(number)).create_time() <= (path / LISTING).stat().st_mtime
+        return there and psutil.Process(int(number)).create_time() <= (path / LISTING).stat().st_mtime + _SECONDS
     except psutil.NoSuchProcess:
         return False
     except (ValueError, OverflowError, OSError, psutil.Error):  # no number, or one that no process can have
