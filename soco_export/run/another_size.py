@@ -10,7 +10,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.allowed import EVIDENCE_SECTIONS
 from soco_export.run.folder.manifest import Manifest, digest, places_elsewhere
 from soco_export.run.folder.names import DAMAGE
-from soco_export.run.on_run import Homes, advance, check, check_places, check_trained, homes_of, stages_of
+from soco_export.run.on_run import Homes, advance, check, check_trained, homes_of, stages_of
 from soco_export.run.request import Outcome, Request, run_recipe, size_name
 from soco_export.run.stages.artefacts import PLAN, PRICE, SIZES_STAGE
 from soco_export.run.stages.training import SCORES, TRAINING
@@ -32,16 +32,14 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
     if not keys and request.out is None:
         homes = homes_of(run)
         stages = stages_of(changed, request.format, homes)
-        check_places(request, changed, run, stages, homes)
-        check(request, changed, run, notify, homes)
+        check(request, changed, run, stages, notify, homes)
         advance(request, changed, run, stages, notify, homes)
         return run_outcome(run)
     _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
     homes = {**trained_in(run, recipe), **_priced_in(run, recipe, changed)}
     stages = stages_of(changed, request.format, homes)
-    check_places(request, changed, root, stages, homes)
-    check(request, changed, root, notify, homes)
+    check(request, changed, root, stages, notify, homes)
     advance(request, changed, root, stages, notify, homes)
     return run_outcome(root)
 

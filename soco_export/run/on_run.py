@@ -38,8 +38,7 @@ def training(request: Request, notify: Notify) -> Outcome:
     if request.dry_run:
         return cost_card(recipe, request)
     root = request.folder(recipe)
-    check_places(request, recipe, root, TRAINING)
-    check(request, recipe, root, notify)
+    check(request, recipe, root, TRAINING, notify)
     advance(request, recipe, root, TRAINING, notify)
     scores = root / SCORES.writes[0]
     return Outcome(
@@ -55,8 +54,7 @@ def whole_road(request: Request, notify: Notify) -> Outcome:
         return cost_card(recipe, request)
     root = request.folder(recipe)
     stages = (*TRAINING, *artefacts(recipe, request.format), *EVIDENCE[request.format])
-    check_places(request, recipe, root, stages)
-    check(request, recipe, root, notify)
+    check(request, recipe, root, stages, notify)
     advance(request, recipe, root, stages, notify)
     return run_outcome(root)
 
@@ -71,10 +69,10 @@ def check_trained(run: Path) -> None:
         return
     record = manifest.stages.get(SCORES.name)
     if record is None or record.status != "done" or not (run / SCORES.writes[0]).is_file():
+        began = manifest.command if manifest.argv else "soco-export train"
         raise RecipeError(
             f"{run} has no scores yet: its training was stopped, or is still at work",
-            fix=f"let it end first: the command that began it, {manifest.command}, "
-            "without --fresh, goes on where it was",
+            fix=f"let it end first: the command that began it, {began}, without --fresh, goes on where it was",
             where=str(run),
         )
 
@@ -93,10 +91,7 @@ def _check_out(request: Request) -> None:
 def check_places(
     request: Request, recipe: Recipe, root: Path, stages: Sequence[Stage[RunContext]], homes: Homes | None = None
 ) -> None:
-    """Find what can be wrong with the folders and with what lies there of `stages`; the leading process does.
-
-    First of all: what it takes to look at the rest takes seconds to import.
-    """
+    """Find what can be wrong with the folders and with what lies there of `stages`; the leading process does."""
     if not parallel.leading():
         return
     from soco_export.model.source import find_folder
@@ -116,10 +111,22 @@ def check_places(
     check_profile_kept(recipe)
 
 
-def check(request: Request, recipe: Recipe, root: Path, notify: Notify, homes: Homes | None = None) -> None:
-    """Find all else that can be wrong before a weight is loaded or a file is written; the leading process does."""
+def check(
+    request: Request,
+    recipe: Recipe,
+    root: Path,
+    stages: Sequence[Stage[RunContext]],
+    notify: Notify,
+    homes: Homes | None = None,
+) -> None:
+    """Find everything that can be wrong before a weight is loaded or a file is written; the leading process does.
+
+    The places are looked at first: what it takes to look at the rest takes seconds to import.
+    """
     if not parallel.leading():
         return
+    check_places(request, recipe, root, stages, homes)
+
     from soco_export.preflight.checks import check_everything
     from soco_export.preflight.cost_shape import participation_notes
     from soco_export.run.plans.measured_plan import check_profile
@@ -151,8 +158,7 @@ def again(request: Request, run: Path, stage: str, notify: Notify) -> Outcome:
     stages = stages_of(recipe, there.format, homes)
     if stage not in {stage.name for stage in stages}:
         raise RecipeError(f"{run} has no ONNX model to time", fix=f"soco-export export {run}", where=str(run))
-    check_places(there, recipe, run, stages, homes)
-    check(there, recipe, run, notify, homes)
+    check(there, recipe, run, stages, notify, homes)
     _lead(replace(there, argv=(), fresh=False), recipe, run, stages, notify, homes, afresh=stage)
     return run_outcome(run)
 

@@ -77,13 +77,14 @@ def sweep_run(request: Request, run: Path, sizes: str | None, weights: str | Non
     if (run / RESULTS_FILE).is_file() and run not in {point.root for point in wanted}:
         # its report will show the frontier, and nothing before that makes what is missing
         reportable(replace(request, set_=None), run, notify)
-    for point in wanted:
-        check_places(request, point.recipe, point.root, stages_of(point.recipe, "onnx", point.homes), point.homes)
-    for point in wanted:
-        check(request, point.recipe, point.root, notify, point.homes)
-    for number, point in enumerate(wanted, 1):
+    stages = [stages_of(point.recipe, "onnx", point.homes) for point in wanted]
+    for point, own in zip(wanted, stages, strict=True):  # of all points, before the first one's check imports anything
+        check_places(request, point.recipe, point.root, own, point.homes)
+    for point, own in zip(wanted, stages, strict=True):
+        check(request, point.recipe, point.root, own, notify, point.homes)
+    for number, (point, own) in enumerate(zip(wanted, stages, strict=True), 1):
         notify(Event("point", number, len(wanted), {"": str(point.root)}, "done"))
-        advance(request, point.recipe, point.root, stages_of(point.recipe, "onnx", point.homes), notify, point.homes)
+        advance(request, point.recipe, point.root, own, notify, point.homes)
     points = tuple(_points(run, wanted))
     _record(run, recipe, points)
     if (run / RESULTS_FILE).is_file():
