@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from soco_train.forms.costs import COSTS
 from soco_train.settings.plan import STORAGE
 
 
@@ -140,6 +141,7 @@ def form(numbers: type[LayerFactors], planned: bool = True) -> Callable[[type[_M
         FORMS[module.kind] = numbers
         if planned:
             STORAGE.add(module.kind)
+            COSTS[module.kind] = numbers.cost
         return module
 
     return register

@@ -14,13 +14,14 @@ pivoted LU finds r independent rows, then swaps enlarge their volume until no co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from soco_train.forms.base import FactoredLinear, LayerFactors, form, parameter
+from soco_train.forms.costs import pivoted_cost
 from soco_train.forms.stacked import StackedFactors
 
 
@@ -36,6 +37,7 @@ class PivotedFactors(LayerFactors):
         weights: f"pivoted layers do not bear {weights}: every row but the pivots is a combination of rounded ones"
         for weights in ("int4", "int2")
     }
+    cost = staticmethod(pivoted_cost)
     pivot: torch.Tensor
     mix: torch.Tensor
     order: torch.Tensor
@@ -45,11 +47,6 @@ class PivotedFactors(LayerFactors):
     def shape(self) -> tuple[int, int]:
         """(m, n) of the dense layer."""
         return self.order.shape[0], self.pivot.shape[1]
-
-    @staticmethod
-    def cost(rank: Any, m: Any, n: Any) -> Any:
-        """Return r(m + n - r), which is m n at r = min(m, n)."""
-        return rank * (m + n - rank)
 
     @classmethod
     def blank(cls, m: int, n: int, rank: int, bias: bool) -> PivotedFactors:

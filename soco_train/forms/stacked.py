@@ -8,13 +8,13 @@ A rank of m n / (m + n) or more saves nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from soco_train.forms.base import FactoredLinear, LayerFactors, form, parameter
+from soco_train.forms.costs import stacked_cost
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class StackedFactors(LayerFactors):
     """y = up (down x) + bias with up: [m, r], down: [r, n], bias: [m] or None."""
 
     rounded_as_trained = True
+    cost = staticmethod(stacked_cost)
     up: torch.Tensor
     down: torch.Tensor
     bias: torch.Tensor | None
@@ -30,11 +31,6 @@ class StackedFactors(LayerFactors):
     def shape(self) -> tuple[int, int]:
         """(m, n) of the dense layer."""
         return self.up.shape[0], self.down.shape[1]
-
-    @staticmethod
-    def cost(rank: Any, m: Any, n: Any) -> Any:
-        """Return r(m + n); from r = mn/(m + n) on that is no less than dense."""
-        return rank * (m + n)
 
     @classmethod
     def blank(cls, m: int, n: int, rank: int, bias: bool) -> StackedFactors:

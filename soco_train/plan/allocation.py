@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_train.errors import RecipeError
-from soco_train.settings.plan import PlanSettings, Storage
+from soco_train.forms.costs import COSTS
+from soco_train.settings.plan import PlanSettings, Storage, check_storage
 
 Integers = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
@@ -30,9 +31,7 @@ Rank = TypeVar("Rank", int, Integers)
 
 def layer_cost(rank: Rank, m: int, n: int, storage: Storage) -> Rank:
     """Return the parameters of an [m, n] layer stored at `rank`, one rank or an array of them; dense costs m·n."""
-    from soco_train.forms.registry import find_form
-
-    cost: Rank = find_form(storage).cost(rank, m, n)
+    cost: Rank = COSTS[check_storage(storage)](rank, m, n)
     return cost
 
 

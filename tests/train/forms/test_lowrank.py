@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,10 @@ def test_construction_on_meta_allocates_nothing() -> None:
         module: FactoredLinear = kind(6, 5, 2, True, device="meta")
         assert all(tensor.is_meta for tensor in module.state_dict().values())
         assert repr(module).startswith(f"{kind.__name__}(\n  in_features=6, out_features=5, rank=2")
+
+
+def test_what_a_rank_costs_is_known_before_the_forms_are() -> None:
+    code = "from soco_train.forms.costs import COSTS; known = dict(COSTS); "
+    code += "import sys; assert 'torch' not in sys.modules; import soco_train.forms.registry; assert COSTS == known"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
