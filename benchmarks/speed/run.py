@@ -35,8 +35,8 @@ from benchmarks.speed.models import (
 )
 from benchmarks.speed.series import Entry, measure
 from benchmarks.speed.table import markdown
+from soco_export.bench.device import Device
 from soco_export.bench.layer_times import Profile
-from soco_export.bench.layer_timing import Device
 from soco_export.bench.machine import describe_machine
 from soco_export.bench.roofline import measure_bandwidth
 from soco_export.evaluate.settings import CPU

@@ -17,10 +17,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from soco_export.bench.layer_times import Conditions, FormTimes, Profile, Shape, liked_multiple
-from soco_export.bench.machine import describe_machine
+from soco_export.bench.device import Device
+from soco_export.bench.layer_times import FormTimes, Profile, Shape, liked_multiple
 from soco_export.bench.runner import Run, interleave
-from soco_export.bench.settings import LatencySettings
 from soco_export.evaluate.decoders.session import DEVICES, check_provider, session_options
 from soco_export.evaluate.settings import CPU
 from soco_export.files.names import MODEL_FILE
@@ -41,37 +40,8 @@ SHARES = (0.2, 0.4, 0.55, 0.7, 0.85, 1.0)
 _STEPS = (1, 8, 16, 32)
 CACHE_BYTES = 1 << 26  # what no last-level cache of two cores holds
 MOST_COPIES = 512
-TIMING = 3  # of what is measured and how: a profile of other graphs, or made in another way, is not used again
 SECONDS = 1.5  # for one workload of one shape
 _ROUNDS = (3, 60)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where and how layers are measured, `tokens` at once; `bias`: a pruned layer adds one."""
-
-    provider: str
-    threads: int
-    export: ExportSettings
-    bias: bool
-    tokens: tuple[int, ...] = LatencySettings().tokens
-
-    def conditions(self) -> Conditions:
-        """Return what a profile of this device is kept under."""
-        machine, how = describe_machine(self.threads), self.export.quantize
-        blocks = f"{how.block} {'symmetric' if how.symmetric else 'asymmetric'} accuracy {how.accuracy_level}"
-        return Conditions(
-            processor=machine.cpu if self.provider == CPU else machine.gpu or "",
-            provider=self.provider,
-            threads=self.threads,
-            runtime=ort.__version__,
-            dtype=self.export.dtype,
-            weights=self.export.weights,
-            blocks="" if self.export.weights == "same" else blocks,
-            bias=self.bias,
-            tokens=self.tokens,
-            timing=TIMING,
-        )
 
 
 class CopiedLayer:

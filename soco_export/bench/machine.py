@@ -16,13 +16,11 @@ PACKAGES = ("soco-export", "torch", "transformers", "onnx", "onnxruntime", "onnx
 
 def describe_machine(threads: int) -> Machine:
     """Look at this machine."""
-    import torch
-
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
-        gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        gpu=gpu_name(),
         platform=f"{platform.system()} {platform.machine()}",
         threads=threads,
         versions={"python": platform.python_version(), **_versions()},
@@ -39,7 +37,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def gpu_name() -> str | None:
+    """Return what CUDA calls the first GPU, None if there is none."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def cpu_name() -> str:
+    """Return what the system calls the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

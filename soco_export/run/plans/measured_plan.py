@@ -24,7 +24,7 @@ from soco_train.settings.plan import Storage
 from soco_train.store.scores import Scores
 
 if TYPE_CHECKING:
-    from soco_export.bench.layer_timing import Device
+    from soco_export.bench.device import Device
 
 
 def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> RankPlan:
@@ -72,7 +72,7 @@ def check_profile(recipe: Recipe, folder: Path) -> None:
 
 
 def _device(recipe: Recipe, bias: bool) -> Device:
-    from soco_export.bench.layer_timing import Device
+    from soco_export.bench.device import Device
 
     return Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
 

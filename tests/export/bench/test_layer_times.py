@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from soco_export.bench.device import Device
 from soco_export.bench.layer_times import Conditions, FormTimes, Profile, at_rank, dense_from, liked_multiple, limits
 from soco_export.bench.layer_timing import (
     CACHE_BYTES,
     SHARES,
     CopiedLayer,
-    Device,
     _copies,
     measure_profile,
     rank_grid,
