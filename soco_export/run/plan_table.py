@@ -18,7 +18,7 @@ from soco_export.run.stages.training import SCORES
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
 from soco_train.plan.ranks import RankPlan
-from soco_train.store.scores import Scores
+from soco_train.store.importances import Importances
 
 LAYER_HEADER = ("layer", "shape", "rank", "before", "after", "")
 SIZE_HEADER = ("keep", "model", "selected", "ranks", "left dense")
@@ -54,8 +54,8 @@ def plan_sizes(
     """
     if out:
         _check_free(out, sizes)
-    check_profile(recipe, run)
-    scores = Scores.load(scores_file)
+    scores = Importances.load(scores_file)
+    check_profile(recipe, run, scores)
     plans: dict[float, RankPlan] = {
         size: plan_for(recipe.model_copy(update={"keep_params": size}), scores, run, notify) for size in sizes
     }
@@ -87,7 +87,7 @@ def plan_byte_sizes(run: Path, scores_file: Path, recipe: Recipe, sizes: Sequenc
     plans: dict[float, RankPlan] = {
         size: plan_bytes(recipe.model_copy(update={"keep_bytes": size}), damage) for size in sizes
     }
-    return _outcome(plans, Scores.load(scores_file).parameters, out)
+    return _outcome(plans, Importances.load(scores_file).parameters, out)
 
 
 def _check_free(out: Path, sizes: Sequence[float]) -> None:

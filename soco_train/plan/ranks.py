@@ -27,11 +27,12 @@ from soco_train.plan.allocation import (
 from soco_train.plan.left_out import AS_WRITTEN, LeftOut, read_left_out, taking_part
 from soco_train.settings.plan import Allocation, PlanSettings, Storage
 from soco_train.settings.rounding import RoundingSettings, WeightType
+from soco_train.store.importances import Importances, LayerImportance
 
 if TYPE_CHECKING:
     import torch
 
-    from soco_train.store.scores import LayerScores, Scores
+    from soco_train.store.scores import Scores
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -210,23 +211,25 @@ def _millions(count: int) -> str:
 
 
 def plan_ranks(
-    scores: Scores,
+    scores: Scores | Importances,
     settings: PlanSettings,
     extra_cost: Mapping[str, int] | None = None,
     limits: Mapping[str, Limit] | None = None,
 ) -> RankPlan:
     """Choose every layer's rank so that the parameters sum to at most keep_params · Σ m·n.
 
+    Of `scores` it reads the importances, which are enough.
     `extra_cost` is what a layer pays on top once it is pruned; by default m for a layer with a deviation (pass 0 where
     the deviation merges into an existing bias). `limits` keep layers dense from a rank on, whatever they would save.
     Ties go by (importance descending, layer order, index). Raises DataError for importances that are not finite or not
     one per component, RecipeError if rank 1 everywhere (or `multiple`) is already too much.
     """
-    extra = _deviation_cost(scores) if extra_cost is None else extra_cost
-    importances = [_checked(name, layer) for name, layer in scores.layers.items()]
+    found = scores if isinstance(scores, Importances) else scores.importances()
+    extra = _deviation_cost(found) if extra_cost is None else extra_cost
+    importances = [_checked(name, layer) for name, layer in found.layers.items()]
     ends = limits or {}
     ladders = [
-        make_ladder(layer.shape, settings, extra.get(name, 0), ends.get(name)) for name, layer in scores.layers.items()
+        make_ladder(layer.shape, settings, extra.get(name, 0), ends.get(name)) for name, layer in found.layers.items()
     ]
     keep = Fraction(str(settings.keep_params))  # the decimal the user wrote, so that no parameter is lost to rounding
     if settings.allocation == "uniform":
@@ -236,8 +239,8 @@ def plan_ranks(
         refuse_impossible(ladders, keep)
         allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
         survivors = allocate(ladders, importances, budget)
-    layers = dict(zip(scores.layers, map(_layer_plan, ladders, survivors), strict=True))
-    rest = read_left_out(scores.provenance.get("left_out", {}))
+    layers = dict(zip(found.layers, map(_layer_plan, ladders, survivors), strict=True))
+    rest = read_left_out(found.provenance.get("left_out", {}))
     return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest)
 
 
@@ -247,19 +250,19 @@ def kept(importance: torch.Tensor, rank: int) -> torch.Tensor:
     return order[:rank].sort().values
 
 
-def _deviation_cost(scores: Scores) -> dict[str, int]:
-    return {name: layer.shape[0] for name, layer in scores.layers.items() if layer.deviation is not None}
+def _deviation_cost(scores: Importances) -> dict[str, int]:
+    return {name: layer.shape[0] for name, layer in scores.layers.items() if layer.deviates}
 
 
-def _checked(name: str, layer: LayerScores) -> Reals:
-    importance = layer.importance.detach().cpu().double()
-    if importance.shape != (min(layer.shape),) or not bool(importance.isfinite().all()):
+def _checked(name: str, layer: LayerImportance) -> Reals:
+    importance = layer.importance
+    if importance.shape != (min(layer.shape),) or not bool(np.isfinite(importance).all()):
         raise DataError(
             f"importance {list(importance.shape)} of a {layer.shape} layer must be {min(layer.shape)} finite numbers",
             fix="train the scores again",
             where=name,
         )
-    return np.asarray(importance.numpy(), dtype=np.float64)
+    return importance
 
 
 def _layer_plan(ladder: Ladder, survivors: int) -> LayerPlan:

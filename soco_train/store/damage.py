@@ -11,7 +11,8 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import FORMS
 from soco_train.settings.rounding import TYPES, WeightType
-from soco_train.store.tensorfile import layer_shape, read_tensors, write_tensors
+from soco_train.store.arrays import layer_shape
+from soco_train.store.tensorfile import read_tensors, write_tensors
 
 DENSE = "dense"
 StorageKind = tuple[str, WeightType, int]  # form, type of weights, inputs of a block (0: floats have none)

@@ -13,7 +13,8 @@ import torch
 from soco_train.bounded import MADE_ANEW, answering
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import form_of_class, forms_of, from_factors
-from soco_train.store.tensorfile import Pending, Provenance, checked, read_tensors, write_tensors
+from soco_train.store.arrays import Provenance
+from soco_train.store.tensorfile import Pending, checked, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)

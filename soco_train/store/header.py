@@ -28,10 +28,14 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds. tensors: name → (dtype as written, shape); metadata: text by name."""
+    """What a safetensors file says it holds. tensors: name → (dtype as written, shape); metadata: text by name.
+
+    places: name → (first byte in the file, the one behind the last).
+    """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str]
+    places: Mapping[str, tuple[int, int]]
 
 
 def read_header(path: Path, fix: str) -> Header:
@@ -55,10 +59,11 @@ def read_header(path: Path, fix: str) -> Header:
         raise _broken(path, "its metadata is not text", fix)
     if len(found) > MOST_TENSORS:
         raise _broken(path, f"it names {len(found):,} tensors, more than any model has", fix)
-    room = size - LENGTH - length
-    placed = {name: _tensor(path, name, entry, room, fix) for name, entry in found.items()}
-    _check_places(path, placed, room, fix)
-    return Header({name: (dtype, shape) for name, (_, _, dtype, shape) in placed.items()}, metadata)
+    start = LENGTH + length
+    placed = {name: _tensor(path, name, entry, size - start, fix) for name, entry in found.items()}
+    _check_places(path, placed, size - start, fix)
+    tensors = {name: (dtype, shape) for name, (_, _, dtype, shape) in placed.items()}
+    return Header(tensors, metadata, {name: (start + begin, start + end) for name, (begin, end, *_) in placed.items()})
 
 
 def _check_places(path: Path, placed: Mapping[str, Placed], room: int, fix: str) -> None:

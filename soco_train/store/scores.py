@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from soco_train.bounded import MADE_ANEW, answering
-from soco_train.errors import DataError
+from soco_train.store.arrays import Provenance
+from soco_train.store.importances import PAIRS, Importances, LayerImportance, checked_layers
 from soco_train.store.spectra import Spectrum
-from soco_train.store.tensorfile import Provenance, checked, layer_shape, read_tensors, write_tensors
+from soco_train.store.tensorfile import checked, read_tensors, write_tensors
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
-_PAIRS = (("correction", "C", "A"), ("adapter", "C", "A"), ("components", "P", "B"))  # and what their halves are called
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,15 @@ class Scores:
     layers: Mapping[str, LayerScores]
     provenance: Provenance = field(default_factory=dict)
 
-    @property
-    def parameters(self) -> int:
-        """How many parameters the whole dense model has; DataError where that was not written."""
-        found = self.provenance.get("parameters")
-        if type(found) is not int or found < 1:
-            raise DataError(
-                f"the scores say that their model has {str(found)[:60]} parameters", fix=MADE_ANEW, where="provenance"
+    def importances(self) -> Importances:
+        """Return what a plan reads of them."""
+        layers = {
+            name: LayerImportance(
+                layer.importance.detach().cpu().double().numpy(), layer.shape, layer.deviation is not None
             )
-        return found
+            for name, layer in self.layers.items()
+        }
+        return Importances(layers, self.provenance)
 
     def save(self, path: Path) -> None:
         """Write `scores.safetensors`; DataError, naming the layer, if a number is NaN or infinite."""
@@ -71,7 +70,7 @@ class Scores:
             tensors[f"{name}:scale"] = layer.scale
             if layer.deviation is not None:
                 tensors[f"{name}:deviation"] = layer.deviation
-            for part, first, second in _PAIRS:
+            for part, first, second in PAIRS:
                 if (pair := getattr(layer, part)) is not None:
                     tensors[f"{name}:{part}.{first}"], tensors[f"{name}:{part}.{second}"] = pair
         shapes = {name: list(layer.shape) for name, layer in self.layers.items()}
@@ -82,47 +81,14 @@ class Scores:
     def load(path: Path) -> Scores:
         """Read `scores.safetensors`; DataError if it is truncated or of another kind."""
         tensors, header = read_tensors(path, "scores")
-
-        def make() -> Scores:
-            layers = {name: _layer(name, shape, tensors) for name, shape in header["shapes"].items()}
-            if not layers:
-                raise ValueError("there is no layer in them")
-            return Scores(layers, dict(header["provenance"]))
-
-        return answering("these are no scores", str(path), MADE_ANEW, make)
+        stored, provenance = checked_layers(path, tensors, header, lambda tensor: bool(tensor.isfinite().all()))
+        return Scores({name: _layer(*found) for name, found in stored.items()}, provenance)
 
 
-def _layer(name: str, shape: list[int], tensors: Mapping[str, torch.Tensor]) -> LayerScores:
-    """Return one layer's scores; ValueError if a tensor is not of the layer's shape, or not finite."""
-    m, n = layer_shape(name, shape)
-    layer = LayerScores(
-        importance=tensors[f"{name}:importance"],
-        scale=tensors[f"{name}:scale"],
-        deviation=tensors.get(f"{name}:deviation"),
-        shape=(m, n),
-        **{part: _pair(f"{name}:{part}", first, second, tensors) for part, first, second in _PAIRS},
-    )
-    components = (min(m, n),)
-    left, right = layer.correction or (torch.empty(*components, 0), torch.empty(0, n))
-    outer, inner = layer.adapter or (torch.empty(m, 0), torch.empty(0, n))
-    P, B = layer.components or (None, None)
-    parts = {
-        "importance": (layer.importance, components),
-        "scale": (layer.scale, components),
-        "deviation": (layer.deviation, (m,)),
-        "correction.C": (left, (*components, left.shape[-1])),
-        "correction.A": (right, (left.shape[-1], n)),
-        "adapter.C": (outer, (m, outer.shape[-1])),
-        "adapter.A": (inner, (outer.shape[-1], n)),
-        "components.P": (P, (m, *components)),
-        "components.B": (B, (*components, n)),
+def _layer(shape: tuple[int, int], parts: Mapping[str, torch.Tensor]) -> LayerScores:
+    pairs = {
+        pair: (parts[f"{pair}.{first}"], parts[f"{pair}.{second}"])
+        for pair, first, second in PAIRS
+        if f"{pair}.{first}" in parts
     }
-    for part, (tensor, expected) in parts.items():
-        if tensor is not None and (tuple(tensor.shape) != expected or not bool(tensor.isfinite().all())):
-            raise ValueError(f"{part} of {name} is not {list(expected)} finite numbers")
-    return layer
-
-
-def _pair(name: str, first: str, second: str, tensors: Mapping[str, torch.Tensor]) -> _Pair | None:
-    left = tensors.get(f"{name}.{first}")
-    return None if left is None else (left, tensors[f"{name}.{second}"])
+    return LayerScores(parts["importance"], parts["scale"], parts.get("deviation"), shape, **pairs)

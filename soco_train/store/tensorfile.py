@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from soco_train.bounded import MADE_ANEW, parse_object
+from soco_train.bounded import MADE_ANEW
 from soco_train.errors import DataError
 from soco_train.numbers.faults import check_numbers
-from soco_train.store.header import read_header
+from soco_train.store.arrays import read_said
 
 _DTYPES = {
     torch.float32: "F32",
@@ -82,16 +82,6 @@ def _bytes(name: str, pending: Pending) -> memoryview:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-Provenance = Mapping[str, Any]
-
-
-def layer_shape(name: str, shape: Any) -> tuple[int, int]:
-    """Return (m, n) of a layer as a header has it; ValueError unless it is two counts: torch takes any number."""
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(f"{name} is of the shape {str(shape)[:60]}")
-    return shape[0], shape[1]
-
-
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Pending], header: Mapping[str, Any]) -> None:
     """Write safetensors atomically, a tensor at a time, with `header` as JSON in the file's metadata.
 
@@ -112,18 +102,11 @@ def read_tensors(path: Path, kind: str, prefix: str = "") -> tuple[dict[str, tor
 
     prefix: what the names of the tensors to be read begin with.
     """
-    text = read_header(path, MADE_ANEW).metadata.get("header", "{}")
-    header = parse_object(text, f"what {path.name} says of itself", str(path), MADE_ANEW)
+    _, header = read_said(path, kind)
     try:
         with safe_open(str(path), framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (safe_open is no mapping)
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise DataError(f"cannot read {path.name}: {error}", fix=MADE_ANEW, where=str(path)) from error
-    if header.get("kind") != kind:
-        raise DataError(
-            f"{path.name} holds {header.get('kind', 'something else')}, not {kind}",
-            fix=f"give the {kind} file of a run folder",
-            where=str(path),
-        )
     return tensors, header

@@ -49,6 +49,7 @@ from soco_train.plan.left_out import LeftOut, read_left_out
 from soco_train.plan.ranks import LayerPlan, RankPlan
 from soco_train.store.factors import Factors
 from soco_train.store.header import MOST_TENSORS, read_header
+from soco_train.store.importances import Importances
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum, SpectrumStore
 from tests.support.cli import contents
@@ -379,21 +380,24 @@ def broken_scores(path: Path, **changes: Any) -> None:
 )
 def test_scores_that_are_none_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     broken_scores(tmp_path / "scores.safetensors")
-    assert Scores.load(tmp_path / "scores.safetensors").layers["a"].shape == (4, 6)
+    for read in (Scores.load, Importances.load):
+        assert read(tmp_path / "scores.safetensors").layers["a"].shape == (4, 6)
     broken_scores(tmp_path / "scores.safetensors", **changes)
-    with refused("no scores"):
-        Scores.load(tmp_path / "scores.safetensors")
+    for read in (Scores.load, Importances.load):
+        with refused("no scores"):
+            read(tmp_path / "scores.safetensors")
 
 
 def test_scores_that_say_nothing_of_their_model_are_refused(tmp_path: Path) -> None:
     layer = LayerScores(torch.ones(4), torch.ones(4), None, (4, 6))
-    assert Scores({"a": layer}, {"parameters": 24}).parameters == 24
+    assert Scores({"a": layer}, {"parameters": 24}).importances().parameters == 24
     for said in ({}, {"parameters": "24"}, {"parameters": True}, {"parameters": 0}):
         with refused("parameters"):
-            _ = Scores({"a": layer}, said).parameters
+            _ = Scores({"a": layer}, said).importances().parameters
     Scores({}).save(tmp_path / "scores.safetensors")
-    with refused("no layer"):
-        Scores.load(tmp_path / "scores.safetensors")
+    for read in (Scores.load, Importances.load):
+        with refused("no layer"):
+            read(tmp_path / "scores.safetensors")
 
 
 @pytest.mark.parametrize("records", [[1], "x", {"a": 1}, {"a": []}, {"a": [[1], "w"]}, {"a": [["2", 3], "w"]}])
@@ -407,7 +411,7 @@ def test_weights_left_out_that_are_none_are_refused(records: Any) -> None:
 @pytest.mark.parametrize("said", ["", "null", "[]", '{"kind": "factors"}', '{"kind": "factors", "layers": {"a": 1}}'])
 def test_stored_tensors_that_say_nothing_of_themselves_are_refused(tmp_path: Path, said: str) -> None:
     save_file({"a:up": torch.ones(2, 2)}, tmp_path / "a.safetensors", {"header": said})
-    for read in (Scores.load, Factors.load):
+    for read in (Scores.load, Importances.load, Factors.load):
         with refused():
             read(tmp_path / "a.safetensors")
     with refused():

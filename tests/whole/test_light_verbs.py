@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def test_they_import_nothing_heavy(tiny_run: Path, tmp_path: Path) -> None:
         ["compare", str(run), str(run)],
         ["gate", str(run)],
         ["report", str(run)],
+        ["plan", str(run), "--keep-params", "0.9,0.8,0.6"],
+        ["plan", str(run), "--set", "storage=pivoted", "--set", "allocation=lagrangian"],
     ]
     for name, code, imported, answered in ran_in_one_process(commands, tmp_path):
         assert code in (0, 3), name
@@ -88,10 +91,42 @@ def test_a_folder_that_cannot_be_written_is_refused_as_soon(tiny_run: Path, tmp_
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
 
 
-def ran_in_one_process(commands: list[list[str]], folder: Path) -> list[Any]:
+def test_a_plan_by_a_profile_that_is_kept_needs_no_torch(tiny_run: Path, tmp_path: Path) -> None:
+    from soco_export.bench.device import Device
+    from soco_export.bench.layer_times import FormTimes, Profile
+    from soco_export.run.folder.allowed import read_lock
+    from soco_train.store.importances import Importances
+
+    recipe, scores = read_lock(tiny_run), Importances.load(tiny_run / "scores.safetensors").layers.values()
+    conditions = Device("CPUExecutionProvider", 1, recipe.export, any(layer.deviates for layer in scores)).conditions()
+    fast = FormTimes((2.0,) * len(conditions.tokens), (1,), ((1.0,) * len(conditions.tokens),))
+    path = tmp_path / "profile.json"
+    path.write_text(Profile(conditions, 1, {layer.shape: {"stacked": fast} for layer in scores}).to_json())
+    command = ["plan", str(tiny_run), "--set", "optimise_for=latency", "--set", f"latency.profile={path}"]
+    found = ran_in_one_process([command], tmp_path, ("torch", "transformers"))
+    assert found == [["plan", 0, [], True]]
+
+
+def test_scores_that_are_none_are_refused_as_soon(tiny_run: Path, tmp_path: Path) -> None:
+    commands = []
+    for case in ("absent", "edited", "cut off", "unlisted and cut off", "NaN"):
+        shutil.copytree(tiny_run, run := tmp_path / case)
+        file = run / "scores.safetensors"
+        data = file.read_bytes()
+        file.unlink()
+        if case != "absent":
+            file.write_bytes(data[:-4] + (b"" if "cut off" in case else b"\0\0\xc0\x7f"))
+        if case in ("unlisted and cut off", "NaN"):
+            (run / "manifest.json").unlink()
+        commands.append(["plan", str(run), "--keep-params", "0.8"])
+    for name, code, imported, answered in ran_in_one_process(commands, tmp_path):
+        assert (name, code, imported, answered) == ("plan", 2, [], True)
+
+
+def ran_in_one_process(commands: list[list[str]], folder: Path, heavy: Sequence[str] = HEAVY) -> list[Any]:
     """Return (verb, exit code, what heavy it has imported, whether it answered) of each command, run in `folder`."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([HEAVY, commands])],
+        [sys.executable, "-c", PROGRAM, json.dumps([heavy, commands])],
         capture_output=True,
         text=True,
         check=False,

@@ -21,13 +21,13 @@ from soco_train.errors import RecipeError
 from soco_train.events import Notify
 from soco_train.plan.ranks import RankPlan, plan_ranks
 from soco_train.settings.plan import Storage
-from soco_train.store.scores import Scores
+from soco_train.store.importances import Importances
 
 if TYPE_CHECKING:
     from soco_export.bench.device import Device
 
 
-def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> RankPlan:
+def plan_for(recipe: Recipe, scores: Importances, folder: Path, notify: Notify) -> RankPlan:
     """Plan `scores` as `recipe` says; `folder` is the run's, where a profile is kept unless the recipe names a file.
 
     Raises what `plan_ranks` raises, RecipeError too where too few layers are faster at low rank to reach the size, and
@@ -36,9 +36,8 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
     if recipe.optimise_for == "params":
         return plan_ranks(scores, recipe.plan)
     path = recipe.latency.profile or folder / PROFILE
-    device = _device(recipe, any(layer.deviation is not None for layer in scores.layers.values()))
     shapes = {name: layer.shape for name, layer in scores.layers.items()}
-    profile = read_or_measure(path, set(shapes.values()), recipe.storage, device, notify)
+    profile = read_or_measure(path, set(shapes.values()), recipe.storage, _device(recipe, scores), notify)
     settings = recipe.plan.model_copy(update={"multiple": lcm(recipe.multiple, profile.multiple)})
     ends = limits(profile, shapes, settings.storage, settings.multiple)
     try:
@@ -51,19 +50,17 @@ def plan_for(recipe: Recipe, scores: Scores, folder: Path, notify: Notify) -> Ra
         ) from error
 
 
-def check_profile(recipe: Recipe, folder: Path) -> None:
+def check_profile(recipe: Recipe, folder: Path, scores: Importances | None = None) -> None:
     """Raise what reading the profile of a run in `folder`, or writing it there, would: asked before it trains.
 
-    DataError or RecipeError for a file that is none or a link, MachineError where it cannot be written.
+    DataError or RecipeError for a file that is none or a link, MachineError where it cannot be written. `scores`: of a
+    run that has trained, which say what is to be measured; of any other the dense model does.
     """
     path = recipe.latency.profile or folder / PROFILE
     if recipe.optimise_for == "params" or not (recipe.latency.profile or path.exists()):
         return
-    from soco_export.preflight.cost import measure
-    from soco_train.scores.registry import find_scorer
-
-    kept = _kept(path, _device(recipe, find_scorer(recipe.train.scorer).deviates(recipe.train)))
-    if kept is not None and not kept.lacks(set(measure(recipe).linears), recipe.storage):
+    kept = _kept(path, _device(recipe, scores))
+    if kept is not None and not kept.lacks(_shapes(recipe, scores), recipe.storage):
         return
     check_apart(path, (), where="recipe: latency.profile")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -71,10 +68,28 @@ def check_profile(recipe: Recipe, folder: Path) -> None:
         pass  # it can be written, and is gone
 
 
-def _device(recipe: Recipe, bias: bool) -> Device:
+def _shapes(recipe: Recipe, scores: Importances | None) -> set[Shape]:
+    if scores is not None:
+        return {layer.shape for layer in scores.layers.values()}
+    from soco_export.preflight.cost_shape import measure
+
+    return set(measure(recipe).linears)
+
+
+def _device(recipe: Recipe, scores: Importances | None) -> Device:
     from soco_export.bench.device import Device
 
-    return Device(recipe.validation.provider, recipe.validation.threads, recipe.export, bias, recipe.latency.tokens)
+    proof = recipe.validation
+    return Device(proof.provider, proof.threads, recipe.export, _biased(recipe, scores), recipe.latency.tokens)
+
+
+def _biased(recipe: Recipe, scores: Importances | None) -> bool:
+    """Tell whether pruned layers add a bias."""
+    if scores is not None:
+        return any(layer.deviates for layer in scores.layers.values())
+    from soco_train.scores.registry import find_scorer
+
+    return find_scorer(recipe.train.scorer).deviates(recipe.train)
 
 
 def _kept(path: Path, device: Device) -> Profile | None:
@@ -85,12 +100,12 @@ def _kept(path: Path, device: Device) -> Profile | None:
 
 def read_or_measure(path: Path, shapes: set[Shape], form: Storage, device: Device, notify: Notify) -> Profile:
     """Return the profile kept in `path`, completed by what it lacks, or a new one; `path` is written if it grew."""
-    from soco_export.bench.layer_timing import measure_profile
-
     kept = _kept(path, device)
     missing = shapes if kept is None else kept.lacks(shapes, form)
     if not missing and kept is not None:
         return kept
+    from soco_export.bench.layer_timing import measure_profile
+
     found = measure_profile(sorted(missing), form, device, notify)
     whole = found if kept is None else kept.completed_by(found)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 def cut_plan(context: RunContext, out: Path) -> None:
     """Turn the scores into one rank per layer at the recipe's size."""
     from soco_export.run.plans.measured_plan import plan_for
-    from soco_train.store.scores import Scores
+    from soco_train.store.importances import Importances
 
-    scores = Scores.load(context.path("scores", "scores.safetensors"))
+    scores = Importances.load(context.path("scores", "scores.safetensors"))
     plan = plan_for(context.recipe, scores, context.folder.root, context.notify)
     (out / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
@@ -118,10 +118,11 @@ def distill_sizes(context: RunContext, out: Path) -> None:
     recipe = context.recipe
     scores = Scores.load(context.path("scores", "scores.safetensors"))
     subject = context.subject(context.path("spectrum", "spectrum"))
+    importances = scores.importances()
 
     def planner(size: float) -> RankPlan:
         sized = recipe.model_copy(update={"keep_params": size})
-        return plan_for(sized, scores, context.folder.root, context.notify)
+        return plan_for(sized, importances, context.folder.root, context.notify)
 
     origin = {"calibration": context.blocks("calibration").fingerprint}
     with recording(context.notify, out / KEPT_CURVE, out / FACTORS_CURVE) as notify:

@@ -121,10 +121,10 @@ def _model(context: RunContext) -> ModelFigures:
 
 
 def _sizes(context: RunContext) -> SizeFigures:
-    from soco_train.store.scores import Scores
+    from soco_train.store.importances import Importances
 
     plan = RankPlan.load(context.path("plan", "plan.json"))
-    total = Scores.load(context.path("scores", "scores.safetensors")).parameters
+    total = Importances.load(context.path("scores", "scores.safetensors")).parameters
     wanted = {"onnx": ("hf", "onnx", "onnx-dense"), "hf": ("hf",), "dense": ("hf", "dense")}[context.format]
     sizes = {name: folder_bytes(context.path(FOLDERS[name], name)) for name in wanted}
     return SizeFigures(

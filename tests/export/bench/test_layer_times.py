@@ -261,7 +261,7 @@ def test_layers_are_really_measured(tmp_path, monkeypatch):
         assert all(len(row) == 2 and min(row) > 0 for row in (times.dense, *times.times))
     recipe = load_recipe("tiny", ["optimise_for=latency", "validate.threads=1", "latency.tokens=[1]", "keep_params=1"])
     layer = LayerScores(torch.linspace(1, 0, 32), torch.ones(32), None, (48, 32))
-    scores = Scores({"a": layer, "b": layer})
+    scores = Scores({"a": layer, "b": layer}).importances()
     plan = plan_for(recipe, scores, tmp_path, lambda event: None)
     before = (tmp_path / "latency.json").read_bytes()
     assert plan_for(recipe, scores, tmp_path, lambda event: pytest.fail("measured twice")) == plan
@@ -275,7 +275,7 @@ def test_a_size_that_no_faster_layer_reaches_is_refused_with_the_reason(tmp_path
         "tiny", ["optimise_for=latency", "validate.threads=1", "latency.tokens=[1]", "keep_params=0.5"]
     )
     layer = LayerScores(torch.linspace(1, 0, 32), torch.ones(32), None, (48, 32))
-    scores = Scores({"a": layer})
+    scores = Scores({"a": layer}).importances()
     never = FormTimes((1.0,), (1,), ((2.0,),))
     device = Device("CPUExecutionProvider", 1, recipe.export, bias=False, tokens=(1,))
     slow = Profile(device.conditions(), 1, {(48, 32): {"stacked": never, "pivoted": never}})

@@ -15,7 +15,7 @@ from soco_export.report.rendering import speedup
 from soco_export.run.stages import evidence, report
 from soco_export.runtimes import open as opening
 from soco_train.settings.data import DataSettings
-from soco_train.store.scores import Scores
+from soco_train.store.importances import Importances
 
 
 class Run:
@@ -87,7 +87,7 @@ def test_a_larger_file_makes_a_larger_ratio(monkeypatch, tmp_path):
         dropped=0,
     )
     monkeypatch.setattr(report.RankPlan, "from_json", lambda text: plan)
-    monkeypatch.setattr(Scores, "load", lambda path: Scores({}, {"parameters": 20}))
+    monkeypatch.setattr(Importances, "load", lambda path: Importances({}, {"parameters": 20}))
     monkeypatch.setattr(report, "_largest_coefficient", lambda path: None)
     monkeypatch.setattr(report, "cache_bytes", lambda path: len(path.name))
     sizes = report._sizes(Run(tmp_path))
