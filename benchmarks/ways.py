@@ -26,6 +26,7 @@ from soco_train.modules.subject import Subject
 from soco_train.store.factors import Factors
 
 FIGURES = {"mean": "perplexity", "ratio": "ratio"}
+_OF_A_SEED = {"way", "size", "seed", *FIGURES.values()}
 Row = Mapping[str, Any]
 
 
@@ -53,19 +54,20 @@ def write(
         with tempfile.TemporaryDirectory() as folder:
             work = given.work / str(seed) if given.work else Path(folder)
             rows += [{"seed": seed, **row} for row in measure(recipe, work)]
-    module = Path(sys.argv[0]).stem
-    command = f"python -m benchmarks.{module} {shlex.join(sys.argv[1:])}"
+    module = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).with_suffix("")
+    command = f"python -m {'.'.join(module.parts)} {shlex.join(sys.argv[1:])}"
     document = {"command": command, **said, "rows": list(_by_way(rows))}
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _by_way(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each way and size: the mean over seeds, and its ratio to the dense model."""
+    """Yield a row for each way and size: the mean over seeds, its ratio to the dense model, what no seed changes."""
     for way, size in dict.fromkeys((row["way"], row["size"]) for row in rows):
         own = [row for row in rows if (row["way"], row["size"]) == (way, size)]
         means = {name: sum(row[key] for row in own) / len(own) for name, key in FIGURES.items()}
         seeds = {str(row["seed"]): row["perplexity"] for row in own}
-        yield {"method": way, "keep": size, "texts": {"evaluation": {**means, "seeds": seeds}}}
+        more = {key: value for key, value in own[0].items() if key not in _OF_A_SEED}
+        yield {"method": way, "keep": size, **more, "texts": {"evaluation": {**means, "seeds": seeds}}}
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class Ground:
         dense = measure_perplexity(torch_decoder(model, "dense"), evaluation).value
         return Ground(recipe, subject, evaluation, dense)
 
-    def row(self, way: str, size: float, factors: Factors) -> Row:
-        """Return, and print, the perplexity of the model with `factors` and its ratio to the dense model's."""
+    def row(self, way: str, size: float, factors: Factors, **figures: float) -> Row:
+        """Return, and print, the perplexity of the model with `factors`, its ratio to the dense, and `figures`."""
         pruned = load_model(self.recipe)[0]
         apply_factors(pruned, factors.layers)
         value = measure_perplexity(torch_decoder(pruned, way), self.evaluation).value
-        row = {"way": way, "size": size, "perplexity": value, "ratio": value / self.dense}
+        row = {"way": way, "size": size, "perplexity": value, "ratio": value / self.dense, **figures}
         print(row, flush=True)
         return row

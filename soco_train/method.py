@@ -28,6 +28,7 @@ from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
 from soco_train.plan.ranks import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
+from soco_train.refine.values import value_losses
 from soco_train.scores.registry import train_scores
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
@@ -53,9 +54,12 @@ def open_subject(
     """
     values = values or ValueSettings()
     open_sites(model)
-    check_mixing(model, narrowed_sites(model, values), tokens)
+    sites = narrowed_sites(model, values)
+    check_mixing(model, sites, tokens)
     linears = ranked_linears(model, layers, values)
-    return Subject(model, linears, SpectrumStore(spectra), tokens, left_out(model, linears, layers, values))
+    rest = left_out(model, linears, layers, values)
+    planned = [site for site in sites if {site.value, site.output} <= linears.keys()] if values.planned else []
+    return Subject(model, linears, SpectrumStore(spectra), tokens, rest, tuple(planned))
 
 
 def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> Subject:
@@ -84,11 +88,15 @@ def seen(subject: Subject) -> Subject:
 def learn_scores(subject: Subject, train: TrainSettings, plan: PlanSettings, session: Session) -> Scores:
     """Give every component its importance with `train.scorer`, heading for the size of `plan`; see `train_scores`.
 
-    What takes no part, and why, joins the provenance, if there is anything.
+    What takes no part, and why, joins the provenance, if there is anything, and what attentions lose with fewer
+    numbers a value head, where the plan may choose that.
     """
     scores = train_scores(subject, train, plan, session)
-    rest = {name: weight.record() for name, weight in subject.left_out.items()}
-    return Scores(scores.layers, {**scores.provenance, "left_out": rest}) if rest else scores
+    known = {
+        "left_out": {name: weight.record() for name, weight in subject.left_out.items()},
+        "values": [site.record() for site in value_losses(subject, train.statistics_blocks, session.notify)],
+    }
+    return Scores(scores.layers, {**scores.provenance, **{name: found for name, found in known.items() if found}})
 
 
 def cut_factors(

@@ -28,6 +28,7 @@ from soco_export.preflight.machine import bytes_in, check_onnxruntime, check_roo
 from soco_export.recipe.recipe import Recipe
 from soco_train.cost import ModelShape
 from soco_train.errors import RecipeError
+from soco_train.settings.refine import HEAD_STEP
 from soco_train.settings.rounding import BITS
 
 if TYPE_CHECKING:
@@ -93,10 +94,35 @@ def check_steps(recipe: Recipe) -> None:
     from soco_train.scores.registry import find_scorer
     from soco_train.spectra.bases import find_basis
 
+    _check_planned_values(recipe)
     find_basis(recipe.train.basis)
     find_scorer(recipe.train.scorer).check(recipe.train, recipe.plan)
     for rung in wanted_rungs(recipe.refine):
         rung.check(recipe.refine.of_step(rung.name), recipe.storage)
+
+
+def _check_planned_values(recipe: Recipe) -> None:
+    """Raise RecipeError where fewer numbers a value head cannot be weighed against ranks, or are given by name."""
+    where = "recipe: refine.values.keep"
+    if recipe.refine.values.each:
+        raise RecipeError(
+            "refine.values.each is what a plan fills in, and a recipe does not choose it",
+            fix="leave it out, with refine.values.keep: planned",
+            where="recipe: refine.values.each",
+        )
+    needed = {
+        "train.scorer": (recipe.train.scorer, "singular-values"),
+        "train.basis": (recipe.train.basis, "two-sided"),
+        "allocation": (recipe.allocation, "lagrangian"),
+    }
+    others = {key: value for key, (found, value) in needed.items() if found != value}
+    if recipe.refine.values.planned and others:
+        asked = " and ".join(f"{key}: {value}" for key, value in others.items())
+        raise RecipeError(
+            "refine.values.keep: planned weighs errors of values against those of the two-sided basis, as they are",
+            fix=f"{asked}, or a share for refine.values.keep",
+            where=where,
+        )
 
 
 def check_bytes(recipe: Recipe) -> None:
@@ -208,7 +234,9 @@ def _narrowed(recipe: Recipe, architecture: Architecture | None) -> Architecture
             fix="leave out refine.values, or describe the model in soco_export/onnx/families",
             where="recipe: refine.values.keep",
         )
-    narrowed = all_narrowed(architecture, recipe.refine.values.numbers(architecture.attention.head_dim))
+    values = recipe.refine.values
+    numbers = HEAD_STEP if values.planned else values.numbers(architecture.attention.head_dim)
+    narrowed = all_narrowed(architecture, numbers)
     check_values(narrowed, recipe.export)
     return narrowed
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from soco_train.events import Notify, silent
+from soco_train.modules.values import ValueSite
 from soco_train.plan.left_out import LeftOut
 from soco_train.store.spectra import Spectrum
 
@@ -18,7 +19,8 @@ from soco_train.store.spectra import Spectrum
 class Subject:
     """A dense model, its participating Linears and their spectra by name, and calibration tokens [n, t] int64.
 
-    `left_out`: weights of its blocks that take no part, by tensor name.
+    `left_out`: weights of its blocks that take no part, by tensor name; `narrowed`: attentions whose values the plan
+    may give fewer numbers.
     """
 
     model: nn.Module
@@ -26,6 +28,7 @@ class Subject:
     spectra: Mapping[str, Spectrum]
     tokens: torch.Tensor
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    narrowed: tuple[ValueSite, ...] = ()
 
 
 @dataclass(frozen=True)

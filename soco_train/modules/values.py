@@ -17,6 +17,7 @@ from torch import nn
 
 from soco_train.errors import RecipeError
 from soco_train.modules.layers import select_linears
+from soco_train.plan.left_out import few_numbers
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.refine import HEAD_STEP, ValueSettings
 
@@ -60,7 +61,7 @@ def _site(model: nn.Module, place: str) -> ValueSite | None:
 
 
 def narrowed_sites(model: Any, settings: ValueSettings) -> list[ValueSite]:
-    """Return the attentions whose values get fewer numbers; none while that is off.
+    """Return the attentions whose values get fewer numbers, or may get them by a plan to come; none while that is off.
 
     Raises RecipeError where the model has none, or where a head would keep all its numbers.
     """
@@ -77,9 +78,10 @@ def narrowed_sites(model: Any, settings: ValueSettings) -> list[ValueSite]:
             where=where,
         )
     for site in sites:
-        if settings.numbers(site.size) >= site.size:
+        least = HEAD_STEP if settings.planned else settings.numbers(site.size)
+        if least >= site.size:
             raise RecipeError(
-                f"keep {settings.keep:g} of a value head of {site.size} is all of it, in steps of {HEAD_STEP}",
+                f"keep {settings.keep} of a value head of {site.size} is all of it, in steps of {HEAD_STEP}",
                 fix=f"give {(site.size - HEAD_STEP) / site.size:g} or less, or leave out refine.values"
                 if site.size > HEAD_STEP
                 else "leave out refine.values",
@@ -105,12 +107,14 @@ def ranked_linears(model: nn.Module, layers: LayerSettings, values: ValueSetting
 
 
 def narrowed_names(model: nn.Module, values: ValueSettings) -> dict[str, tuple[str, float]]:
-    """Return the projections that `refine.values` takes, by name: what it does to them, and the share that stays."""
+    """Return the projections that `refine.values` takes, by name: what it does to them, and the share that stays.
+
+    What a plan decides on has a rank like any other layer until it does.
+    """
+    if values.planned:
+        return {}
     return {
-        name: (
-            f"refine.values: {values.numbers(site.size)} of {site.size} numbers of each value head stay",
-            values.numbers(site.size) / site.size,
-        )
+        name: (few_numbers(values.numbers(site.size), site.size), values.numbers(site.size) / site.size)
         for site in narrowed_sites(model, values)
         for name in (site.value, site.output)
     }

@@ -137,7 +137,7 @@ def global_ranks(ladders: Sequence[Ladder], importances: Sequence[Reals], budget
 
 def lagrangian_ranks(ladders: Sequence[Ladder], importances: Sequence[Reals], budget: int) -> list[int]:
     """Maximise the sum of kept importance: the best rungs at a price per parameter, then the best moves that fit."""
-    values = [_value(*pair) for pair in zip(ladders, importances, strict=True)]
+    values = [kept_importance(*pair) for pair in zip(ladders, importances, strict=True)]
     rungs = best_rungs([ladder.costs for ladder in ladders], values, budget)
     return [int(ladder.ranks[rung]) for ladder, rung in zip(ladders, rungs, strict=True)]
 
@@ -172,7 +172,7 @@ def best_rungs(costs: Sequence[Integers], values: Sequence[Reals], budget: int) 
     return rungs
 
 
-def _value(ladder: Ladder, importance: Reals) -> Reals:
+def kept_importance(ladder: Ladder, importance: Reals) -> Reals:
     """Return the importance kept at each rung."""
     return np.concatenate([[0.0], np.cumsum(np.sort(importance)[::-1])])[ladder.ranks]
 

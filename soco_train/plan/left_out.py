@@ -42,6 +42,11 @@ class LeftOut:
         return [list(self.shape), self.reason, *([] if self.stay is None else [self.stay])]
 
 
+def few_numbers(stay: int, size: int) -> str:
+    """Return what `refine.values` does to a projection of values."""
+    return f"refine.values: {stay} of {size} numbers of each value head stay"
+
+
 def read_left_out(records: Any) -> dict[str, LeftOut]:
     """Return what `LeftOut.record` wrote, by tensor name; DataError if it is something else."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from soco_train.bounded import MADE_ANEW, parse_object, read_text
-from soco_train.errors import DataError
+from soco_train.errors import DataError, RecipeError
 from soco_train.plan.allocation import (
     Ladder,
     Limit,
@@ -24,8 +24,10 @@ from soco_train.plan.allocation import (
     refuse_impossible,
     uniform_ranks,
 )
-from soco_train.plan.left_out import AS_WRITTEN, LeftOut, read_left_out, taking_part
+from soco_train.plan.left_out import AS_WRITTEN, LeftOut, few_numbers, read_left_out, taking_part
+from soco_train.plan.values import ValueLosses, ranks_or_numbers, read_value_losses
 from soco_train.settings.plan import Allocation, PlanSettings, Storage
+from soco_train.settings.refine import ValueSettings
 from soco_train.settings.rounding import RoundingSettings, WeightType
 from soco_train.store.importances import Importances, LayerImportance
 
@@ -39,7 +41,10 @@ _Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The size of one layer: rank (min(m, n) when dense), its parameters, and why it stays dense (else empty)."""
+    """The size of one layer: rank (min(m, n) when dense), its parameters, and why it stays dense (else empty).
+
+    A layer that is neither cut nor whole makes or reads value heads of fewer numbers: that is its reason.
+    """
 
     __pydantic_config__: ClassVar = AS_WRITTEN
     shape: tuple[_Count, _Count]
@@ -47,6 +52,11 @@ class LayerPlan:
     dense: bool
     params: _Count
     reason: str
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether it has its full rank and fewer numbers a value head."""
+        return self.dense and self.params < self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,8 @@ class RankPlan:
     """One rank per participating layer, in model order, and the settings it answers.
 
     `bytes`: types and forms, layer by layer, where bytes were the budget; else every layer is stored as `storage`.
-    `left_out`: weights of the blocks that take no part, by tensor name.
+    `left_out`: weights of the blocks that take no part, by tensor name. `values`: numbers of each value head that stay,
+    by the name of v_proj, where that was chosen instead of ranks of it and of the projection that reads the values.
     """
 
     __pydantic_config__: ClassVar = AS_WRITTEN
@@ -92,6 +103,7 @@ class RankPlan:
     allocation: Allocation
     bytes: BytePlan | None = None
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    values: Mapping[str, _Count] = field(default_factory=dict)
 
     @property
     def forms(self) -> Mapping[str, Storage]:
@@ -121,6 +133,10 @@ class RankPlan:
         each = {name: self.weights[name] for name in self.layers if name not in other}
         return settings.model_copy(update={"each": each, "blocks": dict(self.blocks)})
 
+    def fewer_values(self, settings: ValueSettings) -> ValueSettings:
+        """Return the settings with the numbers of value heads that the plan chose, where they ask for it."""
+        return settings.model_copy(update={"each": dict(self.values)}) if settings.planned else settings
+
     @property
     def params_before(self) -> int:
         """Parameters of the participating layers when dense."""
@@ -144,7 +160,7 @@ class RankPlan:
     @property
     def dense_layers(self) -> dict[str, str]:
         """Layers left dense, with the reason."""
-        return {name: layer.reason for name, layer in self.layers.items() if layer.dense}
+        return {name: layer.reason for name, layer in self.layers.items() if layer.dense and not layer.narrowed}
 
     def describe(self, total: int) -> str:
         """Return the plan in one line; `total` is the parameter count of the whole dense model."""
@@ -154,6 +170,8 @@ class RankPlan:
             f"(selected {_millions(before)} → {_millions(after)}) · "
             f"{len(self.dense_layers)} of {len(self.layers)} layers left dense"
         )
+        if self.values:
+            text = f"{text} · {len(self.values)} attentions with smaller values"
         if self.left_out:
             text = f"{text} · {taking_part(before, self.left_out):.1%} of the blocks' weights take part"
         if self.bytes is None:
@@ -166,8 +184,8 @@ class RankPlan:
         document = asdict(self)
         if self.bytes is None:
             del document["bytes"]
-        if not self.left_out:
-            del document["left_out"]
+        for key in [key for key in ("left_out", "values") if not document[key]]:
+            del document[key]
         for weight in document.get("left_out", {}).values():
             if weight["stay"] is None:
                 del weight["stay"]
@@ -198,8 +216,9 @@ def _check_possible(plan: RankPlan) -> None:
         full = min(layer.shape)
         if layer.rank > full or layer.dense > (layer.rank == full):
             raise _no_plan(f"layers.{name}", f"rank {layer.rank} of {full}, dense: {layer.dense}")
-    if strangers := plan.forms.keys() - plan.layers.keys():
-        raise _no_plan("bytes.forms", f"{min(strangers)} is no layer of the plan")
+    for place, named in (("bytes.forms", plan.forms), ("values", plan.values)):
+        if strangers := named.keys() - plan.layers.keys():
+            raise _no_plan(place, f"{min(strangers)} is no layer of the plan")
 
 
 def _no_plan(place: str, why: str) -> DataError:
@@ -232,16 +251,23 @@ def plan_ranks(
         make_ladder(layer.shape, settings, extra.get(name, 0), ends.get(name)) for name, layer in found.layers.items()
     ]
     keep = Fraction(str(settings.keep_params))  # the decimal the user wrote, so that no parameter is lost to rounding
+    sites = _value_losses(found, settings)
+    numbers: dict[str, int] = {}
     if settings.allocation == "uniform":
         survivors = uniform_ranks(ladders, keep)
     else:
         budget = int(keep * sum(m * n for m, n in (ladder.shape for ladder in ladders)))
         refuse_impossible(ladders, keep)
-        allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
-        survivors = allocate(ladders, importances, budget)
+        if sites:
+            survivors, numbers = ranks_or_numbers(found.layers, ladders, importances, sites, budget)
+        else:
+            allocate = global_ranks if settings.allocation == "global" else lagrangian_ranks
+            survivors = allocate(ladders, importances, budget)
     layers = dict(zip(found.layers, map(_layer_plan, ladders, survivors), strict=True))
+    for site in (site for site in sites if site.value in numbers):
+        layers |= {name: _fewer(layers[name], site, numbers[site.value]) for name in (site.value, site.output)}
     rest = read_left_out(found.provenance.get("left_out", {}))
-    return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest)
+    return RankPlan(layers, settings.keep_params, settings.storage, settings.allocation, left_out=rest, values=numbers)
 
 
 def kept(importance: torch.Tensor, rank: int) -> torch.Tensor:
@@ -263,6 +289,23 @@ def _checked(name: str, layer: LayerImportance) -> Reals:
             where=name,
         )
     return importance
+
+
+def _value_losses(scores: Importances, settings: PlanSettings) -> list[ValueLosses]:
+    """Return what attentions lose with fewer numbers a value head; RecipeError for a rule that cannot weigh that."""
+    sites = read_value_losses(scores.provenance.get("values", []), scores.layers)
+    if sites and settings.allocation != "lagrangian":
+        raise RecipeError(
+            f"allocation {settings.allocation} ranks components, and fewer numbers a value head are none",
+            fix="allocation: lagrangian, or a share for refine.values.keep",
+            where="recipe: allocation",
+        )
+    return sites
+
+
+def _fewer(layer: LayerPlan, site: ValueLosses, numbers: int) -> LayerPlan:
+    m, n = layer.shape
+    return replace(layer, params=m * n * numbers // site.size, reason=few_numbers(numbers, site.size))
 
 
 def _layer_plan(ladder: Ladder, survivors: int) -> LayerPlan:

@@ -41,6 +41,7 @@ def refine(
             fix="soco_train.method.distill_sizes and cut_to, or leave sizes out",
             where="recipe: refine.distill.sizes",
         )
+    settings = settings.model_copy(update={"values": plan.fewer_values(settings.values)})
     for rung in wanted_rungs(settings):
         rung.check(settings.of_step(rung.name), plan.storage)
     for rung in wanted_rungs(settings, on="scores"):

@@ -20,6 +20,7 @@ from soco_train.forms.heads import HeadColumns, HeadRows, fill_rows, first_of_he
 from soco_train.forms.registry import LazyLayers, forms_of
 from soco_train.modules.subject import Session, Subject
 from soco_train.modules.values import ValueSite, check_mixing, narrowed_sites
+from soco_train.plan.values import ValueLosses, numbers_tried
 from soco_train.refine.absorb import absorb, value_projections
 from soco_train.refine.rungs import rung
 from soco_train.settings.refine import ValueSettings
@@ -40,7 +41,7 @@ def narrow_values(
     found: dict[str, HeadRows | HeadColumns] = {}
     for site, covariance, curvature in _with_statistics(model, sites, tokens[: settings.blocks], notify):
         value, output = (_linear(model, name) for name in (site.value, site.output))
-        numbers = settings.numbers(site.size)
+        numbers = settings.numbers(site.size, site.value)
         weight = output.weight.detach().to(covariance)
         down = value_projections(weight, covariance, curvature, site.groups, site.size, numbers)
         done = absorb(weight, covariance, curvature, down)
@@ -51,6 +52,25 @@ def narrow_values(
         bias = None if output.bias is None else _stored(output.bias)
         found[site.output] = HeadColumns(_stored(done.output), order, bias)
         notify(Event("values", len(found) // 2, len(sites)))
+    return found
+
+
+def value_losses(subject: Subject, blocks: int | None, notify: Notify) -> list[ValueLosses]:
+    """Return what each attention that the plan may narrow loses, by the numbers of a value head that stay.
+
+    blocks: of the subject's text, those that its spectra were made from. Errors as its two-sided spectra measure them.
+    """
+    found = []
+    for site, covariance, curvature in _with_statistics(
+        subject.model, list(subject.narrowed), subject.tokens[:blocks], notify
+    ):
+        weight = _linear(subject.model, site.output).weight.detach().to(covariance)
+        lost = []
+        for numbers in numbers_tried(site.size):
+            down = value_projections(weight, covariance, curvature, site.groups, site.size, numbers)
+            lost.append((numbers, absorb(weight, covariance, curvature, down).lost))
+        found.append(ValueLosses(site.value, site.output, site.size, tuple(lost)))
+        notify(Event("values", len(found), len(subject.narrowed)))
     return found
 
 
@@ -95,7 +115,9 @@ def values_cost(task: Task, shape: ModelShape, width: int) -> Cost:
 def _values(
     subject: Subject, factors: Mapping[str, LayerFactors], settings: ValueSettings, session: Session
 ) -> Mapping[str, LayerFactors]:
-    sites = narrowed_sites(subject.model, settings)
+    sites = [
+        site for site in narrowed_sites(subject.model, settings) if settings.numbers(site.size, site.value) < site.size
+    ]
     taken = [name for site in sites for name in (site.value, site.output) if name in factors]
     if taken:
         raise RecipeError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from soco_train.settings.distill import DistillSettings
 from soco_train.settings.section import OpenSection, Section
@@ -40,22 +40,41 @@ class FlattenSettings(Section):
     by: float = Field(default=0, ge=0, le=1)
 
 
+def _share_or_planned(value: Any) -> Any:
+    """Refuse what is neither, in one sentence: pydantic has one for each of the two."""
+    if value != "planned" and not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError("give a share above 0 and up to 1, or planned")
+    return value
+
+
 class ValueSettings(Section):
     """Numbers of each value head that attention caches, in closed form; `keep` 1: all of them, off.
 
-    The projections of values then have no rank: they take no part in the plan, and keep_params does not count them.
+    With a share the projections of values have no rank: they take no part in the plan, and keep_params does not count
+    them. `planned`: they take part, and the plan gives each attention ranks or fewer numbers, whichever loses less;
+    `each` is then what it chose, by the name of v_proj.
     """
 
-    keep: float = Field(default=1, gt=0, le=1, description="share of a value head's numbers, in steps of 8; 1: off")
+    keep: Annotated[float | int | Literal["planned"], BeforeValidator(_share_or_planned)] = Field(
+        default=1, description="share of a value head's numbers, in steps of 8, or planned: by price; 1: off"
+    )
+    each: dict[str, int] = Field(default_factory=dict)
     blocks: int | None = Field(default=None, ge=1, description="calibration blocks behind it; none: all")
 
     @property
     def narrows(self) -> bool:
-        """Whether values get fewer numbers."""
-        return self.keep < 1
+        """Whether values get, or may get, fewer numbers."""
+        return self.keep != 1
 
-    def numbers(self, size: int) -> int:
-        """Return the numbers that stay of a value head of `size`."""
+    @property
+    def planned(self) -> bool:
+        """Whether the plan decides."""
+        return self.keep == "planned"
+
+    def numbers(self, size: int, name: str = "") -> int:
+        """Return the numbers that stay of a value head of `size`, which v_proj `name` makes; all if that is open."""
+        if self.keep == "planned":
+            return self.each.get(name, size)
         return min(size, max(HEAD_STEP, round(self.keep * size / HEAD_STEP) * HEAD_STEP))
 
 

@@ -17,21 +17,28 @@ from soco_train.events import silent
 from soco_train.forms.heads import HeadColumns, HeadRows
 from soco_train.forms.registry import from_factors
 from soco_train.modules.subject import Session
-from soco_train.modules.values import check_mixing, value_sites
+from soco_train.modules.values import ValueSite, check_mixing, value_sites
 from soco_train.plan.ranks import plan_ranks
-from soco_train.refine.values import narrow_values
+from soco_train.refine.values import narrow_values, value_losses
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
 from soco_train.settings.refine import RefineSettings, ValueSettings
 from soco_train.settings.train import TrainSettings
+from soco_train.spectra.statistics import collect_statistics
 from tests.support.models import logits, small_llama
 
 HALF = ValueSettings(keep=0.5)
+PLANNED = ValueSettings(keep="planned")
+TWO_SIDED = TrainSettings(scorer="singular-values", basis="two-sided")
 UNTRAINED = TrainSettings(scorer="singular-values", basis="plain")
 
 
 def llama(**changes: Any) -> Any:
     return small_llama(head_dim=16, **changes)
+
+
+def names_of(site: ValueSite) -> tuple[str, str]:
+    return site.value, site.output
 
 
 def drawn(count: int = 24) -> torch.Tensor:
@@ -93,6 +100,56 @@ def test_the_projections_take_no_part_in_the_plan_and_distillation_trains_them(t
         assert torch.equal(cut.order, trained.order)
         assert not torch.allclose(cut.weight, trained.weight)
     assert set(plan.layers) <= set(done[3]) | set(plan.dense_layers)
+
+
+def test_errors_of_fewer_numbers_and_of_fewer_ranks_are_measured_alike(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path, PLANNED)
+    method.make_spectra(subject, TWO_SIDED)
+    projections = {site.output: model.get_submodule(site.output) for site in subject.narrowed}
+    known = collect_statistics(model, projections, tokens, frozenset({"input_covariance", "output_curvature"}))
+    for losses in value_losses(subject, None, silent):
+        moments, weight = known[losses.output], projections[losses.output].weight.detach().double()
+        spectrum = subject.spectra[losses.output]
+        cut = (spectrum.P[:, :8].double() @ spectrum.B[:8].double()) - weight
+        error = torch.einsum("mn,mi,ij,nj->", moments.output_curvature, cut, moments.input_covariance, cut)
+        assert float(error) == pytest.approx(float(spectrum.sigma[8:].double().square().sum()), rel=0.05)
+        assert [stay for stay, _ in losses.lost] == [8]
+        assert 0 < losses.lost[0][1] < float(spectrum.sigma.double().square().sum())
+
+
+def test_a_plan_chooses_between_ranks_and_fewer_numbers(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    limit_values(model, 8)  # all that a head says fits in half of its numbers
+    expected = logits(model, tokens)
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum", PLANNED)
+    method.make_spectra(subject, TWO_SIDED)
+    scores = method.learn_scores(subject, TWO_SIDED, PlanSettings(), Session(tmp_path / "scores"))
+    projections = sum(subject.linears[name].weight.numel() for site in subject.narrowed for name in names_of(site))
+    before = sum(linear.weight.numel() for linear in subject.linears.values())
+    keep = (before - projections // 2) / before + 1e-6  # no parameter is lost to rounding
+    plan = plan_ranks(scores, PlanSettings(keep_params=keep, allocation="lagrangian"))
+    assert plan.values == {site.value: 8 for site in subject.narrowed}
+    assert plan.params_after == before - projections // 2
+    found = method.cut_factors(subject, scores, plan, RefineSettings(values=PLANNED), Session(tmp_path / "work"))
+    assert {name: type(layer) for name, layer in found.layers.items()} == {
+        name: kind
+        for site in subject.narrowed
+        for name, kind in zip(names_of(site), (HeadRows, HeadColumns), strict=True)
+    }
+    apply_factors(model, found.layers)
+    assert float((logits(model, tokens) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_a_plan_that_keeps_all_narrows_nothing(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum", PLANNED)
+    method.make_spectra(subject, TWO_SIDED)
+    scores = method.learn_scores(subject, TWO_SIDED, PlanSettings(), Session(tmp_path / "scores"))
+    plan = plan_ranks(scores, PlanSettings(keep_params=1, allocation="lagrangian"))
+    assert not plan.values
+    refine = RefineSettings(values=PLANNED)
+    assert not method.cut_factors(subject, scores, plan, refine, Session(tmp_path / "work")).layers
 
 
 def test_scores_that_rank_the_projections_are_refused(tmp_path: Path) -> None:
