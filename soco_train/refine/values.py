@@ -99,13 +99,14 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def values_cost(task: Task, shape: ModelShape, width: int) -> Cost:
-    """Return the cost of the statistics behind the projections: their sums, and passes with gradients."""
+    """Return the cost of the statistics behind the projections, planned ones twice: sums, and passes with gradients."""
     sums = [sums_bytes((value.outputs, value.heads * value.size), _NEEDS) for value in shape.values]
     if not sums:
         return Cost()
     at_once = min(TOKENS_AT_ONCE, task.data.block * (task.data.blocks or TOKENS_AT_ONCE))
     memory = min(sum(sums), max(SUMS_AT_ONCE, *sums)) + at_once * saved_by_the_rest(shape, width)
     tokens = (task.refine.values.blocks or task.data.blocks or 128) * task.data.block
+    tokens *= 2 if task.refine.values.planned else 1  # of what is lost, and of what was chosen
     flops: dict[str, float] = {task.train.factor_dtype: 6.0 * tokens * shape.active}
     flops["float32"] = flops.get("float32", 0) + 2.0 * tokens * sum(sums) / DOUBLE_BYTES
     return Cost(memory + logits(at_once, shape, at_once, width), flops=flops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from soco_train.forms.heads import HeadColumns, HeadRows, first_of_heads
 from soco_train.modules.values import ValueSite, value_sites
 
 
-def narrow(model: Any, numbers: int) -> list[ValueSite]:
-    """Give every attention of `model` random projections with `numbers` in each value head; biases are drawn too."""
+def narrow(model: Any, *each: int) -> list[ValueSite]:
+    """Give the attentions of `model` random projections with so many numbers in each value head, in turn.
+
+    0 leaves one as it is; biases are drawn too.
+    """
     sites, layers = value_sites(model), {}
-    for site in sites:
+    for site, numbers in zip(sites, cycle(each), strict=False):
+        if not numbers:
+            continue
         value, output = model.get_submodule(site.value), model.get_submodule(site.output)
         bias = None if value.bias is None else torch.randn_like(value.bias)
         order = first_of_heads(site.groups, site.size, numbers)

@@ -35,9 +35,9 @@ NUMBERS = 5  # of 16 or so: a graph takes any number
 CASES = ["llama-biased", "smollm2", "mistral", "opt", "gemma2", "gpt_oss"]  # groups of 2, 1 and all; caps, sinks
 
 
-def made(name: str, folder: Path) -> Any:
+def made(name: str, folder: Path, *each: int) -> Any:
     model = tiny_model(name, configs={**decoders.CONFIGS, **ZOO})
-    narrow(model, NUMBERS)
+    narrow(model, *(each or (NUMBERS,)))
     save_checkpoint(model, None, folder)
     return model
 
@@ -69,6 +69,19 @@ def test_prompt_and_cached_steps_agree_under_padding(name: str, tmp_path: Path) 
     for entry in (ports.inputs, ports.outputs):
         sizes = {name.rpartition(".")[2]: port.shape[3] for name, port in entry.items() if len(port.shape) == 4}
         assert sizes["value"] == NUMBERS < sizes["key"]
+
+
+@pytest.mark.parametrize("each", [(8, 0), (3, 8)])
+def test_every_layer_may_have_values_of_its_own_size(each: tuple[int, int], tmp_path: Path) -> None:
+    model = made("llama-biased", tmp_path / "hf", *each)
+    export_onnx(tmp_path / "hf", tmp_path / "onnx", ExportSettings(layouts=("ort",)))
+    tokens = fresh.rng().integers(3, 90, (1, 16))
+    expected = torch_logits(model, tokens, np.ones_like(tokens))
+    found = in_pieces(tmp_path / "onnx", tokens, np.ones_like(tokens), 9)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    ports = read_ports(tmp_path / "onnx").inputs
+    keys, values = ([port.shape[3] for name, port in ports.items() if name.endswith(kind)] for kind in ("key", "value"))
+    assert values == [stay or size for stay, size in zip(each, keys, strict=True)]
 
 
 def test_transformers_loads_it_and_the_dense_form_computes_the_same(tmp_path: Path) -> None:

@@ -283,6 +283,26 @@ def test_values_that_nothing_could_cache_so_are_refused_before_training(override
     assert message in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.scorer=fisher"], "train.scorer: singular-values"),
+        (["train.basis=whitened"], "train.basis: two-sided"),
+        (["allocation=global"], "allocation: lagrangian"),
+        (["refine.values.each={model.layers.0.self_attn.v_proj: 8}"], "leave it out"),
+        (["export.flavour=contrib"], "export.flavour: standard"),
+        (["keep_bytes=9MB"], "give keep_params"),
+    ],
+)
+def test_values_that_no_plan_could_weigh_are_refused_before_training(overrides: list[str], said: str) -> None:
+    weighed = ["train.scorer=singular-values", "train.basis=two-sided", "allocation=lagrangian"]
+    planned = [*weighed, "refine.values.keep=planned", "export.layouts=[ort]"]
+    preflight.check_recipe(load_recipe("tiny", planned), "onnx")
+    with pytest.raises(RecipeError) as caught:
+        preflight.check_recipe(load_recipe("tiny", [*planned, *overrides]), "onnx")
+    assert said in caught.value.fix
+
+
 def test_narrow_values_pass_where_the_cache_follows_the_graph_and_in_other_formats() -> None:
     for layout in ("ort", "triton"):
         preflight.check_recipe(load_recipe("tiny", ["refine.values.keep=0.5", f"export.layouts=[{layout}]"]), "onnx")
