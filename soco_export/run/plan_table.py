@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soco_export.files.atomic import write_atomic
+from soco_export.files.records import check_apart
 from soco_export.files.text import aligned
 from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.manifest import Manifest, check_unchanged, places_elsewhere
@@ -91,6 +92,7 @@ def plan_byte_sizes(run: Path, scores_file: Path, recipe: Recipe, sizes: Sequenc
 
 
 def _check_free(out: Path, sizes: Sequence[float]) -> None:
+    check_apart(out, ())
     for path in [out / _name(size) for size in sizes]:
         if path.is_symlink() or path.exists():
             raise RecipeError(f"{path} is there already", fix="give another --out, or move it away", where="--out")

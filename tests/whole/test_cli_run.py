@@ -161,6 +161,14 @@ class TestPlan:
         assert all(plan["params_after"] <= plan["keep_params"] * plan["params_before"] for plan in plans)
         assert {path.name for path in (tmp_path / "plans").iterdir()} == {"plan-0.9.json", "plan-0.6.json"}
 
+    def test_nothing_is_written_through_a_link(self, tiny_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "theirs")
+        ran = soco("plan", tiny_run, "--keep-params", "0.9", "--out", tmp_path / "link")
+        assert ran.code == 2
+        assert "is a link" in ran.err
+        assert not list((tmp_path / "theirs").iterdir())
+
     @pytest.mark.parametrize("sizes", ["0.9,1.2", "0", "half"])
     def test_a_size_that_is_none(self, tiny_run: Path, sizes: str) -> None:
         ran = soco("plan", tiny_run, "--keep-params", sizes)
