@@ -58,7 +58,12 @@ def making_a_model(folder: Path | str) -> Iterator[None]:
 
 
 def _not_a_model(folder: Path | str, error: Exception) -> DataError:
-    reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0][:300]
+    cause = error.__cause__ or error
+    reason = (str(cause).strip().splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(cause, LookupError | ArithmeticError | AttributeError):  # their texts alone say little
+        reason = f"{type(cause).__name__}, {reason}"
+    if nulls := _nulls(folder):
+        reason += f"; config.json says null for {', '.join(nulls)}"
     if "trust_remote_code" in str(error):
         return DataError(
             f"{folder} holds a model that needs its own code, which is not run unasked",
@@ -70,6 +75,13 @@ def _not_a_model(folder: Path | str, error: Exception) -> DataError:
         fix="check that config.json is as it was published, and that the weights are its own",
         where=f"{folder}: config.json",
     )
+
+
+def _nulls(folder: Path | str) -> list[str]:
+    """Return the sizes that a folder's config.json says null for: not every class then takes what it would else."""
+    path = Path(folder) / "config.json"
+    fields = read_json(path, FIX, CONFIG_BYTES) if path.is_file() else {}
+    return [key for key in _LARGEST if key in fields and fields[key] is None]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -145,10 +157,10 @@ def check_sizes(fields: Mapping[str, Any], where: str) -> None:
 
 def check_window(kinds: Collection[str] | None, window: int | None, where: str) -> None:
     """Raise DataError for layers, by their kinds, that look back over a window of which a config gives no size."""
-    if "sliding_attention" in (kinds or ()) and not window:
+    if "sliding_attention" in (kinds or ()) and (window is None or window < 1):
         raise DataError(
-            "config.json has layers of sliding_attention, and no sliding_window",
-            fix="give the config.json that was published with the model",
+            f"config.json has layers of sliding_attention, and no sliding_window: it is {window}",
+            fix="give the config.json that was published with the model; of layers that see everything it is null",
             where=f"{where}: layer_types",
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from soco_train.errors import DataError
 
 TABLES = ("rope_parameters", "rope_scaling")
+_BESIDE = ("rope_theta", "partial_rotary_factor")  # of these the older spelling has none in its table
 _MOST = 1e30  # of a number that no array counts by
 _MOST_POSITIONS = 1_000_000_000
 _MOST_PAIRS = 4096  # of a head of 8192 numbers
@@ -75,18 +76,30 @@ def check_rope(fields: Mapping[str, Any], where: str) -> None:
             raise _wrong(key, table, "a table", where)
         for inner in (table, *(inner for inner in table.values() if isinstance(inner, dict))):
             _check_table(inner, where)
-    _check_alike(*(fields.get(key) or {} for key in TABLES), where=where)
+    if all(fields.get(key) for key in TABLES):
+        _check_alike(fields, where)
 
 
-def _check_alike(*tables: Mapping[str, Any], where: str) -> None:
-    """Raise DataError if a rotation is written twice and not alike: which of them counts depends on who reads."""
-    one, other = ({("rope_type" if key == "type" else key): table[key] for key in table} for table in tables)
-    if differing := sorted(key for key in one.keys() & other.keys() if one[key] != other[key]):
+def _check_alike(fields: Mapping[str, Any], where: str) -> None:
+    """Raise DataError if a rotation is written twice and not alike: which of them counts depends on who reads.
+
+    Of a table for each kind of layer the older spelling has that of full attention.
+    """
+    new, old = (fields[key] for key in TABLES)
+    beside = {key: fields[key] for key in _BESIDE if key in fields}
+    one, other = (_named({**beside, **table}) for table in (new.get("full_attention") or new, old))
+    if differing := sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
         raise DataError(
-            f"config.json says {differing[0]} twice, and differently, in {' and in '.join(TABLES)}",
+            f"config.json writes its rotation twice, in {' and in '.join(TABLES)}, and {differing[0]} differs",
             fix="leave one of them out",
             where=where,
         )
+
+
+def _named(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table with its type in the newer spelling, which counts where both are there."""
+    rest = {key: value for key, value in table.items() if key != "type" and value is not None}
+    return {"rope_type": table.get("type", "default"), **rest}
 
 
 def _check_table(table: Mapping[str, Any], where: str) -> None:

@@ -52,7 +52,7 @@ class Config:
     def refuse(self, key: str, reason: str) -> RecipeError:
         """Return the error for a key that the graph builder cannot honour."""
         return RecipeError(
-            f"config.json sets {key} to {self.get(key)!r}: {reason}",
+            f"config.json sets {key} to {repr(self.get(key))[:100]}: {reason}",
             fix="export --format hf or dense instead, or describe it in soco_export/onnx/families",
             where=f"{self.where}: {key}",
         )
@@ -78,9 +78,10 @@ def resolve_config(folder: Path, trust_remote_code: bool = False) -> Config:
             resolved = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         else:
             resolved, written = decoder_config(inner), inner
-    # Either generation of transformers drops the other's way of writing rope: what is written wins.
-    rope = {key: written[key] for key in ("rope_parameters", "rope_theta", "rope_scaling") if written.get(key)}
-    return as_config(resolved, str(path), rope)
+    # transformers 4 drops the newer way of writing rope: what is written wins there. 5 fills its tables in.
+    filled = getattr(resolved, "rope_parameters", None)
+    keys = () if filled else ("rope_parameters", "rope_theta", "rope_scaling")
+    return as_config(resolved, str(path), {key: written[key] for key in keys if written.get(key)})
 
 
 def as_config(resolved: Any, where: str, written: Mapping[str, Any] | None = None) -> Config:

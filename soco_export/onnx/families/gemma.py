@@ -7,7 +7,7 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Norm, Residual, Scales
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, WINDOWS, decoder, gated_mlp
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.registry import EACH_KIND, family
 
 _SANDWICH = Residual(
     before_attention="input_layernorm",
@@ -45,7 +45,7 @@ def gemma2(config: Config) -> Architecture:
     return replace(base, attention=attention, residual=_SANDWICH, scales=_scales(config))
 
 
-@family("gemma3_text", keys=f"{LATER} rope_local_base_freq sliding_window_pattern _sliding_window_pattern")
+@family("gemma3_text", keys=f"{LATER} {EACH_KIND} rope_local_base_freq sliding_window_pattern _sliding_window_pattern")
 def gemma3(config: Config) -> Architecture:
     """Gemma 2 with normalised queries and keys, and a rotation of its own where there is a window."""
     base = gemma2(config)

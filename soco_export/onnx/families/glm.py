@@ -7,7 +7,7 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, Mlp, Residual
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, activation, decoder, layers
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.registry import PART, family
 
 _SANDWICH = Residual(
     before_attention="input_layernorm",
@@ -17,7 +17,7 @@ _SANDWICH = Residual(
 )
 
 
-@family("glm", keys=COMMON)
+@family("glm", keys=f"{COMMON} {PART}")
 def glm(config: Config) -> Architecture:
     """Llama's norms."""
     inner, act = config["intermediate_size"], activation(config, "hidden_act")
@@ -25,7 +25,7 @@ def glm(config: Config) -> Architecture:
     return decoder(config, mlp=mlp, each=layers(config, interleaved=True))
 
 
-@family("glm4", keys=COMMON)
+@family("glm4", keys=f"{COMMON} {PART}")
 def glm4(config: Config) -> Architecture:
     """GLM with norms before and after each sublayer."""
     return replace(glm(config), residual=_SANDWICH)

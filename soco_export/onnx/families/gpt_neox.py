@@ -7,10 +7,10 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, Attention, Mlp, Norm, Residual, Tensors
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import LAYER_NORM, activation, decoder
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.registry import PART, family
 
 
-@family("gpt_neox", keys=f"{LAYER_NORM} use_parallel_residual is_decoder rotary_pct rotary_emb_base")
+@family("gpt_neox", keys=f"{LAYER_NORM} {PART} use_parallel_residual is_decoder rotary_pct rotary_emb_base")
 def gpt_neox(config: Config) -> Architecture:
     """Biases everywhere but in the head."""
     heads, inner = config["num_attention_heads"], config["intermediate_size"]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, Experts, HeadNorm, Mlp, Norm
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.granite import granite
-from soco_export.onnx.families.parts import COMMON, WINDOWS, activation, decoder, gated_mlp
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.parts import COMMON, WINDOW, activation, decoder, gated_mlp
+from soco_export.onnx.families.registry import PART, family
 
 # Files hold every expert apart, models in memory and some files all of a layer in one stack.
 STACKED = (
@@ -19,7 +19,7 @@ STACKED = (
 # Keys of training and of the router's loss.
 _TRAINING = "output_router_logits router_aux_loss_coef router_jitter_noise"
 ROUTED = f"{COMMON} {_TRAINING} num_experts num_local_experts num_experts_per_tok norm_topk_prob moe_intermediate_size"
-SPARSE = f"{ROUTED} {WINDOWS} decoder_sparse_step mlp_only_layers"
+SPARSE = f"{ROUTED} {WINDOW} decoder_sparse_step mlp_only_layers"
 
 
 def _mixed(base: Architecture, experts: Experts, stored: tuple[tuple[str, tuple[str, ...]], ...]) -> Architecture:
@@ -59,13 +59,13 @@ _NUMBERED = (
 )
 
 
-@family("mixtral", keys=f"{ROUTED} {WINDOWS}")
+@family("mixtral", keys=f"{ROUTED} {WINDOW}")
 def mixtral(config: Config) -> Architecture:
     """Experts in every layer."""
     return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), _NUMBERED)
 
 
-@family("phimoe", keys=f"{ROUTED} {WINDOWS} input_jitter_noise lm_head_bias")
+@family("phimoe", keys=f"{ROUTED} {WINDOW} input_jitter_noise lm_head_bias")
 def phimoe(config: Config) -> Architecture:
     """LayerNorms, and two experts chosen one after the other; longrope as within the context it was trained for."""
     config.require("num_experts_per_tok", (2,))
@@ -94,7 +94,7 @@ def _dense_layers(config: Config) -> list[int]:
     return [index for index in range(config["num_hidden_layers"]) if index in kept or (index + 1) % step]
 
 
-@family("qwen2_moe", keys=f"{SPARSE} shared_expert_intermediate_size qkv_bias")
+@family("qwen2_moe", keys=f"{SPARSE} layer_types shared_expert_intermediate_size qkv_bias")
 def qwen2_moe(config: Config) -> Architecture:
     """A shared expert with a gate of its own; weights are not normalised unless the config says so."""
     experts = _experts(config, "moe_intermediate_size", "num_experts", bool(config.get("norm_topk_prob", False)))
@@ -139,8 +139,8 @@ def granitemoe(config: Config) -> Architecture:
 
 @family(
     "glm4_moe",
-    keys=f"""{ROUTED} n_shared_experts n_routed_experts routed_scaling_factor n_group topk_group first_k_dense_replace
-    use_qk_norm num_nextn_predict_layers""",
+    keys=f"""{ROUTED} {PART} n_shared_experts n_routed_experts routed_scaling_factor n_group topk_group
+    first_k_dense_replace use_qk_norm num_nextn_predict_layers""",
 )
 def glm4_moe(config: Config) -> Architecture:
     """Sigmoid scores with a correction of the choice, dense first layers, a shared expert."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Norm
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.parts import COMMON, POST_NORM, SIZES, WINDOWS, decoder
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.registry import EACH_KIND, family
 
 
 @family("olmo", keys=f"{SIZES} attention_bias clip_qkv")
@@ -18,7 +18,7 @@ def olmo(config: Config) -> Architecture:
 
 
 @family("olmo2", keys=COMMON)
-@family("olmo3", keys=f"{COMMON} {WINDOWS}")
+@family("olmo3", keys=f"{COMMON} {WINDOWS} {EACH_KIND}")
 def olmo2(config: Config) -> Architecture:
     """Norms after the sublayers; OLMo 3 has windows, and a rotation for each kind of layer."""
     base = decoder(config)

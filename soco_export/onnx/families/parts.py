@@ -31,13 +31,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-ROPE = """max_position_embeddings rope_parameters rope_theta rope_scaling partial_rotary_factor
-    original_max_position_embeddings"""
+ROPE = "max_position_embeddings rope_parameters rope_theta rope_scaling original_max_position_embeddings"
 SIZES = f"""hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
     {ROPE}"""
 COMMON = f"{SIZES} rms_norm_eps attention_bias mlp_bias"
 LAYER_NORM = f"{SIZES} layer_norm_eps attention_bias mlp_bias"
-WINDOWS = "sliding_window use_sliding_window max_window_layers layer_types"
+WINDOW = "sliding_window use_sliding_window max_window_layers"  # of all layers or of none
+WINDOWS = f"{WINDOW} layer_types"
 
 LLAMA = Tensors(embed="model.embed_tokens", final_norm="model.norm", layer="model.layers.{}")
 PRE_NORM = Residual(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
@@ -59,7 +59,7 @@ def head_size(config: Config) -> int:
 def layer_kinds(config: Config) -> list[str]:
     """Return for each layer whether its attention is `full_attention` or `sliding_attention`."""
     layers = config["num_hidden_layers"]
-    kind = "sliding_attention" if config.get("sliding_window") else "full_attention"
+    kind = "full_attention" if config.get("sliding_window") is None else "sliding_attention"
     kinds = list(config.get("layer_types", [kind] * layers))
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:

@@ -26,6 +26,11 @@ HARMLESS = """architectures attention_dropout attn_pdrop
 SUSPICIOUS = re.compile(
     r"scal|cap|bias|norm|rotary|rope|window|multipl|factor|logit|attn|attention|alibi|residual|expert"
 )
+# What a family names among its keys if its rotation is written for each kind of layer apart, or turns a part of a head:
+# other classes pass over both.
+KINDS = ("sliding_attention", "full_attention")
+EACH_KIND = " ".join(KINDS)
+PART = "partial_rotary_factor"
 
 
 def family(*model_types: str, keys: str) -> Callable[[Describe], Describe]:
@@ -49,11 +54,13 @@ def describe(config: Config) -> Architecture | None:
     if entry is None:
         return None
     describer, understood = entry
-    known = understood | config.shared | frozenset(HARMLESS.split())
+    known = understood | config.shared | {PART} | frozenset(HARMLESS.split())
     for key, value in config.values.items():
         if key not in known and _matters(key, value, config.defaults):
             raise config.refuse(key, f"the description of {config['model_type']} does not know it")
     try:
+        _check_rotation(config, understood)
+        _check_kinds(config, understood)
         return describer(config)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DataError(
@@ -69,3 +76,23 @@ def _matters(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     if key in defaults:
         return bool(value != defaults[key])
     return SUSPICIOUS.search(key) is not None
+
+
+def _check_rotation(config: Config, understood: frozenset[str]) -> None:
+    """Raise RecipeError for a rotation that the class of the model would not read as it is written."""
+    written = config.get("rope_parameters", {})
+    inner = [table for table in written.values() if isinstance(table, Mapping)]
+    if inner and not understood.issuperset(KINDS):
+        raise config.refuse("rope_parameters", f"a {config['model_type']} has one rotation for all of its layers")
+    if understood.issuperset(KINDS) and (beside := sorted(written.keys() - {*KINDS, "truncate"})):
+        raise config.refuse("rope_parameters", f"{beside[0]} is not in the table of a kind of layers")
+    tables = (config, config.get("rope_scaling", {}), written, *inner)
+    if PART not in understood and (parts := {table.get(PART) for table in tables} - {None, 1}):
+        raise config.refuse("rope_parameters", f"a {config['model_type']} turns whole heads, not {max(parts)} of each")
+
+
+def _check_kinds(config: Config, understood: frozenset[str]) -> None:
+    """Raise RecipeError for kinds of layers where the class has one for all of them."""
+    kind = KINDS[config.get("sliding_window") is None]
+    if "layer_types" not in understood and set(config.get("layer_types", [])) - {kind}:
+        raise config.refuse("layer_types", f"in a {config['model_type']} all layers are of {kind}")

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Mlp, Norm, Residual
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.families.parts import COMMON, LAYER_NORM, SIZES, WINDOWS, activation, decoder
-from soco_export.onnx.families.registry import family
+from soco_export.onnx.families.parts import COMMON, LAYER_NORM, SIZES, WINDOW, activation, decoder
+from soco_export.onnx.families.registry import PART, family
 
 
 def _plain(config: Config, into: str, out: str) -> Mlp:
     return Mlp(config["intermediate_size"], (f"mlp.{into}",), f"mlp.{out}", activation(config, "hidden_act"))
 
 
-@family("starcoder2", keys=f"{SIZES} {WINDOWS} norm_epsilon use_bias mlp_type norm_type")
+@family("starcoder2", keys=f"{SIZES} {WINDOW} norm_epsilon use_bias mlp_type norm_type")
 def starcoder2(config: Config) -> Architecture:
     """LayerNorm, plain MLP, windows, biases."""
     return decoder(config, Norm("layer", config["norm_epsilon"], bias=True), _plain(config, "c_fc", "c_proj"))
@@ -22,7 +22,7 @@ def starcoder2(config: Config) -> Architecture:
 
 @family(
     "stablelm",
-    keys=f"{LAYER_NORM} use_qkv_bias qk_layernorm use_parallel_residual rope_pct norm_eps rotary_scaling_factor",
+    keys=f"{LAYER_NORM} {PART} use_qkv_bias qk_layernorm use_parallel_residual rope_pct norm_eps rotary_scaling_factor",
 )
 def stablelm(config: Config) -> Architecture:
     """LayerNorm, gated MLP, a quarter of each head turns; queries and keys may have a norm for each head."""
@@ -37,7 +37,7 @@ def stablelm(config: Config) -> Architecture:
     return replace(found, residual=Residual(before_attention="input_layernorm", parallel=True))
 
 
-@family("nemotron", keys=f"{SIZES} norm_eps attention_bias mlp_bias rope_percent")
+@family("nemotron", keys=f"{SIZES} {PART} norm_eps attention_bias mlp_bias rope_percent")
 def nemotron(config: Config) -> Architecture:
     """LayerNorm stored less one, squared ReLU, half of each head turns."""
     norm = Norm("layer", config["norm_eps"], offset=1.0, bias=True)

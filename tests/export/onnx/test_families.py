@@ -28,7 +28,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_train.errors import MachineError, RecipeError, SocoError
 from tests.support import decoders, fresh
 from tests.support.decoders import Decoder, factor, save_dense, tiny_model
-from tests.support.zoo import BASE, ZOO
+from tests.support.zoo import BASE, TURNS, ZOO
 
 pytestmark = pytest.mark.transformers
 
@@ -228,7 +228,19 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     [
         ({"rope_parameters": LINEAR | {"factor": 4.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "twice"),
         pytest.param({"rope_theta": None}, "base", marks=pytest.mark.skipif(OLD, reason="takes its default")),
-        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}, "sliding_window"),
+        ({"layer_types": TURNS, "sliding_window": None}, "sliding_window"),
+        # a table of each spelling, of which transformers takes the older one and forgets the base in the newer
+        ({"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": LINEAR}, "twice"),
+        *(({"model_type": "mistral", "sliding_window": size}, "sliding_window") for size in (0, -1)),
+        # what these classes pass over, and others would read
+        *(
+            ({"model_type": kind, "sliding_window": 5, "layer_types": TURNS}, "all layers are")
+            for kind in ("mixtral", "phi3", "starcoder2", "phimoe")
+        ),
+        *(({"model_type": kind, "rope_parameters": {"full_attention": LINEAR}}, "one") for kind in ("llama", "glm")),
+        *(({"model_type": kind, "partial_rotary_factor": 0.5}, "whole heads") for kind in ("llama", "cohere", "olmo3")),
+        ({"model_type": "llama", "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "whole heads"),
+        *(({"model_type": kind, "rope_parameters": LINEAR}, "table of a kind") for kind in ("gemma3_text", "olmo3")),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(values: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -236,11 +248,23 @@ def test_a_config_that_contradicts_itself_is_refused(values: dict[str, Any], sai
         check_architecture(config_of(tmp_path, **{**BASE, "model_type": "qwen2", **values}), ExportSettings())
 
 
+@pytest.mark.skipif(OLD, reason="transformers 5 writes and reads it")
+def test_a_rotation_without_its_base_has_the_one_of_its_class(tmp_path: Path) -> None:
+    model_type, values = ZOO["gemma3_text"]
+    tables = [{"sliding_attention": {"rope_type": "default", **one}, "full_attention": {"rope_type": "default", **two}}
+              for one, two in (({}, {}), ({"rope_theta": 1e4}, {"rope_theta": 1e6}))]  # fmt: skip
+    found = [{"model_type": model_type, **values, "rope_parameters": table} for table in tables]
+    one, other = (check_architecture(config_of(tmp_path, **each), ExportSettings()) for each in found)
+    assert one is not None
+    assert one == other
+
+
 def test_what_says_nothing_of_the_model_is_passed_over(tmp_path: Path) -> None:
     """How somebody ran or made it, and a rotation that is written twice in the same way."""
     notes = {"use_flash_attention_2": True, "_flash_attn_2_enabled": True, "initializer_cutoff_factor": 2.0}
     rope = {"rope_parameters": LINEAR | {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    config = config_of(tmp_path, **BASE, model_type="llama", **notes, **rope)
+    kinds = {"layer_types": ["full_attention"] * 2, "partial_rotary_factor": 1.0}
+    config = config_of(tmp_path, **BASE, model_type="llama", **notes, **rope, **kinds, rope_theta=9.0)
     assert check_architecture(config, ExportSettings()) is not None
 
 
