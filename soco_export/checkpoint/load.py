@@ -38,6 +38,19 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
     return model
 
 
+def tensors_of_class(folder: Path, trust_remote_code: bool = False) -> set[str]:
+    """Return the names of all tensors that the model in `folder` has by its class, which is made without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    inner = language_model(read_config(folder))
+    with making_a_model(folder), torch.device("meta"):
+        if inner is None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        else:
+            config = decoder_config(inner)
+        return set(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).state_dict())
+
+
 def misshapen(report: Mapping[str, Any]) -> list[str]:
     """Return the weights that are not of the size that config.json gives them, as `from_pretrained` tells of them.
 

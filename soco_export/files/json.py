@@ -62,7 +62,7 @@ def _not_a_model(folder: Path | str, error: Exception) -> DataError:
     reason = (str(cause).strip().splitlines() or [type(error).__name__])[0][:300]
     if isinstance(cause, LookupError | ArithmeticError | AttributeError):  # their texts alone say little
         reason = f"{type(cause).__name__}, {reason}"
-    if nulls := _nulls(folder):
+    if "NoneType" in reason and (nulls := _nulls(folder)):
         reason += f"; config.json says null for {', '.join(nulls)}"
     if "trust_remote_code" in str(error):
         return DataError(

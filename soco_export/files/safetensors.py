@@ -6,6 +6,7 @@ names, else model.safetensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 REPAIR = "copy or write the checkpoint again"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OTHERS = (".safetensors", ".gguf", ".pth", ".h5", ".msgpack", ".npz")  # weights by names or in formats of others
+_SHARD = re.compile(r"^model-\d+-of-\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,12 @@ def weight_files(folder: Path) -> list[Path]:
             fix="convert them to safetensors (the hub often has them in a pull request: model.revision: refs/pr/N)",
             where=str(folder),
         )
-    raise DataError(
-        f"{folder} holds no weights: {SINGLE} is missing", fix=f"give a folder with {SINGLE}", where=str(folder)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    beside = f", beside {', '.join(others[:3])}" if others else ""
+    fix = (
+        f"copy the {INDEX} that belongs to them" if any(map(_SHARD.search, others)) else f"give a folder with {SINGLE}"
     )
+    raise DataError(f"{folder} holds no weights: {SINGLE} is missing{beside}", fix=fix, where=str(folder))
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from soco_export.onnx.describe.architecture import Architecture
@@ -13,6 +15,7 @@ from soco_export.onnx.source import Shapes, StoredForm, WeightSource
 from soco_export.onnx.trace import check_fallback
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.registry import state_of
+from soco_train.spectra.statistics import EXPERT
 
 ROWS = 4096  # of two matrices that are compared, at a time
 
@@ -63,11 +66,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
     needed, allowed = expected_tensors(architecture, source)
     where = str(source.folder)
     if missing := sorted(needed.keys() - source.shapes.keys()):
-        raise DataError(
-            f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)",
-            fix="give a complete checkpoint of the architecture that config.json names",
-            where=where,
-        )
+        raise _lacking(missing, architecture, source)
     expected = needed | allowed
     if unknown := sorted(source.shapes.keys() - expected.keys()):
         raise DataError(
@@ -82,6 +81,38 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
                 fix="give the config.json that belongs to these weights",
                 where=where,
             )
+
+
+def check_biases(architecture: Architecture, source: CheckpointWeights, named: Collection[str]) -> None:
+    """Raise DataError for a dense layer that has a bias in the files and not among its class's tensors `named`, or not.
+
+    transformers leaves out the one with a warning, and makes up the other. Experts are called otherwise in files.
+    """
+    layers = [name for name in architecture.linears() if not EXPERT.search(name) and not source.form(name).rank]
+    for bias in (f"{name}.bias" for name in layers):
+        if (bias in source) == (bias in named):
+            continue
+        stored = "in the files, and the model's class has no place for it"
+        raise DataError(
+            f"{bias} is " + (stored if bias in source else "not in the files, and the model's class reads it"),
+            fix="give the config.json that belongs to these weights (attention_bias, mlp_bias)",
+            where=str(source.folder),
+        )
+
+
+def _lacking(missing: Sequence[str], architecture: Architecture, source: CheckpointWeights) -> DataError:
+    """Return what to say of tensors that are missing: a wrapper's prefix before their names, or a head that is tied."""
+    called = next((name for name in sorted(source.shapes) if name.endswith(f".{missing[0]}")), None)
+    fix = "give a complete checkpoint of the architecture that config.json names"
+    if called is not None:
+        fix = f"save the model without what wraps it: take {called.removesuffix(missing[0])} off all names"
+    elif missing == [f"{architecture.tensors.head}.weight"]:
+        fix += "; tie_word_embeddings: true if the head is the embedding"
+    return DataError(
+        f"the checkpoint lacks {missing[0]} ({len(missing)} tensors in all)" + (f": it has {called}" if called else ""),
+        fix=fix,
+        where=str(source.folder),
+    )
 
 
 def check_head(architecture: Architecture, source: CheckpointWeights) -> None:

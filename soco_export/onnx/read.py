@@ -76,6 +76,11 @@ class CheckpointWeights:
         shape = self._places[name].given
         return shape[::-1] if name in self._transposed else shape
 
+    def rename(self, name: str, other: str) -> None:
+        """Call the tensor `name` by the `other` name, if the files have none that is called so."""
+        if name in self and other not in self:
+            self._places[other], self.shapes[other] = self._places.pop(name), self.shapes.pop(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
@@ -158,7 +163,8 @@ def _refuse_quantised(record: dict[str, object], folder: Path) -> None:
 def open_weights(folder: Path, architecture: Architecture | None) -> CheckpointWeights:
     """Return the tensors of `folder` under the names and in the shapes of its description.
 
-    A base model saved without its head has names without the first part ("embed_tokens" for "model.embed_tokens").
+    A base model saved without its head has names without the first part ("embed_tokens" for "model.embed_tokens"). Of
+    a head and a token table that are one matrix, files may have either name.
     """
     if architecture is None:
         return CheckpointWeights(folder)
@@ -166,4 +172,7 @@ def open_weights(folder: Path, architecture: Architecture | None) -> CheckpointW
     base, _, bare = f"{tensors.embed}.weight".partition(".")
     headless = bare in open_shards(weight_files(folder))
     prefix = f"{base}." if headless else ""
-    return CheckpointWeights(folder, architecture.transposed(), tensors.stored, prefix, tensors.turned)
+    weights = CheckpointWeights(folder, architecture.transposed(), tensors.stored, prefix, tensors.turned)
+    if architecture.tied:
+        weights.rename(f"{tensors.head}.weight", f"{tensors.embed}.weight")
+    return weights

@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlamaConfig
 
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
-from soco_export.files.json import plain_floats, read_config
+from soco_export.files.json import making_a_model, plain_floats, read_config
 from soco_export.files.records import not_ours, record_file, record_files
 from soco_export.files.rope import check_rope
 from soco_export.files.safetensors import open_shards, weight_files
 from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.model.load import dense_config, load_tokenizer
 from soco_export.model.source import BUILTIN_MODEL
+from soco_export.model.weights import check_weight_files
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families import describe
 from soco_export.preflight.checks import check_dense_export
@@ -281,6 +282,36 @@ def test_weights_that_lie_there_twice_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
     with refused("twice"):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("model-00001-of-00002.safetensors", "index"), ("consolidated.safetensors", "give"), ("model.Q4.gguf", "give")],
+)
+def test_weights_by_another_name_are_named(tmp_path: Path, name: str, fix: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"beside {name}") as raised:
+        weight_files(tmp_path)
+    assert fix in raised.value.fix
+
+
+def test_an_index_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
+    """It looks for `metadata` there, which not every program that writes shards has in it."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "1")
+    index = {"weight_map": {"a": "1"}, "metadata": {}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert check_weight_files(tmp_path) == [tmp_path / "1"]
+    for without in ({**index, "metadata": None}, {"weight_map": {"a": "1"}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(without))
+        with refused("no table metadata"):
+            check_weight_files(tmp_path)
+
+
+@pytest.mark.transformers
+def test_a_size_of_null_is_named_where_a_class_does_not_take_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"head_dim": null, "hidden_size": 64}')
+    with pytest.raises(DataError, match="null for head_dim"), making_a_model(tmp_path):
+        raise TypeError("unsupported operand type(s) for *: 'int' and 'NoneType'")
 
 
 def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:

@@ -136,6 +136,58 @@ def test_a_head_that_is_tied_by_name_only_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "two").exists()
 
 
+@pytest.mark.transformers
+def test_a_matrix_of_two_names_is_read_under_either(tmp_path: Path) -> None:
+    """`save_model` of safetensors keeps the first of two names in the alphabet: the head's."""
+    folder = hf_folder(tmp_path, "smollm2", factored=False)
+    export_onnx(folder, tmp_path / "one", ExportSettings())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    export_onnx(folder, tmp_path / "two", ExportSettings())
+    files = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("llama", lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "no place"),
+        ("llama", lambda tensors: tensors.update({"lm_head.bias": torch.ones(96)}), "no place"),
+        ("qwen2", lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.bias"), "class reads it"),
+    ],
+)
+def test_a_bias_that_the_class_does_not_have_or_misses_is_refused(name, change, said, tmp_path: Path) -> None:
+    """transformers warns and computes something else than the files say."""
+    folder = hf_folder(tmp_path, name, factored=False)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=said):
+        export_onnx(folder, tmp_path / "onnx", ExportSettings())
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_a_prefix_of_what_wrapped_the_model_is_named(prefix: str, tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, factored=False)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=f"it has {prefix}") as caught:
+        export_onnx(folder, tmp_path / "onnx", ExportSettings())
+    assert f"take {prefix} off" in caught.value.fix
+
+
+def test_a_head_that_is_missing_may_be_the_embedding(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, factored=False)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"lacks lm_head") as caught:
+        export_onnx(folder, tmp_path / "onnx", ExportSettings())
+    assert "tie_word_embeddings" in caught.value.fix
+
+
 def test_what_lies_beside_the_model(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
     (folder / "tokenizer.json").write_text("{}")
