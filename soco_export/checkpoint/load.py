@@ -10,7 +10,7 @@ import torch
 
 from soco_export.checkpoint.reader import check_checkpoint
 from soco_export.files.json import making_a_model, read_config
-from soco_export.files.safetensors import REPAIR, StoredTensor, renamed_views
+from soco_export.files.safetensors import REPAIR, StoredTensor, is_derived, renamed_views
 from soco_export.files.wrapped import decoder_config, language_model, language_names
 from soco_train.errors import DataError
 
@@ -27,7 +27,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
     reading = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with making_a_model(folder):
         model, report = _decoder(folder, stored, **reading) or _as_it_is(folder, trust_remote_code, **reading)
-    problems = {name: sorted(report[name]) for name in ("missing_keys", "unexpected_keys")}
+    kinds = ("missing_keys", "unexpected_keys")
+    problems = {kind: sorted(key for key in report[kind] if not is_derived(key)) for kind in kinds}
     for problem, names in {**problems, "mismatched_keys": misshapen(report)}.items():
         if names:
             raise DataError(

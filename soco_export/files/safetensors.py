@@ -23,6 +23,8 @@ REPAIR = "copy or write the checkpoint again"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OTHERS = (".safetensors", ".gguf", ".pth", ".h5", ".msgpack", ".npz")  # weights by names or in formats of others
+# Buffers that older checkpoints store, and that every program computes from the config.
+_DERIVED = re.compile(r"\.(inv_freq|cos_cached|sin_cached|attn\.bias|attention\.bias|masked_bias)$")
 _SHARD = re.compile(r"^model-\d+-of-\d+\.safetensors$")
 
 
@@ -33,6 +35,11 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def is_derived(name: str) -> bool:
+    """Tell whether a tensor of this name is computed from the config, and no weight."""
+    return _DERIVED.search(name) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from soco_export.checkpoint.load import misshapen
 from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import INDEX, REPAIR, open_shards, renamed_views, weight_files
+from soco_export.files.safetensors import INDEX, REPAIR, is_derived, open_shards, renamed_views, weight_files
 from soco_export.files.wrapped import language_names
 from soco_export.model.apart import names_apart, read_apart
 from soco_train.bounded import read_json
@@ -127,7 +127,7 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
             fix="download the model again; config.json may be another model's",
             where=str(folder),
         )
-    unread = sorted(report["unexpected_keys"])
+    unread = sorted(name for name in report["unexpected_keys"] if not is_derived(name))
     if unread:
         raise DataError(
             f"{len(unread)} tensors of the files are not read by the model's class, among them {', '.join(unread[:3])}",

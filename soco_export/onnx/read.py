@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from soco_export.checkpoint.reader import check_layer_tensors, pruned_layers
 from soco_export.checkpoint.record import QUANT_METHOD
 from soco_export.files.json import read_config
-from soco_export.files.safetensors import open_shards, weight_files
+from soco_export.files.safetensors import is_derived, open_shards, weight_files
 from soco_export.files.wrapped import language_names
 from soco_export.onnx.calibrate import KeptLevels
 from soco_export.onnx.describe.architecture import Architecture
@@ -26,8 +26,6 @@ from soco_train.numbers.blocks import Levels
 from soco_train.numbers.faults import NONE, range_fault
 
 HEADS = ("lm_head.", "embed_out.")  # outside of the base model, by whatever name it goes
-# Older checkpoints store buffers that are computed from the config.
-DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attention.bias", ".masked_bias")
 
 
 def _called(layer: str, renamed: Renamed) -> str:
@@ -70,7 +68,7 @@ class CheckpointWeights:
             before = "" if alone.startswith(HEADS) else prefix
             found = places(alone, tuple(self._stored[name].shape), renamed, before, turned)
             self._places |= {one: replace(place, name=name) for one, place in found.items()}
-        self.shapes: Shapes = {name: self._shape(name) for name in self._places if not name.endswith(DERIVED)}
+        self.shapes: Shapes = {name: self._shape(name) for name in self._places if not is_derived(name)}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self._places[name].given

@@ -139,6 +139,11 @@ class Experts:
     shared: Mlp | None = None
     shared_gate: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a choice that cannot be made."""
+        if not 1 <= self.chosen <= self.count:
+            raise ValueError(f"{self.chosen} of {self.count} experts cannot be chosen")
+
 
 @dataclass(frozen=True)
 class Residual:

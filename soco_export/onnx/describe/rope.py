@@ -65,7 +65,10 @@ def read_rope(config: Config, head_dim: int, kind: str | None = None, interleave
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
     if theta is None:
         raise config.refuse("rope_theta", "there is no rotation without its base")
-    found = SCALINGS[name](Scaling(parameters, theta, int(head_dim * part), config["max_position_embeddings"]))
+    width = int(head_dim * part)
+    if width % 2:
+        raise config.refuse("rope_parameters", f"{width} numbers of each head are no pairs to turn")
+    found = SCALINGS[name](Scaling(parameters, theta, width, config["max_position_embeddings"]))
     return replace(found, interleaved=interleaved)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from soco_export.checkpoint.load import load_checkpoint
 from soco_export.model.load import check_vocabulary, dense_config, load_model, load_onto, open_model, put_on
 from soco_export.model.source import architecture_fields, fetch_folder, find_folder, read_architecture
 from soco_export.model.tiny import WINDOW, random_model, shrink_architecture
@@ -294,6 +295,22 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> Non
 def test_a_missing_weight_is_named(folder: Path) -> None:
     rewrite(folder, "model.layers.0.self_attn.q_proj.weight", None)
     assert "model.layers.0.self_attn.q_proj.weight" in refused(DataError, recipe_for(str(folder))).message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", torch.ones(64, 8)),
+        ("model.layers.1.self_attn.attention.bias", torch.ones(1, 1, 64, 64, dtype=torch.bool)),
+        ("model.layers.1.self_attn.masked_bias", torch.tensor(-1e9)),
+    ],
+)
+def test_buffers_that_older_files_hold_are_passed_over(folder: Path, name: str, value: torch.Tensor) -> None:
+    """GPT-Neo, GPT-J and old Llamas came with masks and angles, which transformers computes."""
+    model, _ = load_model(recipe_for(str(folder)))
+    rewrite(folder, name, value)
+    again, _ = load_model(recipe_for(str(folder)))
+    assert set(again.state_dict()) == set(model.state_dict()) == set(load_checkpoint(folder).state_dict())
 
 
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:

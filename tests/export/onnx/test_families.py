@@ -240,6 +240,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         *(({"model_type": kind, "rope_parameters": {"full_attention": LINEAR}}, "one") for kind in ("llama", "glm")),
         *(({"model_type": kind, "partial_rotary_factor": 0.5}, "whole heads") for kind in ("llama", "cohere", "olmo3")),
         ({"model_type": "llama", "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "whole heads"),
+        ({"model_type": "phi", "partial_rotary_factor": 0.33}, "5 numbers of each head"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 9}, "9 of 4 experts"),
         *(({"model_type": kind, "rope_parameters": LINEAR}, "table of a kind") for kind in ("gemma3_text", "olmo3")),
     ],
 )
