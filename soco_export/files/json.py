@@ -107,13 +107,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_generation_config(folder: Path, rows: int | None = None) -> dict[str, Any]:
-    """Return `folder`'s generation_config.json, empty if there is none; DataError for token ids that are none.
+    """Return `folder`'s generation_config.json, empty if there is none; DataError for what transformers cannot read.
 
-    rows: how many tokens the model has.
+    So are token ids refused that are none. rows: how many tokens the model has.
     """
     path = folder / "generation_config.json"
-    fields = read_json(path, FIX) if path.exists() else {}
+    if not path.exists():
+        return {}
+    fields = read_json(path, FIX)
     _check_ids(fields, rows, path)
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_dict(dict(fields))
+    except Exception as error:  # it computes with most fields unchecked
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise DataError(
+            f"transformers cannot read {path.name}: {reason}",
+            fix="give the one that was published with the model, or remove it",
+            where=str(path),
+        ) from error
     return fields
 
 

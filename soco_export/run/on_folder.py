@@ -25,6 +25,7 @@ from soco_export.report.gates import GATES, GateSettings, Verdict, judge
 from soco_export.report.rendering import ratio, ratio_text
 from soco_export.report.words import verdict_terminal
 from soco_export.run.context import quiet_transformers
+from soco_export.run.fitting import evaluation_text, fit_to_context, folder_tokenizer
 from soco_export.run.request import Outcome, Request
 from soco_export.runtimes.open import check_holds_model, is_onnx, open_decoder
 from soco_train.errors import ExitCode, RecipeError
@@ -46,12 +47,14 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
         )
     _check_out(out, folder, request.fresh)
     quiet_transformers()
-    notes = left_behind(read_config(folder))
+    recipe, fitted = fit_to_context(recipe, folder)
+    notes = [*left_behind(read_config(folder)), *fitted]
     if request.format == "dense":
         _write_dense(recipe, folder, out)
         return Outcome({"folder": str(out), "notes": notes}, "\n".join([str(out), *notes]))
     from soco_export.export import export_onnx
 
+    evaluation_text(recipe, folder)  # the proof reads it: what is wrong with it is said before anything is written
     trusted = recipe.model.trust_remote_code
     calibration = partial(_calibration, recipe, folder)
     summary = export_onnx(folder, out, recipe.export, notify, calibration, trust_remote_code=trusted)
@@ -65,7 +68,7 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
 def _calibration(recipe: Recipe, folder: Path) -> torch.Tensor:
     from soco_train.data.corpus import load_blocks
 
-    return load_blocks(_tokenizer(recipe, folder), recipe.data, "calibration").tokens
+    return load_blocks(folder_tokenizer(recipe, folder), recipe.data, "calibration").tokens
 
 
 def _check_out(out: Path, folder: Path, fresh: bool) -> None:
@@ -84,14 +87,8 @@ def _write_dense(recipe: Recipe, folder: Path, out: Path) -> None:
     from soco_export.checkpoint.load import load_checkpoint
     from soco_export.checkpoint.writer import save_dense
 
-    tokenizer = _tokenizer(recipe, folder)  # what is wrong with it is said before weights are read
+    tokenizer = folder_tokenizer(recipe, folder)  # what is wrong with it is said before weights are read
     save_dense(load_checkpoint(folder, trust_remote_code=recipe.model.trust_remote_code), tokenizer, out)
-
-
-def _tokenizer(recipe: Recipe, folder: Path) -> Any:
-    from soco_export.model.load import load_tokenizer
-
-    return load_tokenizer(recipe.replace({"model.path": str(folder), "model.weights": "pretrained"}))
 
 
 def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Notify) -> Outcome:
@@ -103,16 +100,15 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
         check_holds_model(folder)
     from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
     from soco_export.evaluate.prove import Questions, prove
-    from soco_train.data.corpus import load_blocks
 
     quiet_transformers()
     for folder in (reference, candidate):
         _check_opens(recipe, folder)
     exported = is_onnx(candidate) and not is_onnx(reference)
     step, forms = ("export", (LOW_RANK, SHIPPED)) if exported else ("compression", (DENSE, LOW_RANK))
-    tokenizer = _tokenizer(recipe, reference)
+    recipe, notes = fit_to_context(recipe, reference)
+    tokenizer, blocks = evaluation_text(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
-        blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
         longest = context_length(read_config(reference)) if recipe.validation.tasks else None
         questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify, longest)
         folders = dict(zip(forms, (reference, candidate), strict=True))
@@ -132,7 +128,7 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     measured = {"parity": {step: proof["parity"][step]}, "perplexity": perplexity, "forgetting": proof["forgetting"]}
     gates = recipe.gates.at(recipe.export.dtype, recipe.export.rounded_to)
     verdicts = judge(flatten(measured), _measurable(gates, (f"parity.{step}.", "perplexity.", "forgetting.")))
-    return _proof_outcome(measured, step, verdicts)
+    return _proof_outcome(measured, step, verdicts, notes)
 
 
 def _check_opens(recipe: Recipe, folder: Path) -> None:
@@ -151,7 +147,9 @@ def _measurable(gates: GateSettings, wanted: tuple[str, ...]) -> GateSettings:
     return gates.model_copy(update={key: None for key in off})
 
 
-def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdict, ...]) -> Outcome:
+def _proof_outcome(
+    measured: Mapping[str, Any], step: str, verdicts: tuple[Verdict, ...], notes: Sequence[str]
+) -> Outcome:
     parity, perplexity = measured["parity"][step], measured["perplexity"]
     rows = [
         (
@@ -164,6 +162,7 @@ def _proof_outcome(measured: Mapping[str, Any], step: str, verdicts: tuple[Verdi
     ]
     values = f"{perplexity['reference']['value']:.4g} → {perplexity['candidate']['value']:.4g}"
     lines = [
+        *notes,
         *aligned((step, "mean KL", "same token", "max logit difference"), rows),
         f"perplexity: {values} ({ratio_text(perplexity['ratio'], perplexity['ratio_interval'], 4)}, "
         f"{one_line(perplexity['text'])}, {len(perplexity['reference']['blocks'])} windows)",

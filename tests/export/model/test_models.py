@@ -73,7 +73,7 @@ def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     "text",
     [
         *("null", "[]", "", '{"eos_token_id": "2"}', '{"bos_token_id": [1, -1]}', '{"pad_token_id": 1.5}'),
-        *('{"eos_token_id": 1000000}', '{"bos_token_id": true}'),
+        *('{"eos_token_id": 1000000}', '{"bos_token_id": true}', '{"max_new_tokens": "2048"}'),
     ],
 )
 def test_a_generation_config_without_token_ids_is_refused_before_training(text: str, folder: Path) -> None:
