@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from soco_export.checkpoint.reader import check_checkpoint
+from soco_export.checkpoint.versions import older_rope
 from soco_export.files.json import making_a_model, read_config
 from soco_export.files.safetensors import REPAIR, StoredTensor, is_derived, renamed_views
 from soco_export.files.wrapped import decoder_config, language_model, language_names
@@ -61,12 +62,16 @@ def misshapen(report: Mapping[str, Any]) -> list[str]:
 
 
 def _as_it_is(folder: Path, trust_remote_code: bool, **reading: Any) -> Any:
-    """Return (model, report) as transformers reads the folder."""
-    from transformers import AutoModelForCausalLM
+    """Return (model, report) as transformers 5 reads the folder: 4.57 passes over the newer spelling of a rotation."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **reading
-    )
+    where = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    rope = read_config(folder).get("rope_parameters")
+    if rope and not hasattr(PretrainedConfig, "standardize_rope_params"):
+        reading["config"] = AutoConfig.from_pretrained(str(folder), **where)
+        for key, value in older_rope(rope).items():
+            setattr(reading["config"], key, value)
+    return AutoModelForCausalLM.from_pretrained(str(folder), **where, **reading)
 
 
 def _decoder(folder: Path, stored: Mapping[str, StoredTensor], **reading: Any) -> Any:

@@ -22,13 +22,13 @@ def config_in_both_forms(config: Mapping[str, Any], tied: bool) -> dict[str, Any
     if dtype is not None:
         both["dtype"] = both["torch_dtype"] = dtype
     both["tie_word_embeddings"] = tied
-    both.update(_older_rope(both.get("rope_parameters") or {}))
+    both.update(older_rope(both.get("rope_parameters") or {}))
     if "num_local_experts" in both:  # as version 5 writes it of Qwen3 too, which is num_experts to 4.57
         both.setdefault("num_experts", both["num_local_experts"])
     return both
 
 
-def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta, partial_rotary_factor and rope_scaling as 4.57 has them, beside `rope_parameters`."""
     if any(isinstance(value, Mapping) for value in rope.values()):
         return _older_layered_rope(rope)
@@ -40,7 +40,7 @@ def _older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _older_layered_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Translate settings that differ by attention type: 4.57 has a base for full and one for local attention."""
-    older = _older_rope(rope.get("full_attention") or {})
+    older = older_rope(rope.get("full_attention") or {})
     local = rope.get("sliding_attention") or {}
     if "rope_theta" in local:
         older["rope_local_base_freq"] = local["rope_theta"]

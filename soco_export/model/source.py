@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soco_export.checkpoint.versions import older_rope
 from soco_export.files.json import plain_floats, read_config
 from soco_export.files.wrapped import MODEL_SIZES, language_model
 from soco_export.recipe.recipe import Recipe
@@ -64,10 +65,15 @@ def _values(value: Any) -> int:
 
 
 def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Undo transformers 5's `rope_parameters`: 4.57 passes over it in silence and takes the default theta."""
+    """Undo transformers 5's `rope_parameters`: 4.57 passes over it in silence and takes the default theta.
+
+    Where it has a table for each kind of layer, which 4.57 cannot say of every class, it stays beside the older fields.
+    """
     rope = fields.get("rope_parameters")
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+    if not isinstance(rope, Mapping):
         return fields
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return {**fields, **older_rope(rope)}
     plain = {key: value for key, value in fields.items() if key != "rope_parameters"}
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:

@@ -521,3 +521,17 @@ def test_copying_the_folder_is_enough(saved: tuple[Any, Path], tmp_path: Path, i
     model, folder = saved
     shutil.move(folder, tmp_path / "elsewhere")
     same_function(load_checkpoint(tmp_path / "elsewhere"), model, ids)
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "llama-scaled"])
+def test_a_rotation_in_the_newer_spelling_alone_is_read_by_either_version(architecture: str, tmp_path: Path) -> None:
+    """transformers 4.57 passes over `rope_parameters`, which is all that 5 writes, and takes its default."""
+    model = make_model(architecture)
+    model.save_pretrained(tmp_path)
+    config = model.config.to_dict()
+    rope = config.pop("rope_parameters", None)
+    theta, scaling = config.pop("rope_theta", None), config.pop("rope_scaling", None)
+    config["rope_parameters"] = rope or {"rope_type": "default", "rope_theta": theta, **(scaling or {})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(0, 64, (1, 30))
+    assert torch.equal(logits(load_checkpoint(tmp_path, dtype=torch.float32), ids), logits(model, ids))

@@ -184,6 +184,20 @@ def test_rope_reads_the_same_in_either_versions_form(tmp_path: Path) -> None:
     assert read["factor"] == 8.0
 
 
+def test_a_rotation_for_each_kind_of_layer_is_read_by_either_version(tmp_path: Path) -> None:
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 777.0}
+    tables = {"sliding_attention": {"rope_type": "default", "rope_theta": 99.0}, "full_attention": full}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SIZES, "model_type": "gemma3_text", "head_dim": 8, "rope_parameters": tables})
+    )
+    config = dense_config(recipe_for(str(tmp_path)))
+    older = {"rope_theta": 777.0, "rope_local_base_freq": 99.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    if hasattr(config, "rope_local_base_freq"):
+        assert {key: getattr(config, key) for key in older} == older
+    else:
+        assert config.rope_parameters == tables
+
+
 def test_a_compressed_model_is_no_start(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(RecipeError, match="already compressed"):
