@@ -15,6 +15,9 @@ from soco_export.files.safetensors import REPAIR, StoredTensor, is_derived, rena
 from soco_export.files.wrapped import decoder_config, language_model, language_names
 from soco_train.errors import DataError
 
+# What a config.json may say of the answers that somebody wanted: ours are made of logits and a cache.
+_ANSWERS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+
 
 def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """Return the causal LM of `folder`, pruned or dense, in evaluation mode; of several models the decoder alone.
@@ -42,14 +45,10 @@ def load_checkpoint(folder: Path, dtype: torch.dtype | str = "auto", trust_remot
 
 def tensors_of_class(folder: Path, trust_remote_code: bool = False) -> set[str]:
     """Return the names of all tensors that the model in `folder` has by its class, which is made without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    inner = language_model(read_config(folder))
     with making_a_model(folder), torch.device("meta"):
-        if inner is None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        else:
-            config = decoder_config(inner)
+        config = _config(folder, trust_remote_code)
         return set(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).state_dict())
 
 
@@ -62,25 +61,41 @@ def misshapen(report: Mapping[str, Any]) -> list[str]:
 
 
 def _as_it_is(folder: Path, trust_remote_code: bool, **reading: Any) -> Any:
-    """Return (model, report) as transformers 5 reads the folder: 4.57 passes over the newer spelling of a rotation."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    """Return (model, report) as transformers reads the folder."""
+    from transformers import AutoModelForCausalLM
 
     where = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    rope = read_config(folder).get("rope_parameters")
-    if rope and not hasattr(PretrainedConfig, "standardize_rope_params"):
-        reading["config"] = AutoConfig.from_pretrained(str(folder), **where)
-        for key, value in older_rope(rope).items():
-            setattr(reading["config"], key, value)
-    return AutoModelForCausalLM.from_pretrained(str(folder), **where, **reading)
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), config=_config(folder, trust_remote_code), **where, **reading
+    )
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the folder's config as transformers 5 reads it, without what only says how somebody ran the model.
+
+    4.57 passes over the newer spelling of a rotation.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    fields = read_config(folder)
+    inner = language_model(fields)
+    if inner is not None:
+        return decoder_config(inner | _ANSWERS)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    knows = hasattr(PretrainedConfig, "standardize_rope_params")
+    rope = {} if knows else older_rope(fields.get("rope_parameters") or {})
+    for key, value in {**_ANSWERS, **rope}.items():
+        setattr(config, key, value)
+    config._attn_implementation = None  # whatever this machine has
+    return config
 
 
 def _decoder(folder: Path, stored: Mapping[str, StoredTensor], **reading: Any) -> Any:
     """Return (model, report) of the decoder among several models, None where the folder is of one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    inner = language_model(read_config(folder))
-    if inner is None:
+    if language_model(read_config(folder)) is None:
         return None
-    config = decoder_config(inner)
+    config = _config(folder, trust_remote_code=False)
     views = renamed_views(stored, language_names(stored))
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=views, **reading)

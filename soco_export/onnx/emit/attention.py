@@ -106,8 +106,8 @@ class AttentionFlavour(ABC):
     def scoring(self) -> dict[str, Any]:
         """Return the attributes of how scores are made, where they are not the operator's own."""
         shape = self.architecture.attention
-        return ({} if shape.scale is None else {"scale": shape.scale}) | (
-            {} if shape.cap is None else {"softcap": shape.cap}
+        return ({} if shape.scale is None else {"scale": float(shape.scale)}) | (
+            {} if shape.cap is None else {"softcap": float(shape.cap)}
         )
 
     # keys [...,1,t] ── Sub queries [...,s,1] ── Cast ── Mul slopes [heads,1,1] ── [...,heads,s,t]

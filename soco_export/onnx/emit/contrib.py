@@ -125,6 +125,8 @@ class Contrib(AttentionFlavour):
         late = [] if update.bias is None else [update.bias]
         shift = [] if norm.kind == "rms" else [bias] if bias is not None or late else []
         inputs: list[ir.Value | None] = [x, update.value, factor, *shift, *late]
-        normed, mean, deviation, total = self.graph.ops(f"{CONTRIB}::{op}", *inputs, outputs=4, epsilon=norm.epsilon)
+        normed, mean, deviation, total = self.graph.ops(
+            f"{CONTRIB}::{op}", *inputs, outputs=4, epsilon=float(norm.epsilon)
+        )
         mean.name = deviation.name = ""  # in ONNX an output that nobody wants, which is then not written either
         return normed, total

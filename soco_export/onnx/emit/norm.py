@@ -36,9 +36,9 @@ class Norms:
         """Normalise the last axis, in float32 inside."""
         factor, bias = parameters
         if norm.kind == "rms":
-            return self.graph.op("RMSNormalization", x, factor, axis=-1, epsilon=norm.epsilon, stash_type=1)
+            return self.graph.op("RMSNormalization", x, factor, axis=-1, epsilon=float(norm.epsilon), stash_type=1)
         inputs = [factor] if bias is None else [factor, bias]
-        return self.graph.op("LayerNormalization", x, *inputs, axis=-1, epsilon=norm.epsilon, stash_type=1)
+        return self.graph.op("LayerNormalization", x, *inputs, axis=-1, epsilon=float(norm.epsilon), stash_type=1)
 
     def heads(self, x: ir.Value, heads: int, prefix: str, name: str, order: Order) -> ir.Value:
         """Normalise queries or keys [batch, sequence, heads · head_dim] whose heads are in `order`."""

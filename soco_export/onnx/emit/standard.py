@@ -105,7 +105,7 @@ class Standard(AttentionFlavour):
     def _attend_with_sinks(self, heads: Heads, sinks: ir.Value, layer: Layer) -> tuple[ir.Value, ir.Value, ir.Value]:
         graph, shape = self.graph, self.architecture.attention
         size, of_value = shape.head_dim, self.architecture.value_size(layer)
-        scale = size**-0.5 if shape.scale is None else shape.scale
+        scale = size**-0.5 if shape.scale is None else float(shape.scale)
         query = self._apart(heads.query, shape.heads, size)
         key = graph.op("Concat", heads.past_key, self._apart(heads.key, shape.kv_heads, size), axis=2)
         value = graph.op("Concat", heads.past_value, self._apart(heads.value, shape.kv_heads, of_value), axis=2)

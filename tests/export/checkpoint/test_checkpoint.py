@@ -535,3 +535,19 @@ def test_a_rotation_in_the_newer_spelling_alone_is_read_by_either_version(archit
     (tmp_path / "config.json").write_text(json.dumps(config))
     ids = torch.randint(0, 64, (1, 30))
     assert torch.equal(logits(load_checkpoint(tmp_path, dtype=torch.float32), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+        {"_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_how_somebody_ran_the_model_is_not_asked_of_it(theirs: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model("qwen2")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **theirs}))
+    ids = torch.randint(0, 64, (1, 9))
+    assert torch.equal(logits(load_checkpoint(tmp_path, dtype=torch.float32), ids), logits(model, ids))

@@ -120,6 +120,17 @@ def test_a_window_counts_tokens_and_not_the_slots_of_padding(name: str, tmp_path
     assert error(found, expected, np.ones_like(alone)) < TOLERANCE
 
 
+@pytest.mark.parametrize("flavour", ["standard", "contrib"])
+def test_a_factor_may_be_a_whole_number(flavour: Any, tmp_path: Path) -> None:
+    """The operators' attributes are floats: with an integer ONNX Runtime does not load the graph."""
+    model = tiny_model("granite", attention_multiplier=1, embedding_multiplier=2, logits_scaling=3)
+    export_onnx(save_dense(model, tmp_path / "hf"), tmp_path / "onnx", ExportSettings(flavour=flavour))
+    tokens = fresh.rng().integers(3, 90, (1, PROMPT + STEPS))
+    mask = np.ones_like(tokens)
+    expected = in_transformers(model, tokens, mask, pieces())
+    assert error(in_onnx(tmp_path / "onnx", tokens, mask, pieces()), expected, mask) < TOLERANCE
+
+
 QUANTISED = ["gemma3_text", "phi4-mini", "cohere", "gpt2", "gpt_neox", "falcon-40b", "bloom", "olmo2", "mixtral"]
 HALVED = ["gemma2", "phi4-mini", "cohere", "bloom", "granite", "hunyuan_v1_dense"]
 
