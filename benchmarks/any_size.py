@@ -21,7 +21,8 @@ from soco_export.recipe.recipe import Recipe
 from soco_train import method
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.any_size import Planner, cut_to
 from soco_train.refine.distill import distill
 from soco_train.settings.refine import RefineSettings

@@ -24,7 +24,8 @@ from soco_export.recipe.recipe import Recipe
 from soco_train import method
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, kept, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.settings.refine import RefineSettings
 from soco_train.settings.train import TrainSettings
 from soco_train.store.factors import Factors

@@ -19,7 +19,7 @@ from soco_train.data.corpus import fingerprint
 from soco_train.events import Notify, silent
 from soco_train.modules.sites import opened
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
 from soco_train.settings.refine import RefineSettings

@@ -25,7 +25,7 @@ from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
 from soco_train.modules.values import check_mixing, narrowed_sites, ranked_linears
 from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
 from soco_train.refine.ladder import refine
 from soco_train.refine.values import value_losses

@@ -57,7 +57,7 @@ from soco_export.run.plans.measured_bytes import PlanLoss, hold_out
 from soco_train import method
 from soco_train.events import Event
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.scores.damage import RoundedInBlocks, measure_damage
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings

@@ -32,7 +32,7 @@ from soco_export.evaluate.settings import CPU
 from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.source import StoredForm
 from soco_train.errors import MachineError, SocoError
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.plan import Storage
 
 PROVIDER = "CUDAExecutionProvider"

@@ -16,7 +16,7 @@ from soco_export.evaluate.decoders.decoder import IntArray
 from soco_train.forms.pivoted import PivotedFactors
 from soco_train.forms.registry import LayerFactors
 from soco_train.forms.stacked import StackedFactors
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.store.factors import Factors
 
 WARM_UP = 3

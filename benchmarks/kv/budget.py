@@ -22,7 +22,8 @@ from soco_export.recipe.recipe import Recipe
 from soco_train import method
 from soco_train.modules.subject import Session, Subject
 from soco_train.modules.values import value_sites
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.refine import RefineSettings, ValueSettings
 
 KEEP: dict[str, Any] = {"ranks": 1, "0.75": 0.75, "0.5": 0.5, "0.25": 0.25, "planned": "planned"}

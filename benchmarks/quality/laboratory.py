@@ -39,7 +39,8 @@ from soco_train.data.corpus import Blocks, fingerprint, load_blocks
 from soco_train.events import Notify, silent
 from soco_train.modules.layers import replace_module
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.data import DataSettings
 from soco_train.store.factors import Factors
 from soco_train.store.scores import Scores

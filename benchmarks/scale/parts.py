@@ -31,7 +31,8 @@ from soco_train.events import Event, Notify, silent
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.layers import select_linears
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.distill import distill
 from soco_train.settings.plan import PlanSettings
 from soco_train.settings.refine import RefineSettings

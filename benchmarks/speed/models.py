@@ -27,7 +27,8 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.onnx.source import StoredForm
 from soco_export.onnx.write.matrix import Array
 from soco_train.events import silent
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.plan import PlanSettings, Storage
 from soco_train.store.scores import LayerScores, Scores
 

@@ -45,7 +45,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_export.run.plans.measured_plan import read_or_measure
 from soco_train.errors import RecipeError
 from soco_train.events import silent
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.plan import Storage
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,8 @@ from torch import nn
 from soco_train.learn.divergence import divergence
 from soco_train.modules.layers import replace_module, select_linears
 from soco_train.modules.scored import ScoreBank, ScoredLinear
-from soco_train.plan.ranks import RankPlan, kept, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
 from soco_train.store.scores import LayerScores, Scores

@@ -31,7 +31,7 @@ from soco_export.files.atomic import write_atomic
 from soco_export.model.load import dense_config
 from soco_export.preflight.doctor import versions
 from soco_export.recipe.load import load_recipe
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.plan import PlanSettings
 
 FLOORS = {"full": 0.45, "cut": 0.7}

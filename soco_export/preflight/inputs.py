@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 from glob import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soco_export.onnx.settings import ExportSettings, check_named
 from soco_export.recipe.recipe import Recipe
-from soco_train.cost import ModelShape
 from soco_train.errors import DataError, RecipeError
 from soco_train.settings.rounding import BITS
+
+if TYPE_CHECKING:
+    from soco_train.cost import ModelShape
 
 
 def check_plan(recipe: Recipe, shape: ModelShape) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from soco_train.plan.ranks import LayerPlan
+    from soco_train.plan.rank_plan import LayerPlan
 
 Judgement = Literal["passed", "failed", "unsure", ""]  # of all gates of a point; "": it has none
 OWN = "."  # the folder of the point that is the swept run itself

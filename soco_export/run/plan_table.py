@@ -18,7 +18,7 @@ from soco_export.run.request import Outcome
 from soco_export.run.stages.training import SCORES
 from soco_train.errors import RecipeError
 from soco_train.events import Notify, silent
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.store.importances import Importances
 
 LAYER_HEADER = ("layer", "shape", "rank", "before", "after", "")

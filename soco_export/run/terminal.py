@@ -15,7 +15,7 @@ from soco_export.report.words import verdict_terminal
 from soco_export.run.folder.manifest import places_elsewhere
 from soco_export.run.request import Outcome
 from soco_train.errors import ExitCode
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 
 
 def run_outcome(root: Path) -> Outcome:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from soco_train.bounded import MADE_ANEW, answering
-from soco_train.plan.allocation import Integers, Ladder, Reals, best_rungs, kept_importance
+from soco_train.plan.allocation import Integers, Ladder, Reals, best_rungs, kept_importance, lagrangian_ranks
 from soco_train.settings.refine import HEAD_STEP
 
 _TRIED = 8  # sizes of a value head, the whole one included
@@ -83,6 +83,8 @@ def ranks_or_numbers(
     Both projections of an attention with fewer numbers have their full ranks. By the errors this is never worse than
     `lagrangian_ranks`, and the same where fewer numbers save none.
     """
+    if not sites:
+        return lagrangian_ranks(ladders, importances, budget), {}
     ends = dict(zip(names, ladders, strict=True))
     kept = map(kept_importance, ladders, importances)
     ranked = {name: (ladder.costs, values) for (name, ladder), values in zip(ends.items(), kept, strict=True)}

@@ -18,7 +18,7 @@ from soco_train.forms.base import LayerFactors
 from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine.cut import cut_layer, store_as
 from soco_train.refine.distill import Smaller, distill
 from soco_train.refine.ladder import name_training

@@ -28,7 +28,8 @@ from soco_train.events import Event, Notify, silent
 from soco_train.learn.divergence import divergence
 from soco_train.modules.scored import ScoreBank, ScoredLinear, scored_model
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, kept
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import kept
 from soco_train.refine.rungs import rung
 from soco_train.settings.refine import CompensateSettings
 from soco_train.store.scores import LayerScores, Scores

@@ -17,7 +17,8 @@ from torch import nn
 from soco_train.forms.base import LayerFactors
 from soco_train.forms.registry import LazyLayers, find_form, forms_of
 from soco_train.forms.stacked import StackedFactors, balance
-from soco_train.plan.ranks import RankPlan, kept
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import kept
 from soco_train.settings.plan import Storage
 from soco_train.store.scores import LayerScores, Scores
 from soco_train.store.spectra import Spectrum

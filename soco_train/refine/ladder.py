@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from soco_train.errors import RecipeError
 from soco_train.forms.base import LayerFactors
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine.cut import cut_layers, store_as
 from soco_train.refine.rungs import wanted_rungs
 from soco_train.settings.refine import RefineSettings

@@ -10,7 +10,7 @@ import torch
 from soco_export.run.verbs import Request, export, train_and_export
 from soco_train.errors import RecipeError
 from soco_train.events import Event
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine import any_size
 from soco_train.store.factors import Factors
 

@@ -13,7 +13,7 @@ from soco_export.run.another_size import _priced_in
 from soco_export.run.folder.allowed import read_lock
 from soco_export.run.verbs import Request, export, plan
 from soco_train.errors import RecipeError
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 
 ASKED = 1_600_000
 FILES = ("model.onnx", "model.onnx.data")

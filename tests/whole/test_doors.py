@@ -47,7 +47,7 @@ from soco_train.bounded import parse_object, read_json
 from soco_train.errors import DataError, RecipeError, SocoError
 from soco_train.events import silent
 from soco_train.plan.left_out import LeftOut, read_left_out
-from soco_train.plan.ranks import LayerPlan, RankPlan
+from soco_train.plan.rank_plan import LayerPlan, RankPlan
 from soco_train.store.factors import Factors
 from soco_train.store.header import MOST_TENSORS, read_header
 from soco_train.store.importances import Importances

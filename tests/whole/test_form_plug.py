@@ -31,7 +31,8 @@ from soco_train.cost import stacked
 from soco_train.errors import DataError, RecipeError
 from soco_train.forms.base import FORMS, FactoredLinear, LayerFactors, form, parameter
 from soco_train.modules.subject import Session
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import STORAGE, PlanSettings
 from soco_train.settings.refine import RefineSettings

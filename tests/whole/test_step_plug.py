@@ -26,7 +26,7 @@ from soco_train.learn.divergence import divergence
 from soco_train.learn.loop import Loop
 from soco_train.modules.scored import ScoreBank, scored_model
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine.cut import cut_layers
 from soco_train.refine.rungs import RUNGS, rung
 from soco_train.scores.closed_form import untrained

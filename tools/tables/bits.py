@@ -74,6 +74,23 @@ def values() -> Rows:
     return rows
 
 
+def value_budget() -> Rows:
+    """Return what ranks, fewer numbers a value head, and a plan that weighs both make of as many parameters."""
+    titles = {"built-in": "budget", "SmolLM2-135M": "budget-smollm2"}
+    said = {"ranks": "ranks alone", "planned": "`planned`"}
+    rows: Rows = [("model", "keep_params", "refine.values.keep", "cache, bytes a token", "perplexity", "distilled")]
+    for title, name in titles.items():
+        known = {(row["method"], row["keep"]): row for row in read(f"kv/{name}.json")["rows"]}
+        for (way, keep), row in sorted(known.items(), key=lambda pair: -pair[0][1]):
+            if not way.endswith(", distilled"):
+                found = row["texts"]["evaluation"]["mean"]
+                trained = known.get((f"{way}, distilled", keep))
+                after = four(trained["texts"]["evaluation"]["mean"]) if trained else "–"
+                cells = said.get(way, way), f"{row['cache_bytes_a_token']:,}", four(found), after
+                rows.append((title, f"{keep:g}", *cells))
+    return rows
+
+
 def cache() -> Rows:
     """Return what a rounded cache costs and saves in the built-in model and in SmolLM2."""
     titles = {"built-in": "rounded", "SmolLM2-135M": "rounded-smollm2"}
@@ -132,6 +149,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "budget": partial(budget, "tiny"),
     "budget-smollm2": partial(budget, "smollm2", digits=1),
     "values": values,
+    "value-budget": value_budget,
     "cache": cache,
     "cache-decode": decode,
     "pairs": pairs,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from soco_export.onnx.describe.architecture import Architecture, Experts, HeadNorm, Mlp, Norm
 from soco_export.onnx.describe.config import Config
 from soco_export.onnx.families.granite import granite
-from soco_export.onnx.families.parts import COMMON, WINDOW, activation, decoder, gated_mlp
+from soco_export.onnx.families.parts import COMMON, ONE_WINDOW, activation, decoder, gated_mlp
 from soco_export.onnx.families.registry import PART, family
 
 # Files hold every expert apart, models in memory and some files all of a layer in one stack.
@@ -19,7 +19,7 @@ STACKED = (
 # Keys of training and of the router's loss.
 _TRAINING = "output_router_logits router_aux_loss_coef router_jitter_noise"
 ROUTED = f"{COMMON} {_TRAINING} num_experts num_local_experts num_experts_per_tok norm_topk_prob moe_intermediate_size"
-SPARSE = f"{ROUTED} {WINDOW} decoder_sparse_step mlp_only_layers"
+SPARSE = f"{ROUTED} {ONE_WINDOW} decoder_sparse_step mlp_only_layers"
 
 
 def _mixed(base: Architecture, experts: Experts, stored: tuple[tuple[str, tuple[str, ...]], ...]) -> Architecture:
@@ -59,13 +59,13 @@ _NUMBERED = (
 )
 
 
-@family("mixtral", keys=f"{ROUTED} {WINDOW}")
+@family("mixtral", keys=f"{ROUTED} {ONE_WINDOW}")
 def mixtral(config: Config) -> Architecture:
     """Experts in every layer."""
     return _mixed(decoder(config), _experts(config, "intermediate_size", "num_local_experts"), _NUMBERED)
 
 
-@family("phimoe", keys=f"{ROUTED} {WINDOW} input_jitter_noise lm_head_bias")
+@family("phimoe", keys=f"{ROUTED} {ONE_WINDOW} input_jitter_noise lm_head_bias")
 def phimoe(config: Config) -> Architecture:
     """LayerNorms, and two experts chosen one after the other; longrope as within the context it was trained for."""
     config.require("num_experts_per_tok", (2,))

@@ -36,8 +36,8 @@ SIZES = f"""hidden_size intermediate_size num_hidden_layers num_attention_heads 
     {ROPE}"""
 COMMON = f"{SIZES} rms_norm_eps attention_bias mlp_bias"
 LAYER_NORM = f"{SIZES} layer_norm_eps attention_bias mlp_bias"
-WINDOW = "sliding_window use_sliding_window max_window_layers"  # of all layers or of none
-WINDOWS = f"{WINDOW} layer_types"
+ONE_WINDOW = "sliding_window use_sliding_window max_window_layers"  # of all layers or of none
+WINDOWS = f"{ONE_WINDOW} layer_types"
 
 LLAMA = Tensors(embed="model.embed_tokens", final_norm="model.norm", layer="model.layers.{}")
 PRE_NORM = Residual(before_attention="input_layernorm", before_mlp="post_attention_layernorm")

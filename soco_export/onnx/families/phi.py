@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Mlp, Norm, Residual
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.families.parts import COMMON, LAYER_NORM, WINDOW, activation, decoder
+from soco_export.onnx.families.parts import COMMON, LAYER_NORM, ONE_WINDOW, activation, decoder
 from soco_export.onnx.families.registry import PART, family
 
 
@@ -25,7 +25,7 @@ def phi(config: Config) -> Architecture:
     )
 
 
-@family("phi3", keys=f"{COMMON} {WINDOW} {PART} full_attn_mod interpolate_factor")
+@family("phi3", keys=f"{COMMON} {ONE_WINDOW} {PART} full_attn_mod interpolate_factor")
 def phi3(config: Config) -> Architecture:
     """One projection for queries, keys and values, one for gate and up."""
     config.require("full_attn_mod", (1,))

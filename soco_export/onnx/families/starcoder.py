@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Mlp, Norm, Residual
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.families.parts import COMMON, LAYER_NORM, SIZES, WINDOW, activation, decoder
+from soco_export.onnx.families.parts import COMMON, LAYER_NORM, ONE_WINDOW, SIZES, activation, decoder
 from soco_export.onnx.families.registry import PART, family
 
 
@@ -14,7 +14,7 @@ def _plain(config: Config, into: str, out: str) -> Mlp:
     return Mlp(config["intermediate_size"], (f"mlp.{into}",), f"mlp.{out}", activation(config, "hidden_act"))
 
 
-@family("starcoder2", keys=f"{SIZES} {WINDOW} norm_epsilon use_bias mlp_type norm_type")
+@family("starcoder2", keys=f"{SIZES} {ONE_WINDOW} norm_epsilon use_bias mlp_type norm_type")
 def starcoder2(config: Config) -> Architecture:
     """LayerNorm, plain MLP, windows, biases."""
     return decoder(config, Norm("layer", config["norm_epsilon"], bias=True), _plain(config, "c_fc", "c_proj"))

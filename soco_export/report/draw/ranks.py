@@ -11,7 +11,7 @@ from soco_export.report.material import Material
 from soco_export.report.schema import Results
 
 if TYPE_CHECKING:
-    from soco_train.plan.ranks import LayerPlan
+    from soco_train.plan.rank_plan import LayerPlan
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 WRITTEN = 14  # layers up to which each cell holds its percentage

@@ -17,7 +17,7 @@ from soco_export.model.file_bytes import FileBytes
 from soco_export.recipe.recipe import Recipe
 from soco_train.plan.allocation import layer_cost
 from soco_train.plan.bytes import Choice
-from soco_train.plan.ranks import BytePlan, LayerPlan, RankPlan
+from soco_train.plan.rank_plan import BytePlan, LayerPlan, RankPlan
 from soco_train.store.damage import DENSE, Damage, LayerDamage
 
 BY_PRICE = "by price"

@@ -18,7 +18,7 @@ from soco_export.onnx.settings import ExportSettings
 from soco_train import method
 from soco_train.learn.divergence import divergence
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.refine import RefineSettings
 from soco_train.store.scores import Scores
 

@@ -19,7 +19,8 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.folder.names import PROFILE
 from soco_train.errors import RecipeError
 from soco_train.events import Notify
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.plan import Storage
 from soco_train.store.importances import Importances
 

@@ -59,7 +59,8 @@ def scores(context: RunContext) -> str:
 
 def plan_agrees(context: RunContext) -> str:
     """The plan is what the scores give; where times or bytes chose it too, one of the same layers and size."""
-    from soco_train.plan.ranks import RankPlan, plan_ranks
+    from soco_train.plan.rank_plan import RankPlan
+    from soco_train.plan.ranks import plan_ranks
 
     recipe, found = context.recipe, RankPlan.load(context.path("plan", "plan.json"))
     if recipe.optimise_for == "params" and recipe.keep_bytes is None:
@@ -76,7 +77,7 @@ def factors(context: RunContext) -> str:
     """The factors have the ranks of the plan, and name the scores and the text that they were made from."""
     from soco_export.checkpoint.layers import stored_factors
     from soco_train.forms.registry import forms_of, from_factors
-    from soco_train.plan.ranks import RankPlan
+    from soco_train.plan.rank_plan import RankPlan
     from soco_train.store.factors import Factors
 
     path = context.path("factors", "factors.safetensors")

@@ -27,7 +27,7 @@ from soco_train.bounded import MADE_ANEW, read_json
 
 if TYPE_CHECKING:
     from soco_export.onnx.settings import ExportSettings
-    from soco_train.plan.ranks import RankPlan
+    from soco_train.plan.rank_plan import RankPlan
     from soco_train.settings.refine import RefineSettings
 
 
@@ -87,7 +87,7 @@ def make_factors(context: RunContext, out: Path) -> None:
     """Cut the factors of the planned ranks, refine them as the recipe asks, store them in its form."""
     from soco_train import method
     from soco_train.modules.subject import Session
-    from soco_train.plan.ranks import RankPlan
+    from soco_train.plan.rank_plan import RankPlan
     from soco_train.store.scores import Scores
 
     plan = RankPlan.load(context.path("plan", "plan.json"))
@@ -134,7 +134,7 @@ def distill_sizes(context: RunContext, out: Path) -> None:
 
 def cut_to_size(context: RunContext, out: Path) -> None:
     """Cut the factors that were distilled for all sizes to the planned one."""
-    from soco_train.plan.ranks import RankPlan
+    from soco_train.plan.rank_plan import RankPlan
     from soco_train.refine.any_size import cut_to
     from soco_train.store.factors import Factors
 
@@ -149,7 +149,7 @@ def write_checkpoint(context: RunContext, out: Path) -> None:
     from soco_export.checkpoint.layers import apply_factors, count_parameters, record_types, stored_factors
     from soco_export.checkpoint.stream import stream_checkpoint
     from soco_export.run.stages.model_card import model_card, summary_json
-    from soco_train.plan.ranks import RankPlan
+    from soco_train.plan.rank_plan import RankPlan
 
     dtype = getattr(torch, context.recipe.model.dtype)
     model = context.take_stored_model()

@@ -36,7 +36,7 @@ from soco_export.run.stages.curve import read_curve
 from soco_export.run.stages.model_card import model_card, read_summary
 from soco_train.bounded import MADE_ANEW, answering, read_json, read_text
 from soco_train.plan import left_out
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.rounding import BITS
 
 FOLDERS = {"hf": "checkpoint", "dense": "dense", "onnx": "onnx", "onnx-dense": "onnx-dense"}

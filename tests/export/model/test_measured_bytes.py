@@ -12,7 +12,7 @@ from soco_export.recipe.recipe import Recipe
 from soco_export.run.plans.byte_plan import plan_bytes, plan_bytes_measured
 from soco_export.run.plans.measured_bytes import hold_out
 from soco_train.plan.bytes import Choice, bytes_of
-from soco_train.plan.ranks import RankPlan
+from soco_train.plan.rank_plan import RankPlan
 from soco_train.settings.rounding import TABLE_TYPES, TYPES
 from soco_train.store.damage import DENSE, Damage, LayerDamage, StorageKind
 from tests.support import fresh

@@ -39,7 +39,7 @@ from soco_export.run.stages.report import _largest_coefficient, slower
 from soco_train.errors import DataError
 from soco_train.forms.pivoted import pivot_factors
 from soco_train.forms.stacked import StackedFactors
-from soco_train.plan.ranks import LayerPlan
+from soco_train.plan.rank_plan import LayerPlan
 from soco_train.store.factors import Factors
 from tests.support import fresh
 

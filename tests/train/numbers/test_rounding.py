@@ -10,7 +10,7 @@ from soco_export.onnx.write.blocks import pack_levels
 from soco_train.errors import RecipeError
 from soco_train.numbers.blocks import Grid, nearest
 from soco_train.numbers.rounding import check_rounding, of_layer, rounded, rounds
-from soco_train.plan.ranks import BytePlan, LayerPlan, RankPlan
+from soco_train.plan.rank_plan import BytePlan, LayerPlan, RankPlan
 from soco_train.settings.rounding import BITS, RoundingSettings, WeightType
 from tests.support import fresh
 from tests.support.blocks import dequantize, quantize, unpack_levels

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from soco_train.errors import DataError, RecipeError
 from soco_train.plan.allocation import layer_cost
-from soco_train.plan.ranks import RankPlan, kept, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import kept, plan_ranks
 from soco_train.settings.plan import PlanSettings
 from soco_train.store.scores import LayerScores, Scores
 

@@ -12,7 +12,8 @@ from torch import nn
 from soco_train.modules.layers import select_linears
 from soco_train.modules.participation import left_out
 from soco_train.plan.left_out import LeftOut, notes, taking_part
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.settings.data import LayerSettings
 from soco_train.settings.plan import PlanSettings
 from soco_train.store.scores import LayerScores, Scores

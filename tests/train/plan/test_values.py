@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from soco_train.errors import DataError, RecipeError
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.plan.values import ValueLosses, numbers_tried, read_value_losses
 from soco_train.settings.plan import PlanSettings
 from soco_train.store.importances import Importances, LayerImportance

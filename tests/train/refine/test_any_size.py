@@ -17,7 +17,8 @@ from soco_train.forms.dense import DenseWeight
 from soco_train.forms.stacked import StackedFactors
 from soco_train.modules.factored import FactorPair, factored
 from soco_train.modules.subject import Session, Subject
-from soco_train.plan.ranks import RankPlan, plan_ranks
+from soco_train.plan.rank_plan import RankPlan
+from soco_train.plan.ranks import plan_ranks
 from soco_train.refine.any_size import cut_to, distill_any_size, prefix
 from soco_train.refine.cut import cut_layers
 from soco_train.refine.distill import Smaller
