@@ -18,7 +18,7 @@ from soco_export.files.tokenizer import check_tokenizer_files
 from soco_export.onnx.build import write_graph
 from soco_export.onnx.cache import CacheScales, cache_scales
 from soco_export.onnx.calibrate import KeptLevels, RoundingFigures, calibrate
-from soco_export.onnx.check import check_architecture, check_biases_of_class, check_head, check_tensors
+from soco_export.onnx.check import check_architecture, check_head, check_stored_biases, check_tensors
 from soco_export.onnx.describe.architecture import Architecture
 from soco_export.onnx.describe.config import Config, resolve_config
 from soco_export.onnx.emit.linear import find_finish
@@ -118,7 +118,7 @@ def open_folder(
     source = open_weights(folder, architecture)
     if architecture is not None:
         architecture = _checked(architecture, source, settings)
-        check_biases_of_class(architecture, source, tensors_of_class(folder, trust_remote_code))
+        check_stored_biases(architecture, source, tensors_of_class(folder, trust_remote_code))
     check_runtimes(settings, architecture)
     return config, settings, architecture, source
 

@@ -83,7 +83,7 @@ def check_tensors(architecture: Architecture, source: CheckpointWeights) -> None
             )
 
 
-def check_biases_of_class(architecture: Architecture, source: CheckpointWeights, named: Collection[str]) -> None:
+def check_stored_biases(architecture: Architecture, source: CheckpointWeights, named: Collection[str]) -> None:
     """Raise DataError for a dense layer that has a bias in the files and not among its class's tensors `named`, or not.
 
     transformers leaves out the one with a warning, and makes up the other. Experts are called otherwise in files.
