@@ -469,7 +469,8 @@ def test_the_protocol_of_a_perplexity_is_stored_and_shown_with_its_interval(resu
     # The interval is of what was measured: one time in twenty it leaves out what the blocks were drawn around.
     forms = found.perplexity
     assert low < forms.onnx.value / forms.dense.value < high
-    assert high - low == pytest.approx(2 * 1.96 * math.exp(0.12) * 0.002 / math.sqrt(32), rel=0.6)
+    # Windows that look alike by chance are drawn together, which widens it.
+    assert 0.4 < (high - low) / (2 * 1.96 * math.exp(0.12) * 0.002 / math.sqrt(32)) < 2.5
     text = render_markdown(found)
     assert "32 windows of 512 tokens, stride 512, no BOS" in text
     assert f"({number(low)}–{number(high)})" in text
