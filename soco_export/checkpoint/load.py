@@ -79,11 +79,12 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
 
     fields = read_config(folder)
     inner = language_model(fields)
-    if inner is not None:
-        return decoder_config(inner | _ANSWERS)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    if inner is None:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    else:
+        fields, config = inner, decoder_config(inner)
     knows = hasattr(PretrainedConfig, "standardize_rope_params")
-    rope = {} if knows else older_rope(fields.get("rope_parameters") or {})
+    rope = {} if knows else older_rope(fields.get("rope_parameters") or {}, fields.get("model_type"))
     for key, value in {**_ANSWERS, **rope}.items():
         setattr(config, key, value)
     config._attn_implementation = None  # whatever this machine has

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 PLAIN_ROPE = "default"
+# what a rotation's numbers are called where a class has names of its own for them
+_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_OWN_NAMES = {"gpt_neox": _NEOX, "gpt_neox_japanese": _NEOX}
 
 
 def config_in_both_forms(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -22,25 +25,28 @@ def config_in_both_forms(config: Mapping[str, Any], tied: bool) -> dict[str, Any
     if dtype is not None:
         both["dtype"] = both["torch_dtype"] = dtype
     both["tie_word_embeddings"] = tied
-    both.update(older_rope(both.get("rope_parameters") or {}))
+    both.update(older_rope(both.get("rope_parameters") or {}, both.get("model_type")))
     if "num_local_experts" in both:  # as version 5 writes it of Qwen3 too, which is num_experts to 4.57
         both.setdefault("num_experts", both["num_local_experts"])
     return both
 
 
-def older_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta, partial_rotary_factor and rope_scaling as 4.57 has them, beside `rope_parameters`."""
+def older_rope(rope: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """Return rope_theta, partial_rotary_factor and rope_scaling as 4.57 has them, beside `rope_parameters`.
+
+    kind: the model_type, whose class may have other names for them.
+    """
     if any(isinstance(value, Mapping) for value in rope.values()):
         return _older_layered_rope(rope)
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", PLAIN_ROPE) != PLAIN_ROPE:
         older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
-    return older
+    return older | {name: older[key] for key, name in _OWN_NAMES.get(kind or "", {}).items() if key in older}
 
 
 def _older_layered_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Translate settings that differ by attention type: 4.57 has a base for full and one for local attention."""
-    older = older_rope(rope.get("full_attention") or {})
+    older = older_rope(rope.get("full_attention") or {}, None)
     local = rope.get("sliding_attention") or {}
     if "rope_theta" in local:
         older["rope_local_base_freq"] = local["rope_theta"]

@@ -73,14 +73,9 @@ def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         return fields
     if any(isinstance(value, Mapping) for value in rope.values()):
-        return {**fields, **older_rope(rope)}
+        return {**fields, **older_rope(rope, None)}
     plain = {key: value for key, value in fields.items() if key != "rope_parameters"}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            plain[key] = rope[key]
-    if rope.get("rope_type", "default") != "default":
-        plain["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    return plain
+    return plain | older_rope(rope, fields.get("model_type"))
 
 
 def disagreement(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -198,6 +198,23 @@ def test_a_rotation_for_each_kind_of_layer_is_read_by_either_version(tmp_path: P
         assert config.rope_parameters == tables
 
 
+def test_a_class_with_names_of_its_own_for_a_rotation_reads_the_newer_ones(tmp_path: Path) -> None:
+    """GPT-NeoX has rotary_emb_base and rotary_pct, and takes its defaults where a file says rope_theta."""
+    own = {"rotary_emb_base": 300.0, "rotary_pct": 1.0}
+    torch.manual_seed(0)
+    fields = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **fields, **own)).float().eval()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    rope = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0}
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if "rotary" not in key and "rope" not in key}
+    (tmp_path / "config.json").write_text(json.dumps({**kept, "rope_parameters": rope}))
+    ids = torch.randint(0, 256, (1, 30))
+    for read in (load_model(recipe_for(str(tmp_path)))[0], load_checkpoint(tmp_path, torch.float32)):
+        torch.testing.assert_close(read(ids).logits, model(ids).logits)
+
+
 def test_a_compressed_model_is_no_start(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq"})
     with pytest.raises(RecipeError, match="already compressed"):

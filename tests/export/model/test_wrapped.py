@@ -128,6 +128,20 @@ def test_a_wrapper_is_exported_as_its_decoder(kind: str, tmp_path: Path) -> None
     assert "vision_config" not in json.loads((tmp_path / "onnx" / "config.json").read_text())
 
 
+@torch.no_grad()
+def test_a_wrapped_rotation_in_the_newer_spelling_alone_is_read(tmp_path: Path) -> None:
+    """transformers 4.57 passes over it there too."""
+    kind = {**WRAPPERS["llava"], "text_config": {**WRAPPERS["llava"]["text_config"], "rope_theta": 300.0}}
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **kind)).eval()
+    whole.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = {key: value for key, value in config["text_config"].items() if "rope" not in key}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 300.0}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+    tokens = torch.randint(6, 200, (1, 30))
+    torch.testing.assert_close(load_checkpoint(tmp_path)(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+
+
 def test_a_config_that_holds_its_decoder_flat_is_read_too() -> None:
     """As Qwen2-VL's was first published."""
     fields = {
