@@ -41,7 +41,7 @@ def older_rope(rope: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", PLAIN_ROPE) != PLAIN_ROPE:
         older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
-    return older | {name: older[key] for key, name in _OWN_NAMES.get(kind or "", {}).items() if key in older}
+    return older | {name: older[key] for key, name in _OWN_NAMES.get(str(kind), {}).items() if key in older}
 
 
 def _older_layered_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

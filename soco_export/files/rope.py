@@ -87,7 +87,8 @@ def _check_alike(fields: Mapping[str, Any], where: str) -> None:
     """
     new, old = (fields[key] for key in TABLES)
     beside = {key: fields[key] for key in _BESIDE if key in fields}
-    one, other = (_named({**beside, **table}) for table in (new.get("full_attention") or new, old))
+    usual = {"partial_rotary_factor": 1, "original_max_position_embeddings": fields.get("max_position_embeddings")}
+    one, other = (_named({**usual, **beside, **table}) for table in (new.get("full_attention") or new, old))
     if differing := sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
         raise DataError(
             f"config.json writes its rotation twice, in {' and in '.join(TABLES)}, and {differing[0]} differs",

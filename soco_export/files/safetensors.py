@@ -79,7 +79,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
-    weights = read_json(index, REPAIR).get("weight_map")
+    found = read_json(index, REPAIR)
+    if not isinstance(found.get("metadata"), dict):
+        raise DataError(
+            f"{index.name} has no table metadata, without which transformers does not read it",
+            fix='add "metadata": {}',
+            where=str(index),
+        )
+    weights = found.get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
         raise DataError(f"{index.name} names no files: weight_map is not a table", fix=REPAIR, where=str(index))
     names = sorted(set(weights.values()))

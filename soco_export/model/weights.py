@@ -19,10 +19,9 @@ from transformers.utils import logging
 
 from soco_export.checkpoint.load import misshapen
 from soco_export.files.json import making_a_model
-from soco_export.files.safetensors import INDEX, REPAIR, is_derived, open_shards, renamed_views, weight_files
+from soco_export.files.safetensors import is_derived, open_shards, renamed_views, weight_files
 from soco_export.files.wrapped import language_names
 from soco_export.model.apart import names_apart, read_apart
-from soco_train.bounded import read_json
 from soco_train.errors import DataError
 from soco_train.numbers.faults import number_fault
 
@@ -36,13 +35,6 @@ def check_weight_files(folder: Path) -> list[Path]:
     Raises DataError for a missing, truncated or corrupt file and RecipeError where there are only pickles.
     """
     files = weight_files(folder)
-    index = folder / INDEX
-    if index.exists() and not isinstance(read_json(index, REPAIR).get("metadata"), dict):
-        raise DataError(
-            f"{INDEX} has no table metadata, without which transformers does not read it",
-            fix='add "metadata": {}',
-            where=str(index),
-        )
     open_shards(files)  # with bounds, before a library reads the headers without any
     for file in files:
         try:

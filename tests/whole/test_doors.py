@@ -264,10 +264,10 @@ def test_a_header_is_what_was_saved(tmp_path: Path) -> None:
         "[]",
         '"text"',
         "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": 1}}',
-        '{"weight_map": {"a": "../x"}}',
-        '{"weight_map": {"a": "b"}}',
+        '{"metadata": {}, "weight_map": []}',
+        '{"metadata": {}, "weight_map": {"a": 1}}',
+        '{"metadata": {}, "weight_map": {"a": "../x"}}',
+        '{"metadata": {}, "weight_map": {"a": "b"}}',
     ],
 )
 def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: str) -> None:
@@ -279,7 +279,7 @@ def test_an_index_that_names_no_files_is_refused(tmp_path: Path, index: str) -> 
 def test_weights_that_lie_there_twice_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert set(open_shards(weight_files(tmp_path))) == {"a"}
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "model.safetensors"}}')
     with refused("twice"):
         weight_files(tmp_path)
 
@@ -315,7 +315,7 @@ def test_a_size_of_null_is_named_where_a_class_does_not_take_it(tmp_path: Path) 
 
 
 def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1", "b": "2"}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "1", "b": "2"}}')
     save_file({"a": torch.zeros(1)}, tmp_path / "1")
     save_file({"b": torch.zeros(1)}, tmp_path / "2")
     assert set(open_shards(weight_files(tmp_path))) == {"a", "b"}

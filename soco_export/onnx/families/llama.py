@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from soco_export.onnx.describe.architecture import Architecture, HeadNorm, Norm
 from soco_export.onnx.describe.config import Config
-from soco_export.onnx.families.parts import COMMON, WINDOWS, decoder
+from soco_export.onnx.families.parts import COMMON, ONE_WINDOW, WINDOWS, decoder
 from soco_export.onnx.families.registry import family
 
 
 # Biases need no key of their own: a projection has one exactly where the checkpoint stores one.
 @family("llama", keys=f"{COMMON} is_llama_config")
-@family("mistral", "ministral", "qwen2", keys=f"{COMMON} {WINDOWS}")
+@family("mistral", keys=f"{COMMON} {ONE_WINDOW}")
+@family("ministral", "qwen2", keys=f"{COMMON} {WINDOWS}")
 @family("seed_oss", keys=f"{COMMON} attention_out_bias")
 @family("internlm3", keys=f"{COMMON} qkv_bias bias")
 def llama(config: Config) -> Architecture:

@@ -84,7 +84,8 @@ def _check_rotation(config: Config, understood: frozenset[str]) -> None:
     inner = [table for table in written.values() if isinstance(table, Mapping)]
     if inner and not understood.issuperset(KINDS):
         raise config.refuse("rope_parameters", f"a {config['model_type']} has one rotation for all of its layers")
-    if understood.issuperset(KINDS) and (beside := sorted(written.keys() - {*KINDS, "truncate"})):
+    said = {key for key, value in written.items() if value not in (None, "default")}
+    if understood.issuperset(KINDS) and (beside := sorted(said - {*KINDS, "truncate"})):
         raise config.refuse("rope_parameters", f"{beside[0]} is not in the table of a kind of layers")
     tables = (config, config.get("rope_scaling", {}), written, *inner)
     if PART not in understood and (parts := {table.get(PART) for table in tables} - {None, 1}):
