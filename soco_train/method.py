@@ -23,7 +23,7 @@ from soco_train.events import Notify, silent
 from soco_train.modules.participation import left_out
 from soco_train.modules.sites import open_sites
 from soco_train.modules.subject import Session, Subject
-from soco_train.modules.values import check_mixing, narrowed_sites, ranked_linears
+from soco_train.modules.values import check_mixing, narrowed_sites, planned_sites, ranked_linears
 from soco_train.plan.left_out import HARDLY_VISITED, LeftOut
 from soco_train.plan.rank_plan import RankPlan
 from soco_train.refine.any_size import Planner, distill_any_size
@@ -54,12 +54,10 @@ def open_subject(
     """
     values = values or ValueSettings()
     open_sites(model)
-    sites = narrowed_sites(model, values)
-    check_mixing(model, sites, tokens)
+    check_mixing(model, narrowed_sites(model, values), tokens)
     linears = ranked_linears(model, layers, values)
     rest = left_out(model, linears, layers, values)
-    planned = [site for site in sites if {site.value, site.output} <= linears.keys()] if values.planned else []
-    return Subject(model, linears, SpectrumStore(spectra), tokens, rest, tuple(planned))
+    return Subject(model, linears, SpectrumStore(spectra), tokens, rest, planned_sites(model, linears, values))
 
 
 def make_spectra(subject: Subject, train: TrainSettings, notify: Notify = silent, afresh: bool = False) -> Subject:

@@ -140,7 +140,7 @@ def _kind(plan: RankPlan, name: str) -> str:
 def _layers(plan: RankPlan, total: int) -> str:
     rows = []
     for name, layer in plan.layers.items():
-        (m, n), rank = layer.shape, "dense" if layer.dense else str(layer.rank)
+        (m, n), rank = layer.shape, "full" if layer.narrowed else "dense" if layer.dense else str(layer.rank)
         stored = (plan.forms.get(name, ""), _kind(plan, name)) if plan.bytes else ()
         why = layer.reason if not plan.bytes else ""
         rows.append((name, f"{m}×{n}", rank, f"{m * n:,}", f"{layer.params:,}", " ".join(filter(None, stored)) or why))

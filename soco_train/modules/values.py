@@ -7,7 +7,7 @@ gate, a norm or a bound in between, or heads in another order, would show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ def narrowed_sites(model: Any, settings: ValueSettings) -> list[ValueSite]:
 def ranked_linears(model: nn.Module, layers: LayerSettings, values: ValueSettings) -> dict[str, nn.Linear]:
     """Return the Linears that get a rank: those selected, without the projections whose values get fewer numbers.
 
-    Raises RecipeError if none is left.
+    Raises RecipeError if none is left, or no attention of which a plan could decide.
     """
     apart = narrowed_names(model, values)
     chosen = {name: linear for name, linear in select_linears(model, layers).items() if name not in apart}
@@ -103,7 +103,19 @@ def ranked_linears(model: nn.Module, layers: LayerSettings, values: ValueSetting
             fix="include other layers; with keep_params: 1 they stay dense",
             where="recipe: layers.include",
         )
+    if values.planned and not planned_sites(model, chosen, values):
+        raise RecipeError(
+            "refine.values.keep is planned, and of no attention both projections of values take part in the plan",
+            fix="include v_proj and o_proj in layers, or leave out refine.values",
+            where="recipe: layers",
+        )
     return chosen
+
+
+def planned_sites(model: nn.Module, chosen: Collection[str], values: ValueSettings) -> tuple[ValueSite, ...]:
+    """Return the attentions of which a plan decides: both projections are among the `chosen` layers."""
+    sites = narrowed_sites(model, values) if values.planned else []
+    return tuple(site for site in sites if site.value in chosen and site.output in chosen)
 
 
 def narrowed_names(model: nn.Module, values: ValueSettings) -> dict[str, tuple[str, float]]:

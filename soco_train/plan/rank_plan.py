@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from soco_train.bounded import MADE_ANEW, parse_object, read_text
-from soco_train.errors import DataError
+from soco_train.errors import DataError, RecipeError
 from soco_train.plan.left_out import AS_WRITTEN, LeftOut, taking_part
 from soco_train.settings.plan import Allocation, Storage
 from soco_train.settings.refine import ValueSettings
@@ -38,6 +38,11 @@ class LayerPlan:
     def narrowed(self) -> bool:
         """Whether it has its full rank and fewer numbers a value head."""
         return self.dense and self.params < self.shape[0] * self.shape[1]
+
+    @property
+    def share(self) -> float:
+        """Which of its components stay, or of the numbers of its value heads."""
+        return self.params / (self.shape[0] * self.shape[1]) if self.dense else self.rank / min(self.shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,16 @@ class RankPlan:
         return settings.model_copy(update={"each": each, "blocks": dict(self.blocks)})
 
     def fewer_values(self, settings: ValueSettings) -> ValueSettings:
-        """Return the settings with the numbers of value heads that the plan chose, where they ask for it."""
+        """Return the settings with the numbers of value heads that the plan chose, where they ask for it.
+
+        Raises RecipeError where they do not, and the plan counts on it.
+        """
+        if self.values and not settings.planned:
+            raise RecipeError(
+                f"the plan gives {len(self.values)} attentions fewer numbers a value head, and nothing asks for that",
+                fix="refine.values.keep: planned, as when the scores were learnt",
+                where="recipe: refine.values.keep",
+            )
         return settings.model_copy(update={"each": dict(self.values)}) if settings.planned else settings
 
     @property
@@ -197,9 +211,16 @@ def _check_possible(plan: RankPlan) -> None:
         full = min(layer.shape)
         if layer.rank > full or layer.dense > (layer.rank == full):
             raise _no_plan(f"layers.{name}", f"rank {layer.rank} of {full}, dense: {layer.dense}")
-    for place, named in (("bytes.forms", plan.forms), ("values", plan.values)):
-        if strangers := named.keys() - plan.layers.keys():
-            raise _no_plan(place, f"{min(strangers)} is no layer of the plan")
+    if strangers := plan.forms.keys() - plan.layers.keys():
+        raise _no_plan("bytes.forms", f"{min(strangers)} is no layer of the plan")
+    narrowed = [name for name, layer in plan.layers.items() if layer.narrowed]
+    if strangers := plan.values.keys() - narrowed:
+        raise _no_plan("values", f"{min(strangers)} is no layer with fewer numbers a value head")
+    if len(narrowed) != 2 * len(plan.values):
+        raise _no_plan("values", f"{len(narrowed)} layers have fewer numbers a value head, two for each attention")
+    for name, stay in plan.values.items():
+        if plan.layers[name].params % (stay * plan.layers[name].shape[1]):
+            raise _no_plan(f"values.{name}", f"no heads of {stay} numbers have {plan.layers[name].params} parameters")
 
 
 def _no_plan(place: str, why: str) -> DataError:

@@ -94,7 +94,8 @@ def _checked(name: str, layer: LayerImportance) -> Reals:
 
 def _value_losses(scores: Importances, settings: PlanSettings) -> list[ValueLosses]:
     """Return what attentions lose with fewer numbers a value head; RecipeError for a rule that cannot weigh that."""
-    sites = read_value_losses(scores.provenance.get("values", []), scores.layers)
+    shapes = {name: layer.shape for name, layer in scores.layers.items()}
+    sites = read_value_losses(scores.provenance.get("values", []), shapes)
     if sites and settings.allocation != "lagrangian":
         raise RecipeError(
             f"allocation {settings.allocation} ranks components, and fewer numbers a value head are none",

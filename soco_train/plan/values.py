@@ -47,8 +47,8 @@ def numbers_tried(size: int) -> range:
     return range(step, size, step)
 
 
-def read_value_losses(records: Any, layers: Iterable[str]) -> list[ValueLosses]:
-    """Return what `ValueLosses.record` wrote of projections among `layers`; DataError if it is something else."""
+def read_value_losses(records: Any, shapes: Mapping[str, tuple[int, int]]) -> list[ValueLosses]:
+    """Return what `ValueLosses.record` wrote of projections of these `shapes`; DataError if it is something else."""
 
     def make() -> list[ValueLosses]:
         found = [
@@ -56,7 +56,7 @@ def read_value_losses(records: Any, layers: Iterable[str]) -> list[ValueLosses]:
             for value, output, size, lost in records
         ]
         names = [name for site in found for name in (site.value, site.output)]
-        if len({*names} & {*layers}) < len(names) or not all(map(_possible, found)):
+        if len({*names} & {*shapes}) < len(names) or not all(_possible(site, shapes) for site in found):
             raise ValueError("they are not those of the layers")
         return found
 
@@ -64,11 +64,12 @@ def read_value_losses(records: Any, layers: Iterable[str]) -> list[ValueLosses]:
     return losses
 
 
-def _possible(site: ValueLosses) -> bool:
-    """Tell whether numbers of a head rise to less than all of them, each with a finite error."""
+def _possible(site: ValueLosses, shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Tell whether both layers are made of such heads, and fewer of their numbers have errors that are some."""
     stay = [0, *(stay for stay, _ in site.lost), site.size]
     rising = all(type(number) is int for number in stay) and all(one < other for one, other in pairwise(stay))
-    return rising and len(stay) > 2 and all(isfinite(lost) for _, lost in site.lost)
+    heads = rising and not shapes[site.value][0] % site.size and not shapes[site.output][1] % site.size
+    return heads and len(stay) > 2 and all(isfinite(lost) and lost >= 0 for _, lost in site.lost)
 
 
 def ranks_or_numbers(

@@ -41,6 +41,12 @@ def refine(
             fix="soco_train.method.distill_sizes and cut_to, or leave sizes out",
             where="recipe: refine.distill.sizes",
         )
+    if settings.values.planned and "values" not in scores.provenance:
+        raise RecipeError(
+            "these scores do not say what fewer numbers a value head lose, so no plan of them chose any",
+            fix="learn the scores in a run with the same refine.values, or give a share",
+            where="recipe: refine.values.keep",
+        )
     settings = settings.model_copy(update={"values": plan.fewer_values(settings.values)})
     for rung in wanted_rungs(settings):
         rung.check(settings.of_step(rung.name), plan.storage)

@@ -68,7 +68,8 @@ def value_losses(subject: Subject, blocks: int | None, notify: Notify) -> list[V
         lost = []
         for numbers in numbers_tried(site.size):
             down = value_projections(weight, covariance, curvature, site.groups, site.size, numbers)
-            lost.append((numbers, absorb(weight, covariance, curvature, down).lost))
+            error = absorb(weight, covariance, curvature, down).lost
+            lost.append((numbers, max(0.0, error)))  # nothing may be lost, but for rounding
         found.append(ValueLosses(site.value, site.output, site.size, tuple(lost)))
         notify(Event("values", len(found), len(subject.narrowed)))
     return found

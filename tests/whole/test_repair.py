@@ -49,6 +49,15 @@ def test_a_lost_manifest_is_the_one_that_was_there(run: Path, tiny_run: Path) ->
     assert {name: data for name, data in contents(run).items() if name != MANIFEST} == before
 
 
+def test_results_from_before_a_key_are_those_of_its_default(run: Path) -> None:
+    told = json.loads((run / "results.json").read_text())
+    del told["recipe"]["refine"]["values"]["each"]
+    (run / "results.json").write_text(json.dumps(told, indent=2) + "\n")
+    (run / MANIFEST).unlink()
+    left = json.loads(soco("repair", run, "--json", plots=True).out)["left_out"]
+    assert "another recipe" not in str(left)
+
+
 def test_after_it_nothing_is_made_again(run: Path) -> None:
     (run / MANIFEST).unlink()
     repair(Request(), run)

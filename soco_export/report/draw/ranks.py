@@ -19,7 +19,7 @@ _Cell = tuple[str, int]  # projection, layer
 
 
 def cells(layers: Mapping[str, LayerPlan]) -> dict[_Cell, tuple[float, bool]]:
-    """Return per projection and layer the mean kept share of the components, and whether all of it is dense.
+    """Return per projection and layer the mean share that is kept, and whether all of it is dense.
 
     Linears of one name but for further numbers (experts) share a cell.
     """
@@ -30,8 +30,8 @@ def cells(layers: Mapping[str, LayerPlan]) -> dict[_Cell, tuple[float, bool]]:
         found.setdefault((projection, int(number[1]) if number else 0), []).append(layer)
     return {
         cell: (
-            sum(plan.rank / min(plan.shape) for plan in plans) / len(plans),
-            all(plan.dense for plan in plans),
+            sum(plan.share for plan in plans) / len(plans),
+            all(plan.dense and not plan.narrowed for plan in plans),
         )
         for cell, plans in found.items()
     }

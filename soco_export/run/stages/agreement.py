@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from soco_export.files.replacing import LISTING, Listing
+from soco_export.recipe.recipe import validated
 from soco_export.report.schema import RESULTS_FILE, Results
 from soco_export.run.context import RunContext
 from soco_export.run.folder.names import REPORT_FILES, SIZES_FILE
@@ -153,7 +154,7 @@ def report_agrees(context: RunContext) -> str:
     """results.json is of this recipe and this model, and the reports say what it says, to the letter."""
     root = context.folder.root
     results = Results.load(root)
-    if results.recipe != context.recipe.as_values():
+    if validated(results.recipe, {}) != context.recipe:  # keys that came since have their defaults
         return f"{RESULTS_FILE} was measured with another recipe"
     if results.provenance.get("model") != context.model_hash():
         return f"{RESULTS_FILE} was measured on another model"

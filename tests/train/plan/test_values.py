@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
+from soco_export.report.draw.ranks import cells
 from soco_train.errors import DataError, RecipeError
 from soco_train.plan.rank_plan import RankPlan
 from soco_train.plan.ranks import plan_ranks
 from soco_train.plan.values import ValueLosses, numbers_tried, read_value_losses
 from soco_train.settings.plan import PlanSettings
+from soco_train.settings.refine import ValueSettings
 from soco_train.store.importances import Importances, LayerImportance
+from tests.support import fresh
 
 SIZE, GROUPS, HEADS, HIDDEN = 32, 2, 4, 96
 SHAPES = {"v": (GROUPS * SIZE, HIDDEN), "o": (HIDDEN, HEADS * SIZE), "up": (160, HIDDEN)}
@@ -20,7 +24,7 @@ LAYERS = {f"{block}.{name}": shape for block in range(3) for name, shape in SHAP
 
 
 def drawn(decay: float = 0.0) -> dict[str, LayerImportance]:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     found = {}
     for name, shape in LAYERS.items():
         energy = rng.exponential(size=min(shape)) * np.exp(-decay * np.arange(min(shape)))
@@ -86,8 +90,23 @@ def test_the_plan_is_read_as_it_was_written_and_an_edited_one_is_refused() -> No
     layers = drawn()
     plan = planned(layers, losses(layers, 0.0), 0.8)
     assert RankPlan.from_json(plan.to_json()) == plan
-    with pytest.raises(DataError, match="no layer of the plan"):
-        RankPlan.from_json(plan.to_json().replace('"0.v": ', '"9.v": ', 2).replace('"9.v": {', '"0.v": {'))
+    stay = plan.values["0.v"]
+    for values, said in (
+        ({**plan.values, "9.v": stay}, "9.v is no layer with fewer"),
+        ({**plan.values, "0.up": stay}, "0.up is no layer with fewer"),
+        ({**plan.values, "0.v": 10**9}, "no heads of 1000000000 numbers"),
+        ({"1.v": plan.values["1.v"]}, "two for each attention"),
+        ({}, "two for each attention"),
+    ):
+        with pytest.raises(DataError, match=said):
+            RankPlan.from_json(json.dumps({**json.loads(plan.to_json()), "values": values}))
+
+
+def test_a_plan_that_counts_on_fewer_numbers_is_not_cut_without_them() -> None:
+    plan = planned(layers := drawn(), losses(layers, 0.0), 0.8)
+    assert plan.fewer_values(ValueSettings(keep="planned")).each == plan.values
+    with pytest.raises(RecipeError, match="nothing asks for that"):
+        plan.fewer_values(ValueSettings())
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -113,8 +132,16 @@ def test_numbers_tried_are_whole_steps_below_all_of_them() -> None:
         [["0.v", "0.o", 32, [[16, 1.0], [8, 2.0]]]], [["0.v", "0.o", 8, [[8, 1.0]]]],
         [["0.v", "0.o", 10**30, [[True, 1.0]]]], [[["0.v"], "0.o", 32, [[8, 1.0]]]],
         [["0.v", "0.o", 32, [[8, 1.0]]], ["0.v", "1.o", 32, [[8, 1.0]]]],
+        [["0.v", "0.o", 32, [[8, -1e308]]]], [["0.v", "0.o", 24, [[8, 1.0]]]], [["0.up", "0.o", 10**9, [[8, 1.0]]]],
     ],
 )  # fmt: skip
 def test_losses_that_are_none_are_refused(records: Any) -> None:
     with pytest.raises(DataError, match="no losses of value heads"):
         read_value_losses(records, LAYERS)
+
+
+def test_what_an_attention_with_fewer_numbers_keeps_is_drawn() -> None:
+    plan = planned(layers := drawn(), losses(layers, 0.0), 0.8)
+    for (projection, block), (share, dense) in cells(plan.layers).items():
+        assert share == (plan.values[f"{block}.v"] / SIZE if projection in "vo" else 1.0)
+        assert dense == (projection == "up")

@@ -141,6 +141,19 @@ def test_a_plan_chooses_between_ranks_and_fewer_numbers(tmp_path: Path) -> None:
     assert float((logits(model, tokens) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
+def test_planned_values_are_never_left_out_in_silence(tmp_path: Path) -> None:
+    model, tokens = llama(), drawn()
+    for layers in (LayerSettings(exclude=("lm_head", "*.v_proj")), LayerSettings(include=("*.mlp.*",))):
+        with pytest.raises(RecipeError, match="both projections of values take part"):
+            method.open_subject(model, layers, tokens, tmp_path, PLANNED)
+    subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum")
+    method.make_spectra(subject, TWO_SIDED)
+    scores = method.learn_scores(subject, TWO_SIDED, PlanSettings(), Session(tmp_path / "scores"))
+    plan = plan_ranks(scores, PlanSettings(keep_params=0.6, allocation="lagrangian"))
+    with pytest.raises(RecipeError, match="do not say what fewer numbers a value head lose"):
+        method.cut_factors(subject, scores, plan, RefineSettings(values=PLANNED), Session(tmp_path / "work"))
+
+
 def test_a_plan_that_keeps_all_narrows_nothing(tmp_path: Path) -> None:
     model, tokens = llama(), drawn()
     subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum", PLANNED)
