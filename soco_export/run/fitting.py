@@ -9,22 +9,44 @@ from soco_export.files.json import context_length, read_config
 from soco_export.preflight.inputs import check_lengths
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
+from soco_train.settings.data import SHORTEST_BLOCK
 
 if TYPE_CHECKING:
     from soco_train.data.corpus import Blocks
 
 
 def fit_to_context(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
-    """Return the recipe with no block longer than the model's context, and a line for each that was.
+    """Return the recipe with no text longer than the model's context, and a line for each that was and is read.
 
-    Raises RecipeError for a proof that has no room there.
+    Raises RecipeError for a context that has no room for a proof.
     """
     context = context_length(read_config(folder)) if (folder / "config.json").is_file() else None
-    blocks = {"data.block": recipe.data.block, "evaluation.block": recipe.evaluation.block}
-    long = {key: context for key, block in blocks.items() if context is not None and block > context}
-    fitted = recipe.replace(long, where=str(folder)) if long else recipe
+    if context is None:
+        return recipe, []
+    if context < SHORTEST_BLOCK:
+        raise RecipeError(
+            f"the model has positions for {context} tokens, and a proof reads blocks of {SHORTEST_BLOCK} tokens or more",
+            fix="--format dense writes a merged copy, which is not proven",
+            where=str(folder / "config.json"),
+        )
+    parity = recipe.validation.parity
+    asked = {
+        "data.block": (recipe.data.block, context),
+        "evaluation.block": (recipe.evaluation.block, context),
+        "validate.parity.decode_steps": (parity.decode_steps, min(recipe.evaluation.block, context) - 1),
+        "validate.parity.greedy_tokens": (parity.greedy_tokens, context - 1),
+    }
+    most = {key: room for key, (value, room) in asked.items() if value > room > 0}
+    fitted = recipe.replace(most, where=str(folder)) if most else recipe
     check_lengths(fitted, context)
-    return fitted, [f"{key} is {context}, for which the model has positions, not {blocks[key]}" for key in long]
+    read = {key: room for key, room in most.items() if key != "data.block" or _calibrates(recipe)}
+    return fitted, [
+        f"{key} is {room}: the model has {context} positions, not {asked[key][0]}" for key, room in read.items()
+    ]
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    return recipe.export.calibrates or recipe.export.cache != "same"
 
 
 def folder_tokenizer(recipe: Recipe, folder: Path) -> Any:

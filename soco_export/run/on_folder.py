@@ -47,13 +47,14 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
         )
     _check_out(out, folder, request.fresh)
     quiet_transformers()
-    recipe, fitted = fit_to_context(recipe, folder)
-    notes = [*left_behind(read_config(folder)), *fitted]
+    notes = left_behind(read_config(folder))
     if request.format == "dense":
         _write_dense(recipe, folder, out)
         return Outcome({"folder": str(out), "notes": notes}, "\n".join([str(out), *notes]))
     from soco_export.export import export_onnx
 
+    recipe, fitted = fit_to_context(recipe, folder)
+    notes = [*notes, *fitted]
     evaluation_text(recipe, folder)  # the proof reads it: what is wrong with it is said before anything is written
     trusted = recipe.model.trust_remote_code
     calibration = partial(_calibration, recipe, folder)

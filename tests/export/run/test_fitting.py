@@ -28,10 +28,21 @@ def test_blocks_are_as_long_as_the_model_has_positions_and_that_is_said(tmp_path
     rounded = ("--set", "export.weights=int8", "--set", "export.quantize.rule=calibrated")
     ran = soco("export", gpt2(tmp_path / "hf"), "--out", tmp_path / "onnx", *FEW, *rounded)
     assert ran.code == 0, ran.err
-    assert "evaluation.block is 64, for which the model has positions, not 512" in ran.out
+    assert "evaluation.block is 64: the model has 64 positions, not 512" in ran.out
     assert "data.block is 64" in ran.out
     again = soco("validate", tmp_path / "onnx", "--against", tmp_path / "hf", *FEW)
     assert "evaluation.block is 64" in again.out
+    assert "data.block" not in again.out  # no calibration text is read
+
+
+def test_a_proof_is_as_short_as_the_model_and_a_merged_copy_has_none(tmp_path: Path) -> None:
+    gpt2(tmp_path / "hf", positions=12)
+    ran = soco("export", tmp_path / "hf", "--out", tmp_path / "onnx", *FEW)
+    assert ran.code == 0, ran.err
+    assert "validate.parity.decode_steps is 11" in ran.out
+    merged = soco("export", tmp_path / "hf", "--format", "dense", "--out", tmp_path / "dense")
+    assert merged.code == 0, merged.err
+    assert "positions" not in merged.out
 
 
 def cut(folder: Path) -> Path:
@@ -44,7 +55,7 @@ def cut(folder: Path) -> Path:
     ("made", "said"),
     [
         (lambda folder: gpt2(folder, rows=100), "the model has 100 embedding rows"),
-        (lambda folder: gpt2(folder, positions=12), "decode_steps"),
+        (lambda folder: gpt2(folder, positions=4), "blocks of 8 tokens"),
         (lambda folder: cut(gpt2(folder)), "tokenizer.json"),
     ],
 )
