@@ -35,7 +35,7 @@ def from_run(request: Request, run: Path, notify: Notify) -> Outcome:
         check(request, changed, run, stages, notify, homes)
         advance(request, changed, run, stages, notify, homes)
         return run_outcome(run)
-    _check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
+    check_recut(keys, {"refine"} if recipe.refine.distill.sizes else set())
     root = request.out or _recut_folder(run, keys, changed)
     homes = {**trained_in(run, recipe), **_priced_in(run, recipe, changed)}
     stages = stages_of(changed, request.format, homes)
@@ -92,9 +92,10 @@ def check_priced(run: Path, recipe: Recipe, asked: Recipe) -> None:
         )
 
 
-def _check_recut(keys: Sequence[str], distilled: set[str]) -> None:
+def check_recut(keys: Iterable[str], distilled: Iterable[str] = ()) -> None:
+    """Raise RecipeError for one of the dotted `keys` that scores, or what is distilled beside them, depend on."""
     fixed = {key for stage in TRAINING for key in stage.settings} - {*PLAN.settings, "keep_bytes"}
-    fixed |= distilled | {"model", "data"}
+    fixed |= {*distilled, "model", "data"}
     wrong = [key for key in _within(keys, fixed) if key != "model.dtype"]
     if wrong:
         raise RecipeError(

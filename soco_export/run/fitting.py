@@ -25,7 +25,7 @@ def fit_to_context(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         return recipe, []
     if context < SHORTEST_BLOCK:
         raise RecipeError(
-            f"the model has positions for {context} tokens, and a proof reads blocks of {SHORTEST_BLOCK} tokens or more",
+            f"the model has positions for {context} tokens, and a proof reads blocks of {SHORTEST_BLOCK} tokens",
             fix="--format dense writes a merged copy, which is not proven",
             where=str(folder / "config.json"),
         )

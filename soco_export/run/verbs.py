@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from soco_export.recipe.difference import differences
 from soco_export.recipe.load import list_overlays, list_recipes, load_recipe, lock, read_overlay
 from soco_export.recipe.merge import overridden
 from soco_export.recipe.yaml import write_yaml
@@ -57,11 +58,14 @@ def plan(
     `request.out` receives plan files. Sizes in bytes need a run that was planned so before.
     """
     root = find_run(run, request)
-    recipe = read_lock(root).override(request.overrides)
+    trained = read_lock(root)
+    recipe = trained.override(request.overrides)
     check_profile_kept(recipe)
 
+    from soco_export.run.another_size import check_recut
     from soco_export.run.plan_table import plan_byte_sizes, plan_sizes, scores_of
 
+    check_recut(differences(trained, recipe))
     scores = scores_of(root)
     if byte_sizes is not None or (sizes is None and recipe.keep_bytes is not None):
         from soco_export.run.another_size import check_priced, priced_in

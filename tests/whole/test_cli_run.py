@@ -161,6 +161,14 @@ class TestPlan:
         assert all(plan["params_after"] <= plan["keep_params"] * plan["params_before"] for plan in plans)
         assert {path.name for path in (tmp_path / "plans").iterdir()} == {"plan-0.9.json", "plan-0.6.json"}
 
+    @pytest.mark.parametrize(
+        "key", ["train.steps=9", "refine.values.keep=0.5", "layers.exclude=[lm_head]", "data.block=64"]
+    )
+    def test_what_the_scores_depend_on_cannot_be_asked_for(self, tiny_run: Path, key: str) -> None:
+        ran = soco("plan", tiny_run, "--set", key)
+        assert ran.code == 2
+        assert "cannot change after training" in ran.err
+
     def test_nothing_is_written_through_a_link(self, tiny_run: Path, tmp_path: Path) -> None:
         (tmp_path / "theirs").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "theirs")
