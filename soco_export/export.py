@@ -161,7 +161,7 @@ def _check_calibration(settings: ExportSettings, calibration: Callable[[], torch
 
 def _text_for(settings: ExportSettings, calibration: Callable[[], torch.Tensor] | None) -> torch.Tensor | None:
     """Return the token blocks [b, t] that weights and cache are rounded by, None where neither asks for any."""
-    if calibration is None or not (settings.calibrates or settings.cache != "same"):
+    if calibration is None or not settings.reads_text:
         return None
     blocks = calibration()
     return blocks[: max(1, settings.quantize.calibration_tokens // blocks.shape[1])]

@@ -72,10 +72,9 @@ def _with_plain_rope(fields: dict[str, Any]) -> dict[str, Any]:
     rope = fields.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return fields
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        return {**fields, **older_rope(rope, None)}
-    plain = {key: value for key, value in fields.items() if key != "rope_parameters"}
-    return plain | older_rope(rope, fields.get("model_type"))
+    layered = any(isinstance(value, Mapping) for value in rope.values())
+    kept = {key: value for key, value in fields.items() if layered or key != "rope_parameters"}
+    return kept | older_rope(rope, fields.get("model_type"))
 
 
 def disagreement(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

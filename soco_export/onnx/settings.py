@@ -156,6 +156,11 @@ class ExportSettings(Section):
         """Whether a text is needed to round the weights."""
         return self.rounding().calibrates and bool(self.grids())
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a text is needed to round weights or cache."""
+        return self.calibrates or self.cache != "same"
+
     def grids(self) -> set[Grid]:
         """Return the grids that weights may be rounded to, each type in each block; the token table's is symmetric."""
         from soco_train.numbers.blocks import Grid

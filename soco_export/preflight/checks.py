@@ -103,7 +103,6 @@ def check_steps(recipe: Recipe) -> None:
 
 def _check_planned_values(recipe: Recipe) -> None:
     """Raise RecipeError where fewer numbers a value head cannot be weighed against ranks, or are given by name."""
-    where = "recipe: refine.values.keep"
     if recipe.refine.values.each:
         raise RecipeError(
             "refine.values.each is what a plan fills in, and a recipe does not choose it",
@@ -121,7 +120,7 @@ def _check_planned_values(recipe: Recipe) -> None:
         raise RecipeError(
             "refine.values.keep: planned weighs errors of values against those of the two-sided basis, as they are",
             fix=f"{asked}, or a share for refine.values.keep",
-            where=where,
+            where="recipe: refine.values.keep",
         )
 
 

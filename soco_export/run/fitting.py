@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soco_export.files.json import context_length, read_config
+from soco_export.files.wrapped import language_model
 from soco_export.preflight.inputs import check_lengths
 from soco_export.recipe.recipe import Recipe
 from soco_train.errors import RecipeError
@@ -39,14 +40,10 @@ def fit_to_context(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     most = {key: room for key, (value, room) in asked.items() if value > room > 0}
     fitted = recipe.replace(most, where=str(folder)) if most else recipe
     check_lengths(fitted, context)
-    read = {key: room for key, room in most.items() if key != "data.block" or _calibrates(recipe)}
+    read = {key: room for key, room in most.items() if key != "data.block" or recipe.export.reads_text}
     return fitted, [
         f"{key} is {room}: the model has {context} positions, not {asked[key][0]}" for key, room in read.items()
     ]
-
-
-def _calibrates(recipe: Recipe) -> bool:
-    return recipe.export.calibrates or recipe.export.cache != "same"
 
 
 def folder_tokenizer(recipe: Recipe, folder: Path) -> Any:
@@ -66,8 +63,7 @@ def evaluation_text(recipe: Recipe, folder: Path) -> tuple[Any, Blocks]:
     tokenizer = folder_tokenizer(recipe, folder)
     blocks = load_blocks(tokenizer, recipe.evaluation, "evaluation")
     fields = read_config(folder) if (folder / "config.json").is_file() else {}
-    inner = fields.get("text_config")
-    rows = {**fields, **(inner if isinstance(inner, dict) else {})}.get("vocab_size")
+    rows = (language_model(fields) or fields).get("vocab_size")
     highest = int(blocks.tokens.max())
     if rows is not None and highest >= rows:
         raise RecipeError(

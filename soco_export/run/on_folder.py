@@ -34,6 +34,8 @@ from soco_train.events import Notify
 if TYPE_CHECKING:
     import torch
 
+    from soco_train.data.corpus import Blocks
+
 
 def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
     """Write a Hugging Face folder, dense or low rank, as ONNX (proven against the folder) or in merged dense form."""
@@ -55,15 +57,15 @@ def export_folder(request: Request, folder: Path, notify: Notify) -> Outcome:
 
     recipe, fitted = fit_to_context(recipe, folder)
     notes = [*notes, *fitted]
-    evaluation_text(recipe, folder)  # the proof reads it: what is wrong with it is said before anything is written
+    text = evaluation_text(recipe, folder)  # what is wrong with it is said before anything is written
     trusted = recipe.model.trust_remote_code
     calibration = partial(_calibration, recipe, folder)
     summary = export_onnx(folder, out, recipe.export, notify, calibration, trust_remote_code=trusted)
-    proof = prove_folders(recipe, folder, out, notify)
+    proof = _prove(recipe, text, (folder, out), notes, notify)
     document = {"folder": str(out), "route": summary.route, "bytes": summary.bytes, "notes": notes, **proof.document}
     if summary.rounding:
         document["rounding"] = asdict(summary.rounding)
-    return Outcome(document, "\n".join([str(out), *notes, proof.text]), proof.code)
+    return Outcome(document, f"{out}\n{proof.text}", proof.code)
 
 
 def _calibration(recipe: Recipe, folder: Path) -> torch.Tensor:
@@ -99,20 +101,27 @@ def prove_folders(recipe: Recipe, reference: Path, candidate: Path, notify: Noti
     """
     for folder in (reference, candidate):
         check_holds_model(folder)
-    from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
-    from soco_export.evaluate.prove import Questions, prove
-
     quiet_transformers()
     for folder in (reference, candidate):
         _check_opens(recipe, folder)
+    recipe, notes = fit_to_context(recipe, reference)
+    return _prove(recipe, evaluation_text(recipe, reference), (reference, candidate), notes, notify)
+
+
+def _prove(
+    recipe: Recipe, text: tuple[Any, Blocks], pair: tuple[Path, Path], notes: Sequence[str], notify: Notify
+) -> Outcome:
+    """Measure a `pair` of reference and candidate on a `text` that was fitted to them; `notes` are told with it."""
+    from soco_export.evaluate.figures import DENSE, LOW_RANK, SHIPPED
+    from soco_export.evaluate.prove import Questions, prove
+
+    (tokenizer, blocks), (reference, candidate) = text, pair
     exported = is_onnx(candidate) and not is_onnx(reference)
     step, forms = ("export", (LOW_RANK, SHIPPED)) if exported else ("compression", (DENSE, LOW_RANK))
-    recipe, notes = fit_to_context(recipe, reference)
-    tokenizer, blocks = evaluation_text(recipe, reference)
     with tempfile.TemporaryDirectory() as work:
         longest = context_length(read_config(reference)) if recipe.validation.tasks else None
         questions = Questions(recipe.validation, blocks, tokenizer, Path(work), notify, longest)
-        folders = dict(zip(forms, (reference, candidate), strict=True))
+        folders = dict(zip(forms, pair, strict=True))
         trusted = recipe.model.trust_remote_code
         openers = {form: partial(open_decoder, folders[form], recipe.validation, form, trusted) for form in forms}
         proof = prove(openers, questions)

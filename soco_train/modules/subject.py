@@ -19,7 +19,7 @@ from soco_train.store.spectra import Spectrum
 class Subject:
     """A dense model, its participating Linears and their spectra by name, and calibration tokens [n, t] int64.
 
-    `left_out`: weights of its blocks that take no part, by tensor name; `narrowed`: attentions whose values the plan
+    `left_out`: weights of its blocks that take no part, by tensor name; `narrowable`: attentions whose values the plan
     may give fewer numbers.
     """
 
@@ -28,7 +28,7 @@ class Subject:
     spectra: Mapping[str, Spectrum]
     tokens: torch.Tensor
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
-    narrowed: tuple[ValueSite, ...] = ()
+    narrowable: tuple[ValueSite, ...] = ()
 
 
 @dataclass(frozen=True)

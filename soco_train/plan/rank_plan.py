@@ -35,6 +35,11 @@ class LayerPlan:
     reason: str
 
     @property
+    def whole(self) -> bool:
+        """Whether it stays as it is."""
+        return self.dense and not self.narrowed
+
+    @property
     def narrowed(self) -> bool:
         """Whether it has its full rank and fewer numbers a value head."""
         return self.dense and self.params < self.shape[0] * self.shape[1]
@@ -155,7 +160,7 @@ class RankPlan:
     @property
     def dense_layers(self) -> dict[str, str]:
         """Layers left dense, with the reason."""
-        return {name: layer.reason for name, layer in self.layers.items() if layer.dense and not layer.narrowed}
+        return {name: layer.reason for name, layer in self.layers.items() if layer.whole}
 
     def describe(self, total: int) -> str:
         """Return the plan in one line; `total` is the parameter count of the whole dense model."""

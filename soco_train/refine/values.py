@@ -7,7 +7,7 @@ Attention then caches r numbers of a value in the place of d. Statistics are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -61,9 +61,8 @@ def value_losses(subject: Subject, blocks: int | None, notify: Notify) -> list[V
     blocks: of the subject's text, those that its spectra were made from. Errors as its two-sided spectra measure them.
     """
     found = []
-    for site, covariance, curvature in _with_statistics(
-        subject.model, list(subject.narrowed), subject.tokens[:blocks], notify
-    ):
+    tokens = subject.tokens[:blocks]
+    for site, covariance, curvature in _with_statistics(subject.model, subject.narrowable, tokens, notify):
         weight = _linear(subject.model, site.output).weight.detach().to(covariance)
         lost = []
         for numbers in numbers_tried(site.size):
@@ -71,12 +70,12 @@ def value_losses(subject: Subject, blocks: int | None, notify: Notify) -> list[V
             error = absorb(weight, covariance, curvature, down).lost
             lost.append((numbers, max(0.0, error)))  # nothing may be lost, but for rounding
         found.append(ValueLosses(site.value, site.output, site.size, tuple(lost)))
-        notify(Event("values", len(found), len(subject.narrowed)))
+        notify(Event("values", len(found), len(subject.narrowable)))
     return found
 
 
 def _with_statistics(
-    model: nn.Module, sites: list[ValueSite], tokens: torch.Tensor, notify: Notify
+    model: nn.Module, sites: Sequence[ValueSite], tokens: torch.Tensor, notify: Notify
 ) -> Iterator[tuple[ValueSite, torch.Tensor, torch.Tensor]]:
     """Yield each site with covariance and curvature of its output projection, a group of layers in memory."""
     outputs = {site.output: site for site in sites}

@@ -31,7 +31,7 @@ def cells(layers: Mapping[str, LayerPlan]) -> dict[_Cell, tuple[float, bool]]:
     return {
         cell: (
             sum(plan.share for plan in plans) / len(plans),
-            all(plan.dense and not plan.narrowed for plan in plans),
+            all(plan.whole for plan in plans),
         )
         for cell, plans in found.items()
     }

@@ -106,7 +106,7 @@ def test_errors_of_fewer_numbers_and_of_fewer_ranks_are_measured_alike(tmp_path:
     model, tokens = llama(), drawn()
     subject = method.open_subject(model, LayerSettings(), tokens, tmp_path, PLANNED)
     method.make_spectra(subject, TWO_SIDED)
-    projections = {site.output: model.get_submodule(site.output) for site in subject.narrowed}
+    projections = {site.output: model.get_submodule(site.output) for site in subject.narrowable}
     known = collect_statistics(model, projections, tokens, frozenset({"input_covariance", "output_curvature"}))
     for losses in value_losses(subject, None, silent):
         moments, weight = known[losses.output], projections[losses.output].weight.detach().double()
@@ -125,16 +125,16 @@ def test_a_plan_chooses_between_ranks_and_fewer_numbers(tmp_path: Path) -> None:
     subject = method.open_subject(model, LayerSettings(), tokens, tmp_path / "spectrum", PLANNED)
     method.make_spectra(subject, TWO_SIDED)
     scores = method.learn_scores(subject, TWO_SIDED, PlanSettings(), Session(tmp_path / "scores"))
-    projections = sum(subject.linears[name].weight.numel() for site in subject.narrowed for name in names_of(site))
+    projections = sum(subject.linears[name].weight.numel() for site in subject.narrowable for name in names_of(site))
     before = sum(linear.weight.numel() for linear in subject.linears.values())
     keep = (before - projections // 2) / before + 1e-6  # no parameter is lost to rounding
     plan = plan_ranks(scores, PlanSettings(keep_params=keep, allocation="lagrangian"))
-    assert plan.values == {site.value: 8 for site in subject.narrowed}
+    assert plan.values == {site.value: 8 for site in subject.narrowable}
     assert plan.params_after == before - projections // 2
     found = method.cut_factors(subject, scores, plan, RefineSettings(values=PLANNED), Session(tmp_path / "work"))
     assert {name: type(layer) for name, layer in found.layers.items()} == {
         name: kind
-        for site in subject.narrowed
+        for site in subject.narrowable
         for name, kind in zip(names_of(site), (HeadRows, HeadColumns), strict=True)
     }
     apply_factors(model, found.layers)
